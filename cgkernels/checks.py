@@ -1,0 +1,151 @@
+"""Argument errors, in words: what a public function got, and what fits.
+
+The checks of shapes, dtypes and devices never touch data. Values are checked only where that waits
+for no device: Python numbers, and tensors on the CPU outside a trace.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless tensor has exactly this shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """Raise unless tensor has a batch dimension."""
+    if tensor.dim() == 0:
+        raise ValueError(f"{name} must have shape (B, ...), got a tensor without dimensions")
+
+
+def check_float(**tensors: Tensor | None) -> None:
+    """Raise unless each is float32, float16 or bfloat16; float64 passes on the CPU."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype in FLOATS:
+            continue
+        if tensor.dtype != torch.float64 or tensor.is_cuda:
+            raise TypeError(
+                f"{name} must be float32, float16 or bfloat16 (float64 on the CPU only), "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise unless all tensors are on the device of the first."""
+    (first, expected), *others = [(n, t) for n, t in tensors.items() if t is not None]
+    for name, tensor in others:
+        if tensor.device != expected.device:
+            raise ValueError(
+                f"{name} must be on the device of {first}, {expected.device}, got {tensor.device}"
+            )
+
+
+def check_no_grad(why: str, **tensors: Tensor | None) -> None:
+    """Raise if a gradient is asked for where there is none."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but {why}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether values can be looked at without waiting for a device or breaking a trace."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+    )
+
+
+def as_seed(
+    seed: int | Tensor, device: torch.device | str | None
+) -> tuple[Tensor, torch.device | str | None]:
+    """A seed as an int64 tensor (), and the device: that of a tensor seed unless one is given."""
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed must be an int or a one-element int64 tensor, got {seed.dtype} of shape "
+                f"{tuple(seed.shape)}"
+            )
+        if device is not None and seed.device.type != torch.device(device).type:
+            raise ValueError(f"seed must be on {device}, got {seed.device}")
+        return seed.reshape(()), seed.device
+    if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
+        raise TypeError(f"seed must be an int or a one-element int64 tensor, got {seed!r}")
+    if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must fit in 64 bits, got {seed}")
+        seed = seed - 2**64 if seed >= 2**63 else seed
+    # full, not tensor: a fill needs no copy from the host, which would wait for the device.
+    return torch.full((), seed, dtype=torch.int64, device=device), device
+
+
+def as_index(index: Tensor | None, rows: int, device: torch.device | str | None) -> Tensor:
+    """The numbers of the samples, (B,) int64; 0 .. B - 1 by default."""
+    if index is None:
+        return torch.arange(rows, device=device)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(f"index must be an int64 tensor, got {_described(index)}")
+    check_shape("index", index, (rows,))
+    if device is not None and index.device.type != torch.device(device).type:
+        raise ValueError(f"index must be on {device}, got {index.device}")
+    return index
+
+
+def as_step(
+    name: str, step: int | Tensor, rows: int, device: torch.device | str | None, limit: int
+) -> Tensor:
+    """A step or timestep in [0, limit) as an int64 tensor (B,); a shared one is expanded."""
+    if isinstance(step, Tensor):
+        if step.dtype not in _INTEGERS:
+            raise TypeError(f"{name} must be an int or an integer tensor, got {step.dtype}")
+        if step.dim() > 0:
+            check_shape(name, step, (rows,))
+        if device is not None and step.device.type != torch.device(device).type:
+            raise ValueError(f"{name} must be on {device}, got {step.device}")
+        if readable(step) and step.numel():
+            low, high = (int(v) for v in step.aminmax())
+            if low < 0 or high >= limit:
+                raise ValueError(
+                    f"{name} must be in [0, {limit}), got values from {low} to {high}"
+                )
+        return step.to(torch.int64).expand(rows)
+    if isinstance(step, bool) or not isinstance(step, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int or an integer tensor, got {step!r}")
+    if not 0 <= step < limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got {step}")
+    return torch.full((), step, dtype=torch.int64, device=device).expand(rows)
+
+
+def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> Tensor:
+    """A number or a tensor () or (B,) as a tensor (B,) of at least float32, without NaN."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
+        if value.dim() > 0:
+            check_shape(name, value, (rows,))
+        if value.device != like.device:
+            raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+        if readable(value) and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got {value.tolist()}")
+        return value.to(dtype).expand(rows)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number or a floating tensor, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return torch.full((), value, dtype=dtype, device=like.device).expand(rows)
+
+
+def _described(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,130 @@
+"""Triton functions on loaded values, shared by the kernels: noise, and addresses of rows.
+
+The noise agrees with `random.py`: every word is equal, every normal within 4 ulp of float32. Only
+32-bit integer and float32 arithmetic is used. The polynomials are minimax fits made for this file;
+explicit fused multiply-adds keep them independent of the compiler's contraction of a b + c.
+"""
+
+from cgkernels._triton import tl, triton
+
+
+@triton.jit
+def philox_words(seed, index, step, quad, STREAM: tl.constexpr):
+    """The four Philox4x32-10 words of elements 4 quad .. 4 quad + 3.
+
+    Each counter word is cast to 32 bits: 64-bit words would select Philox4x64 without a word.
+    """
+    c1 = (index & 0xFFFFFFFF).to(tl.uint32)
+    c2 = ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c3 = (STREAM * 16777216 + step).to(tl.uint32)
+    return tl.philox(seed, quad.to(tl.uint32), c1, c2, c3)
+
+
+@triton.jit
+def _radius(w):
+    """sqrt(-2 ln u), u = (w + 0.5) 2^-32, with full relative precision at both ends.
+
+    u = m 2^-k with m in [sqrt(1/2), sqrt(2)), and ln m = x - x^2 / 2 + x^3 P(x) at x = m - 1, where
+    for k = 0 x is taken from the distance to 2^32, which float32 holds and w near 2^32 does not.
+    """
+    near_one = w >= 0xB504F334  # u >= sqrt(1/2)
+    value = w.to(tl.float32) + 0.5
+    bits = value.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    distance = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    x = tl.where(near_one, -distance, mantissa - 1.0)
+    k = tl.where(near_one, 0, 32 - exponent).to(tl.float32)
+    p = tl.fma(x, -0.07859611511230469, 0.12881647050380707)
+    p = tl.fma(x, p, -0.13128754496574402)
+    p = tl.fma(x, p, 0.14181192219257355)
+    p = tl.fma(x, p, -0.16624553501605988)
+    p = tl.fma(x, p, 0.2000228613615036)
+    p = tl.fma(x, p, -0.25000810623168945)
+    p = tl.fma(x, p, 0.33333316445350647)
+    square = x * x
+    log_m = tl.fma(square, tl.fma(x, p, -0.5), x)
+    return tl.sqrt(2.0 * tl.fma(k, 0.6931471805599453, -log_m))
+
+
+@triton.jit
+def _cos_sin(w):
+    """cos and sin of 2 pi (w + 0.5) 2^-32; the quadrant is taken off in integers."""
+    quadrant = (w + 0x20000000) >> 30
+    rest = (w - (quadrant << 30)).to(tl.int32, bitcast=True)
+    t = (rest.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # turns, in [-1/8, 1/8]
+    square = t * t
+    sin = tl.fma(square, -75.40206909179688, 81.5925521850586)
+    sin = tl.fma(square, sin, -41.3416633605957)
+    sin = t * tl.fma(square, sin, 6.2831854820251465)
+    cos = tl.fma(square, 59.22040557861328, -85.44285583496094)
+    cos = tl.fma(square, cos, 64.93931579589844)
+    cos = tl.fma(square, cos, -19.739208221435547)
+    cos = tl.fma(square, cos, 1.0)
+    odd = (quadrant & 1) != 0
+    x = tl.where(odd, sin, cos)
+    y = tl.where(odd, cos, sin)
+    x = tl.where(((quadrant + 1) & 2) != 0, -x, x)
+    y = tl.where((quadrant & 2) != 0, -y, y)
+    return x, y
+
+
+@triton.jit
+def four_normals(w0, w1, w2, w3):
+    """Four standard normals from four words (Box-Muller, cosine first)."""
+    r, s = _radius(w0), _radius(w2)
+    cos_r, sin_r = _cos_sin(w1)
+    cos_s, sin_s = _cos_sin(w3)
+    return r * cos_r, r * sin_r, s * cos_s, s * sin_s
+
+
+@triton.jit
+def normal_block(seed, index, step, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Normals of elements first .. first + BLOCK - 1, first a multiple of 4: one Philox per four."""
+    quad = first // 4 + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = philox_words(seed, index, step, quad, STREAM)
+    z0, z1, z2, z3 = four_normals(w0, w1, w2, w3)
+    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(BLOCK)
+
+
+@triton.jit
+def normal_at(seed, index, step, element, STREAM: tl.constexpr):
+    """Normals of any elements: one Philox each, for orders in which neighbours are not numbered so."""
+    w0, w1, w2, w3 = philox_words(seed, index, step, element // 4, STREAM)
+    second = (element & 2) != 0
+    radius = _radius(tl.where(second, w2, w0))
+    cos, sin = _cos_sin(tl.where(second, w3, w1))
+    return radius * tl.where((element & 1) != 0, sin, cos)
+
+
+@triton.jit
+def element_of(position, channels, pixels, CHANNELS_LAST: tl.constexpr):
+    """The element number (logical C, H, W order) of a position in the order of iteration."""
+    if CHANNELS_LAST:
+        return (position % channels) * pixels + position // channels
+    else:
+        return position
+
+
+@triton.jit
+def normal_of(
+    seed, index, step, first, element, STREAM: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Normals of a block of positions: `normal_block` where their elements are consecutive."""
+    if CHANNELS_LAST:
+        return normal_at(seed, index, step, element, STREAM)
+    else:
+        return normal_block(seed, index, step, first, STREAM, BLOCK)
+
+
+@triton.jit
+def row_offset(strides, row, position, element, pixels, DENSE: tl.constexpr):
+    """Offset in a (B, C, pixels) tensor with these strides of an element of a row.
+
+    DENSE says that within a row memory follows the order of iteration.
+    """
+    if DENSE:
+        return row * strides[0] + position
+    else:
+        return row * strides[0] + (element // pixels) * strides[1] + (element % pixels) * strides[2]

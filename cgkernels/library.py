@@ -1,0 +1,95 @@
+"""Registration: the one file that touches torch.library.
+
+An op is defined once, with four implementations: a launcher of kernels for CUDA, plain PyTorch for
+CPU, a fake that states shapes, dtypes and strides, and the list of launches that it can make, which
+is what the offline compile check compiles.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OPS: dict[str, torch._ops.OpOverload] = {}
+"""Every op, by name, for the tests that run over all of them."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch configuration of an op, as the offline compile check needs it.
+
+    run calls the op's launcher on meta tensors; vector_bits is the width that the main loads and
+    stores of global memory reach (0: not promised); dot says that tensor cores are expected.
+    """
+
+    label: str
+    run: Callable[[], object]
+    vector_bits: int = 0
+    dot: bool = False
+
+
+LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {}
+"""What each op can launch: dtypes, layouts, branches of its launch configuration."""
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    cuda: Callable,
+    cpu: Callable,
+    fake: Callable,
+    launches: Callable[[], Iterator[Launch]],
+) -> torch._ops.OpOverload:
+    """Register cgkernels::<name>; schema like "(Tensor x, float eps) -> (Tensor, Tensor)"."""
+
+    def cuda_on_its_device(*args):
+        # A Python implementation gets no device guard from the dispatcher, and Triton launches on
+        # the current device.
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return cuda(*args)
+
+    qualname = f"cgkernels::{name}"
+    torch.library.define(qualname, schema)
+    torch.library.impl(qualname, "CUDA", cuda_on_its_device)
+    torch.library.impl(qualname, "CPU", cpu)
+    torch.library.register_fake(qualname, fake)
+    OPS[name] = getattr(torch.ops.cgkernels, name).default
+    LAUNCHES[name] = launches
+    return OPS[name]
+
+
+_use_reference = False
+
+
+@contextlib.contextmanager
+def reference() -> Iterator[None]:
+    """Run every op as plain PyTorch, on any device: how fused and plain are compared.
+
+    One flag for the whole process. torch.compile guards on it, so that a function compiled under
+    both gets two graphs.
+    """
+    global _use_reference
+    before, _use_reference = _use_reference, True
+    try:
+        yield
+    finally:
+        _use_reference = before
+
+
+def using_reference() -> bool:
+    """Whether the public functions must run their reference; read nowhere else."""
+    return _use_reference
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its autograd.Function.
+
+    True where a gradient is recorded, and inside any level of forward-mode differentiation: there
+    the Function raises, while the bare op would return a tangent of zero without a word.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,1 @@
+"""One file per op; the public functions are in `cgkernels` itself."""

@@ -1,0 +1,161 @@
+"""Standard normals of the noise contract: z(seed, index, step, stream, element).
+
+Shapes   out (B, *event); index (B,); step () or (B,).
+Dtypes   out float32, float16, bfloat16 (float64 on CPU), rounded once from float32.
+Backward none: the noise depends on no differentiable input.
+Source   Philox4x32-10, Salmon et al., SC 2011; Box-Muller, 1958; the contract in `random.py`.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cgkernels import random
+from cgkernels._triton import tl, triton
+from cgkernels.checks import as_index, as_seed, as_step
+from cgkernels.device import element_of, normal_of, row_offset
+from cgkernels.library import Launch, define_op, using_reference
+from cgkernels.rows import row_block, row_layout, strides_of
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def philox_normal_ref(seed, index, step, shape, stream, dtype):
+    return random.normal(
+        tuple(shape), seed=seed, index=index, step=step, stream=stream, dtype=dtype
+    )
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _fwd_kernel(
+    out_ptr, out_strides, seed_ptr, index_ptr, step_ptr, step_stride,
+    numel, channels, pixels, blocks,
+    STREAM: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    first = (program % blocks).to(tl.int64) * BLOCK
+    position = first + tl.arange(0, BLOCK)
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
+    step = tl.load(step_ptr + row * step_stride)
+    z = normal_of(seed, index, step, first, element, STREAM, CHANNELS_LAST, BLOCK)
+    offset = row_offset(out_strides, row, position, element, pixels, DENSE)
+    tl.store(out_ptr + offset, z.to(out_ptr.dtype.element_ty), mask=position < numel)
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_fwd(seed, index, step, shape, stream, dtype, channels_last):
+    out = _fake_fwd(seed, index, step, shape, stream, dtype, channels_last)
+    if out.numel() == 0:
+        return out
+    layout = row_layout(out)
+    config = row_block(layout.numel)
+    blocks = triton.cdiv(layout.numel, config["BLOCK"])
+    _fwd_kernel[(out.shape[0] * blocks,)](
+        out, strides_of(out), seed, index.contiguous(), step, step.stride(0),
+        layout.numel, layout.channels, layout.pixels, blocks,
+        STREAM=stream, CHANNELS_LAST=layout.channels_last, DENSE=layout.dense,
+        enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    return out
+
+
+def _launches() -> Iterator[Launch]:
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    index = torch.empty(16, dtype=torch.int64, device="meta")
+    for shape in ((16, 3, 256, 256), (16, 10)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for channels_last in (False, True)[: len(shape) // 2]:
+                name = "channels_last" if channels_last else "contiguous"
+                yield Launch(
+                    f"{name} {dtype} {shape}",
+                    lambda a=(shape, 0, dtype, channels_last): _launch_fwd(seed, index, index, *a),
+                    vector_bits=128 if shape[1] == 3 else 0,
+                )
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _fake_fwd(seed, index, step, shape, stream, dtype, channels_last):
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=index.device, memory_format=format)
+
+
+def _cpu_fwd(seed, index, step, shape, stream, dtype, channels_last):
+    z = philox_normal_ref(seed, index, step, shape, stream, dtype)
+    return z.contiguous(memory_format=torch.channels_last) if channels_last else z
+
+
+_fwd = define_op(
+    "philox_normal",
+    "(Tensor seed, Tensor index, Tensor step, SymInt[] shape, int stream, ScalarType dtype, "
+    "bool channels_last) -> Tensor",
+    cuda=_launch_fwd,
+    cpu=_cpu_fwd,
+    fake=_fake_fwd,
+    launches=_launches,
+)
+
+
+# 5. Public function -------------------------------------------------------------------------------
+def philox_normal(
+    shape: tuple[int, ...],
+    *,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    step: int | Tensor = 0,
+    stream: int = random.STREAM_INITIAL,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """Standard normals that depend on (seed, index, step, stream, element) and on nothing else.
+
+    The same sample gets the same noise alone or in a batch, on CPU or GPU (within 4 ulp of float32),
+    in any memory format; half types round the float32 value. |z| reaches 6.66.
+
+    Args:
+        shape: (B, *event); elements are numbered within a sample in logical order.
+        seed: 64-bit int, or a one-element int64 tensor (which a CUDA graph can change).
+        index: (B,) int64, the number of each sample; default 0 .. B - 1.
+        step: int or integer tensor () or (B,), in [0, 2^24). On a GPU tensor this is not checked.
+        stream: purpose of the noise, 0 .. 255; see the STREAM_ constants of `cgkernels.random`.
+        dtype: float32, float16, bfloat16; float64 on the CPU.
+        device: default that of seed or index where they are tensors, else PyTorch's default.
+        memory_format: torch.contiguous_format, or torch.channels_last for 4-D shapes.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> z = philox_normal((4, 3, 8, 8), seed=0)
+        >>> bool((z[2] == philox_normal((1, 3, 8, 8), seed=0, index=torch.tensor([2]))[0]).all())
+        True
+    """
+    if len(shape) == 0:
+        raise ValueError("shape must be (B, *event), got ()")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"shape must not be negative, got {tuple(shape)}")
+    if math.prod(shape[1:]) > 2**34:
+        raise ValueError(f"shape must have at most 2^34 elements a sample, got {tuple(shape)}")
+    if device is None and isinstance(index, Tensor):
+        device = index.device
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < 256:
+        raise ValueError(f"stream must be an int in [0, 256), got {stream!r}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be contiguous or channels_last, got {memory_format}")
+    channels_last = memory_format is torch.channels_last
+    if channels_last and len(shape) != 4:
+        raise ValueError(f"memory_format channels_last needs a 4-D shape, got {tuple(shape)}")
+    seed, device = as_seed(seed, device)
+    index = as_index(index, shape[0], device)
+    step = as_step("step", step, shape[0], index.device, 2**24)
+    if dtype == torch.float64 and index.is_cuda:
+        raise TypeError("dtype float64 is for the CPU only")
+    run = _cpu_fwd if using_reference() else _fwd
+    return run(seed, index, step, list(shape), stream, dtype, channels_last)

@@ -1,0 +1,127 @@
+"""The noise contract in plain PyTorch: counter-based uniforms and normals.
+
+    (w0, w1, w2, w3) = Philox4x32-10(key = seed,
+                                     counter = (element // 4, index low, index high, stream 2^24 + step))
+    u = (w + 0.5) 2^-32,    normals = (r cos, r sin) of r = sqrt(-2 ln u), angle = 2 pi u'
+    with (u, u') from (w0, w1) for elements 4q, 4q + 1 and from (w2, w3) for 4q + 2, 4q + 3.
+
+seed is a 64-bit number; index the 64-bit number of the sample, row + 2^32 draw; element counts within
+one sample in logical (C, H, W) order, whatever the memory layout. A number therefore depends on
+(seed, index, step, stream, element) and on nothing else: not on the batch, the device, the memory
+format or the dtype, which only rounds it. `device.py` computes the same words in a kernel and
+normals within 4 ulp of these, which are computed in float64 and rounded once.
+
+Source   Philox: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+         Box, Muller, "A note on the generation of random normal deviates", 1958.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cgkernels.checks import as_index, as_seed, as_step
+
+# The purpose of a number: part of its counter, so that no two uses share numbers.
+STREAM_INITIAL = 0  # the state from which a sampler starts
+STREAM_SAMPLER = 1  # the noise of sampler steps
+STREAM_TOKENS = 2  # token sampling
+STREAM_TRAINING = 3  # training: step 0 the noise, step 1 the timestep
+STREAM_CONDITION_DROPOUT = 4
+STREAM_LANGEVIN = 5
+STREAM_LATENTS = 6
+STREAM_DROPOUT = 7
+
+_MASK = 0xFFFFFFFF
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox4x32(counter: Words, key: tuple[Tensor, Tensor], rounds: int = 10) -> Words:
+    """Philox4x32 words; every number is a 32-bit word held in int64, counters broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # int64 wraps where the product exceeds 63 bits; its bits are right all the same.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK
+        c2, c3 = ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def words(quads: int, *, seed: Tensor, index: Tensor, step: Tensor, stream: int) -> Words:
+    """The words of elements 0 .. 4 quads - 1 of each sample: four (B, quads) int64 tensors.
+
+    seed is () and step (B,), both int64; index is (B,) int64.
+    """
+    element = torch.arange(quads, device=index.device).expand(index.shape[0], quads)
+    counter = (
+        element,
+        (index & _MASK)[:, None],
+        ((index >> 32) & _MASK)[:, None],
+        (stream * 2**24 + step)[:, None],
+    )
+    return philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
+
+
+def uniform(
+    shape: tuple[int, ...],
+    *,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    step: int | Tensor = 0,
+    stream: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniforms of shape (B, *event), always inside (0, 1); arguments as in `normal`."""
+    numbers, n = _words_of(shape, seed, index, step, stream, device)
+    u = torch.stack([(w.double() + 0.5) * 2.0**-32 for w in numbers], -1).flatten(1)[:, :n]
+    # Rounding to a narrower dtype must not reach 1.
+    largest = 1 - torch.finfo(dtype).eps / 2
+    return u.clamp(max=largest).to(dtype).reshape(shape)
+
+
+def normal(
+    shape: tuple[int, ...],
+    *,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    step: int | Tensor = 0,
+    stream: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normals of shape (B, *event), contiguous: the definition of `philox_normal`.
+
+    seed: int or one-element int64 tensor. index: (B,) int64 numbers of the samples, default
+    0 .. B - 1. step: int or integer tensor () or (B,), in [0, 2^24).
+    """
+    numbers, n = _words_of(shape, seed, index, step, stream, device)
+    z = torch.stack([*_box_muller(*numbers[:2]), *_box_muller(*numbers[2:])], -1)
+    return z.flatten(1)[:, :n].to(dtype).reshape(shape)
+
+
+def _words_of(shape, seed, index, step, stream, device):
+    rows, n = shape[0], math.prod(shape[1:])
+    seed, device = as_seed(seed, device)
+    index = as_index(index, rows, device)
+    step = as_step("step", step, rows, device, 2**24)
+    return words(-(-n // 4), seed=seed, index=index, step=step, stream=stream), n
+
+
+def _box_muller(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float64 normals from two words."""
+    radius = ((w.double() + 0.5) * 2.0**-32).log().mul(-2).sqrt()
+    # The quadrant is taken off in integers: near a zero of cos or sin the angle in radians would
+    # be rounded by as much as the result itself.
+    quadrant = (v + 2**29) >> 30
+    angle = ((v - (quadrant << 30)).double() + 0.5) * (2 * math.pi * 2.0**-32)
+    cos, sin = angle.cos(), angle.sin()
+    odd = (quadrant & 1).bool()
+    x = torch.where(odd, sin, cos)
+    y = torch.where(odd, cos, sin)
+    x = torch.where(((quadrant + 1) & 2).bool(), -x, x)
+    y = torch.where((quadrant & 2).bool(), -y, y)
+    return radius * x, radius * y

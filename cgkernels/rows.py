@@ -1,0 +1,79 @@
+"""Layouts of (B, C, *spatial) tensors as kernels see them: rows of C x pixels elements.
+
+A kernel walks the elements of each sample (row) in the order of memory and numbers them in logical
+(C, H, W) order, so that noise does not depend on the memory format.
+"""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+Strides = tuple[int, int, int]
+
+
+class Layout(NamedTuple):
+    """How a set of equally shaped tensors is walked."""
+
+    numel: int  # elements in a row
+    channels: int
+    pixels: int
+    channels_last: bool  # walk pixel by pixel, all channels of one before the next
+    dense: bool  # in every tensor, a row's memory follows that walk without gaps
+
+
+def row_strides(tensor: Tensor) -> Strides | None:
+    """Strides (batch, channel, pixel), or None where the spatial dimensions are no single one."""
+    batch, *rest = tensor.stride()
+    if not rest:
+        return batch, 1, 1
+    spatial = [(n, s) for n, s in zip(tensor.shape[2:], rest[1:], strict=True) if n != 1]
+    for (_, outer), (n, inner) in zip(spatial, spatial[1:], strict=False):
+        if outer != n * inner:
+            return None
+    return batch, rest[0], spatial[-1][1] if spatial else 1
+
+
+def with_row_strides(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself, or a contiguous copy where it has no row strides; None stays None."""
+    if tensor is None or row_strides(tensor) is not None:
+        return tensor
+    return tensor.contiguous()
+
+
+def strides_of(tensor: Tensor | None) -> Strides | None:
+    """`row_strides` of a tensor that has them."""
+    if tensor is None:
+        return None
+    strides = row_strides(tensor)
+    assert strides is not None
+    return strides
+
+
+def row_layout(*tensors: Tensor | None) -> Layout:
+    """The walk that suits the first tensor best, and whether it is dense in all of them."""
+    present = [t for t in tensors if t is not None]
+    shape = present[0].shape
+    channels = shape[1] if len(shape) > 1 else 1
+    pixels = math.prod(shape[2:])
+    all_strides = [strides_of(t) for t in present]
+    first = all_strides[0]
+    channels_last = channels > 1 and pixels > 1 and first[1] < first[2]
+    inner = (1, channels) if channels_last else (pixels, 1)
+    dense = all(
+        (channels == 1 or s[1] == inner[0]) and (pixels == 1 or s[2] == inner[1])
+        for s in all_strides
+    )
+    return Layout(channels * pixels, channels, pixels, channels_last, dense)
+
+
+def row_block(numel: int) -> dict[str, int]:
+    """Block size and warps of an elementwise kernel over rows of this many elements.
+
+    1024 elements by four warps are eight a thread: one 128-bit access in 16-bit dtypes, two in
+    float32. Short rows take the next power of two, so that few lanes are masked off.
+    """
+    block = 1024
+    while block > 128 and block >= 2 * numel:
+        block //= 2
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
