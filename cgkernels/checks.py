@@ -41,6 +41,22 @@ def check_float(**tensors: Tensor | None) -> None:
             )
 
 
+def check_table(table: Tensor, columns: int) -> None:
+    """Raise unless table is a non-empty float32 (S, columns) table; float64 passes on the CPU."""
+    if table.dim() != 2 or table.shape[1] != columns or table.shape[0] == 0:
+        raise ValueError(
+            f"table must have shape (S, {columns}) with S > 0, got {tuple(table.shape)}"
+        )
+    if table.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"table must be float32 (float64 on the CPU), got {table.dtype}")
+
+
+def check_noise_size(name: str, shape: tuple[int, ...]) -> None:
+    """Raise where a sample has more elements than the noise contract can number."""
+    if math.prod(shape[1:]) > 2**34:
+        raise ValueError(f"{name} must have at most 2^34 elements a sample, got {tuple(shape)}")
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise unless all tensors are on the device of the first."""
     (first, expected), *others = [(n, t) for n, t in tensors.items() if t is not None]
@@ -116,9 +132,7 @@ def as_step(
         if readable(step) and step.numel():
             low, high = (int(v) for v in step.aminmax())
             if low < 0 or high >= limit:
-                raise ValueError(
-                    f"{name} must be in [0, {limit}), got values from {low} to {high}"
-                )
+                raise ValueError(f"{name} must be in [0, {limit}), got values from {low} to {high}")
         return step.to(torch.int64).expand(rows)
     if isinstance(step, bool) or not isinstance(step, int | torch.SymInt):
         raise TypeError(f"{name} must be an int or an integer tensor, got {step!r}")

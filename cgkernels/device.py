@@ -16,7 +16,7 @@ def philox_words(seed, index, step, quad, STREAM: tl.constexpr):
     """
     c1 = (index & 0xFFFFFFFF).to(tl.uint32)
     c2 = ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c3 = (STREAM * 16777216 + step).to(tl.uint32)
+    c3 = (tl.full((), STREAM * 16777216, tl.int64) + step).to(tl.uint32)
     return tl.philox(seed, quad.to(tl.uint32), c1, c2, c3)
 
 
@@ -44,7 +44,8 @@ def _radius(w):
     p = tl.fma(x, p, 0.33333316445350647)
     square = x * x
     log_m = tl.fma(square, tl.fma(x, p, -0.5), x)
-    return tl.sqrt(2.0 * tl.fma(k, 0.6931471805599453, -log_m))
+    minus_log_u = tl.fma(k, 0.693145751953125, tl.fma(k, 1.4286068203094172e-06, -log_m))
+    return tl.sqrt_rn(2.0 * minus_log_u)
 
 
 @triton.jit
@@ -56,7 +57,8 @@ def _cos_sin(w):
     square = t * t
     sin = tl.fma(square, -75.40206909179688, 81.5925521850586)
     sin = tl.fma(square, sin, -41.3416633605957)
-    sin = t * tl.fma(square, sin, 6.2831854820251465)
+    # 2 pi in two float32 parts: its rounding alone would cost half an ulp.
+    sin = tl.fma(t, 6.2831854820251465, t * tl.fma(square, sin, -1.7484555e-7))
     cos = tl.fma(square, 59.22040557861328, -85.44285583496094)
     cos = tl.fma(square, cos, 64.93931579589844)
     cos = tl.fma(square, cos, -19.739208221435547)
@@ -80,7 +82,7 @@ def four_normals(w0, w1, w2, w3):
 
 @triton.jit
 def normal_block(seed, index, step, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Normals of elements first .. first + BLOCK - 1, first a multiple of 4: one Philox per four."""
+    """Normals of elements first .. first + BLOCK - 1, one Philox per four; 4 divides first."""
     quad = first // 4 + tl.arange(0, BLOCK // 4)
     w0, w1, w2, w3 = philox_words(seed, index, step, quad, STREAM)
     z0, z1, z2, z3 = four_normals(w0, w1, w2, w3)
@@ -89,7 +91,7 @@ def normal_block(seed, index, step, first, STREAM: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def normal_at(seed, index, step, element, STREAM: tl.constexpr):
-    """Normals of any elements: one Philox each, for orders in which neighbours are not numbered so."""
+    """Normals of any elements, one Philox each: for walks that leave the numbering."""
     w0, w1, w2, w3 = philox_words(seed, index, step, element // 4, STREAM)
     second = (element & 2) != 0
     radius = _radius(tl.where(second, w2, w0))
@@ -128,3 +130,26 @@ def row_offset(strides, row, position, element, pixels, DENSE: tl.constexpr):
         return row * strides[0] + position
     else:
         return row * strides[0] + (element // pixels) * strides[1] + (element % pixels) * strides[2]
+
+
+@triton.jit
+def table_row(table_ptr, t, timesteps):
+    """(alpha, sigma) of a timestep; NaN outside the table, which must not look like a result."""
+    inside = (t >= 0) & (t < timesteps)
+    alpha = tl.load(table_ptr + 2 * t, mask=inside, other=float("nan"))
+    sigma = tl.load(table_ptr + 2 * t + 1, mask=inside, other=float("nan"))
+    return alpha, sigma
+
+
+@triton.jit
+def target_coefficients(alpha, sigma, TARGET: tl.constexpr):
+    """(p0, p1) of target = p0 x0 + p1 z; TARGET is the position in `targets.TARGETS`."""
+    if TARGET == 0:  # epsilon
+        p0, p1 = alpha * 0, alpha * 0 + 1
+    elif TARGET == 1:  # x0
+        p0, p1 = alpha * 0 + 1, alpha * 0
+    elif TARGET == 2:  # v
+        p0, p1 = -sigma, alpha
+    else:  # flow
+        p0, p1 = alpha * 0 - 1, alpha * 0 + 1
+    return p0, p1

@@ -1,15 +1,15 @@
 """The noise contract in plain PyTorch: counter-based uniforms and normals.
 
-    (w0, w1, w2, w3) = Philox4x32-10(key = seed,
-                                     counter = (element // 4, index low, index high, stream 2^24 + step))
+    (w0, w1, w2, w3) = Philox4x32-10(key = seed, counter = (element // 4, index low, index high, c))
+    c = 2^24 stream + step
     u = (w + 0.5) 2^-32,    normals = (r cos, r sin) of r = sqrt(-2 ln u), angle = 2 pi u'
     with (u, u') from (w0, w1) for elements 4q, 4q + 1 and from (w2, w3) for 4q + 2, 4q + 3.
 
-seed is a 64-bit number; index the 64-bit number of the sample, row + 2^32 draw; element counts within
-one sample in logical (C, H, W) order, whatever the memory layout. A number therefore depends on
-(seed, index, step, stream, element) and on nothing else: not on the batch, the device, the memory
-format or the dtype, which only rounds it. `device.py` computes the same words in a kernel and
-normals within 4 ulp of these, which are computed in float64 and rounded once.
+seed is a 64-bit number; index the 64-bit number of the sample, row + 2^32 draw; element counts
+within one sample in logical (C, H, W) order, whatever the memory layout. A number therefore depends
+on (seed, index, step, stream, element) and on nothing else: not on the batch, the device, the
+memory format or the dtype, which only rounds it. `device.py` computes the same words in a kernel
+and normals within 4 ulp of these, which are computed in float64 and rounded once.
 
 Source   Philox: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
          Box, Muller, "A note on the generation of random normal deviates", 1958.

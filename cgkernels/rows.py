@@ -5,9 +5,13 @@ A kernel walks the elements of each sample (row) in the order of memory and numb
 """
 
 import math
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from cgkernels._triton import triton
 
 Strides = tuple[int, int, int]
 
@@ -28,7 +32,7 @@ def row_strides(tensor: Tensor) -> Strides | None:
     if not rest:
         return batch, 1, 1
     spatial = [(n, s) for n, s in zip(tensor.shape[2:], rest[1:], strict=True) if n != 1]
-    for (_, outer), (n, inner) in zip(spatial, spatial[1:], strict=False):
+    for (_, outer), (n, inner) in pairwise(spatial):
         if outer != n * inner:
             return None
     return batch, rest[0], spatial[-1][1] if spatial else 1
@@ -56,7 +60,7 @@ def row_layout(*tensors: Tensor | None) -> Layout:
     shape = present[0].shape
     channels = shape[1] if len(shape) > 1 else 1
     pixels = math.prod(shape[2:])
-    all_strides = [strides_of(t) for t in present]
+    all_strides = [s for t in tensors if (s := strides_of(t)) is not None]
     first = all_strides[0]
     channels_last = channels > 1 and pixels > 1 and first[1] < first[2]
     inner = (1, channels) if channels_last else (pixels, 1)
@@ -77,3 +81,27 @@ def row_block(numel: int) -> dict[str, int]:
     while block > 128 and block >= 2 * numel:
         block //= 2
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+def row_launch(*tensors: Tensor | None) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid, sizes and switches of an elementwise kernel over the rows of these tensors."""
+    layout = row_layout(*tensors)
+    config = row_block(layout.numel)
+    blocks = triton.cdiv(layout.numel, config["BLOCK"])
+    rows = next(t.shape[0] for t in tensors if t is not None)
+    return (rows * blocks,), {
+        "numel": layout.numel, "channels": layout.channels, "pixels": layout.pixels,
+        "blocks": blocks, "CHANNELS_LAST": layout.channels_last, "DENSE": layout.dense,
+        "enable_fp_fusion": True, **config,
+    }  # fmt: skip
+
+
+def with_strides(*tensors: Tensor | None) -> list[Any]:
+    """Each tensor followed by its strides, as kernels take them."""
+    return [item for t in tensors for item in (t, strides_of(t))]
+
+
+def in_strides_of(like: Tensor, value: Tensor) -> Tensor:
+    """The value in the strides that `empty_like` gives, which is what a fake states."""
+    out = torch.empty_like(like)
+    return value if value.stride() == out.stride() else out.copy_(value)

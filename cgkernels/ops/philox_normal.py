@@ -6,18 +6,18 @@ Backward none: the noise depends on no differentiable input.
 Source   Philox4x32-10, Salmon et al., SC 2011; Box-Muller, 1958; the contract in `random.py`.
 """
 
-import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cgkernels import random
 from cgkernels._triton import tl, triton
-from cgkernels.checks import as_index, as_seed, as_step
+from cgkernels.checks import as_index, as_seed, as_step, check_noise_size
 from cgkernels.device import element_of, normal_of, row_offset
 from cgkernels.library import Launch, define_op, using_reference
-from cgkernels.rows import row_block, row_layout, strides_of
+from cgkernels.rows import row_launch, with_strides
 
 
 # 1. Reference -------------------------------------------------------------------------------------
@@ -52,14 +52,10 @@ def _launch_fwd(seed, index, step, shape, stream, dtype, channels_last):
     out = _fake_fwd(seed, index, step, shape, stream, dtype, channels_last)
     if out.numel() == 0:
         return out
-    layout = row_layout(out)
-    config = row_block(layout.numel)
-    blocks = triton.cdiv(layout.numel, config["BLOCK"])
-    _fwd_kernel[(out.shape[0] * blocks,)](
-        out, strides_of(out), seed, index.contiguous(), step, step.stride(0),
-        layout.numel, layout.channels, layout.pixels, blocks,
-        STREAM=stream, CHANNELS_LAST=layout.channels_last, DENSE=layout.dense,
-        enable_fp_fusion=True, **config,
+    grid, arguments = row_launch(out)
+    _fwd_kernel[grid](
+        *with_strides(out), seed, index.contiguous(), step, step.stride(0), STREAM=stream,
+        **arguments,
     )  # fmt: skip
     return out
 
@@ -73,7 +69,7 @@ def _launches() -> Iterator[Launch]:
                 name = "channels_last" if channels_last else "contiguous"
                 yield Launch(
                     f"{name} {dtype} {shape}",
-                    lambda a=(shape, 0, dtype, channels_last): _launch_fwd(seed, index, index, *a),
+                    partial(_launch_fwd, seed, index, index, shape, 0, dtype, channels_last),
                     vector_bits=128 if shape[1] == 3 else 0,
                 )
 
@@ -114,8 +110,8 @@ def philox_normal(
 ) -> Tensor:
     """Standard normals that depend on (seed, index, step, stream, element) and on nothing else.
 
-    The same sample gets the same noise alone or in a batch, on CPU or GPU (within 4 ulp of float32),
-    in any memory format; half types round the float32 value. |z| reaches 6.66.
+    A sample gets the same noise alone or in a batch, on CPU or GPU (within 4 ulp of float32) and in
+    any memory format; half types round the float32 value. |z| reaches 6.66.
 
     Args:
         shape: (B, *event); elements are numbered within a sample in logical order.
@@ -139,8 +135,7 @@ def philox_normal(
         raise ValueError("shape must be (B, *event), got ()")
     if any(n < 0 for n in shape):
         raise ValueError(f"shape must not be negative, got {tuple(shape)}")
-    if math.prod(shape[1:]) > 2**34:
-        raise ValueError(f"shape must have at most 2^34 elements a sample, got {tuple(shape)}")
+    check_noise_size("shape", tuple(shape))
     if device is None and isinstance(index, Tensor):
         device = index.device
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

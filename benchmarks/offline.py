@@ -1,0 +1,91 @@
+"""Compile every launch of every op for NVIDIA GPUs, on a machine without one, and judge the code.
+
+    python -m benchmarks.offline                            all ops, sm_80, sm_90, sm_100, sm_120
+    python -m benchmarks.offline guided_step --arch 90 --csv offline.csv
+
+One line per kernel; the exit status is 1 if anything must not land, 2 for a wrong call. Registers
+differ between Triton versions: compare within one. Compiled kernels stay in Triton's cache.
+"""
+
+import argparse
+import csv
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import cgkernels  # noqa: F401  (fills LAUNCHES)
+from cgkernels._triton import HAS_TRITON, triton
+from cgkernels.library import LAUNCHES
+from cgkernels.testing import KernelReport, compile_launch, problems
+
+ARCHITECTURES = (80, 90, 100, 120)
+
+_LINE = "{:18} {:48} {:20} {:>4} {:>5} {:>5} {:>6} {:>6} {:>16} {:>5} {:>5} {:8} {:>6}"
+_HEAD = "op|launch|kernel|arch|warps|regs|stack|spills|shared / limit|load|store|matrix|instr."
+
+
+def compile_all(
+    ops: list[str], architectures: list[int]
+) -> Iterator[tuple[str, str, int, list[KernelReport], list[str]]]:
+    """(op, label of the launch, architecture, reports, problems) of each launch."""
+    for op in ops:
+        for launch in LAUNCHES[op]():
+            for arch in architectures:
+                try:
+                    reports = compile_launch(launch, arch)
+                except Exception as error:  # of the compiler: the next launch may be sound
+                    found = [f"does not compile: {type(error).__name__}: {error}"]
+                    yield op, launch.label, arch, [], found
+                else:
+                    yield op, launch.label, arch, reports, problems(reports, launch)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.offline",
+        description="Compile the launches of the ops without a GPU, and judge the code.",
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(sorted(LAUNCHES))}")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--csv", metavar="FILE", help="write the table there too")
+    options = parser.parse_args(arguments)
+    if not HAS_TRITON:
+        parser.error("Triton is not installed")
+    if triton.knobs.runtime.interpret:
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    for op in options.ops:
+        if op not in LAUNCHES:
+            parser.error(f"no op {op!r}; there are {', '.join(sorted(LAUNCHES))}")
+
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    print(_LINE.format(*_HEAD.split("|")))
+    for op, label, arch, reports, found in compile_all(options.ops or list(LAUNCHES), options.arch):
+        for r in reports:
+            rows.append(
+                {"triton": triton.__version__, "op": op, "launch": label, **dataclasses.asdict(r)}
+            )
+            shared = f"{r.shared} / {r.shared_limit}"
+            print(
+                _LINE.format(
+                    op, label, r.kernel, arch, r.warps, r.registers, r.stack, r.spills, shared,
+                    r.load_bits or "-", r.store_bits or "-", r.matrix or "-", r.instructions,
+                ),
+                flush=True,
+            )  # fmt: skip
+        failures += [f"{op}, {label}, sm_{arch}: {problem}" for problem in found]
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            fields = ["triton", "op", "launch", *(f.name for f in dataclasses.fields(KernelReport))]
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(rows)
+    print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {len(failures)} problems")
+    for failure in failures:
+        print("PROBLEM", failure)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

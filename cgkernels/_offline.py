@@ -1,0 +1,219 @@
+"""Compile the launches of an op for any NVIDIA architecture, without a GPU, and read the result.
+
+The launcher runs unchanged on meta tensors, so that Triton specialises as in production: dtypes,
+alignment of pointers, divisibility of integers, block sizes, warps and stages. Nothing is executed.
+ptxas, cuobjdump and nvdisasm come with Triton.
+
+Triton is imported inside functions: `testing.py`, which shows this module, must also import where
+Triton is not installed.
+"""
+
+import contextlib
+import functools
+import pathlib
+import re
+import subprocess
+import tempfile
+import types
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from cgkernels.library import Launch
+
+# Shared memory that one block may have, bytes (CUDA C++ Programming Guide, compute capabilities,
+# less the 1 KiB that the driver keeps). Triton compares only when a kernel is loaded onto a GPU.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
+
+# The matrix instruction of each generation: mma.sync, wgmma, tcgen05.
+MATRIX_INSTRUCTION = {80: "[HIQ]MMA", 90: "[HIQ]GMMA", 100: r"UTC\w*MMA", 120: "[HIQO]MMA"}
+
+_GRID_LIMIT = (2**31 - 1, 65_535, 65_535)
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_POINTER_ACCESS = re.compile(
+    r"\b(tt\.load|tt\.store|ttg\.async_copy_global_to_local)\b.*?"
+    r"(?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)"
+)
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What one kernel of a launch became on one architecture.
+
+    stack and spills (counts of LDL and STL) are 0 unless registers spill. load_bits and store_bits
+    are the narrowest main accesses of global memory (see `problems`), 0 where there is none.
+    matrix is the kind of matrix instruction, empty without one. shared is in bytes per block.
+    """
+
+    kernel: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    shared_limit: int
+    load_bits: int
+    store_bits: int
+    matrix: str
+    instructions: int
+    grid: tuple[int, ...]
+
+
+def compile_launch(launch: Launch, arch: int) -> list[KernelReport]:
+    """Compile every kernel that launch.run() launches for sm_<arch>, and launch none.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set; interpreted kernels cannot be compiled.
+        ValueError: an architecture that is not in SHARED_LIMIT.
+    """
+    if arch not in SHARED_LIMIT:
+        raise ValueError(f"arch must be one of {sorted(SHARED_LIMIT)}, got {arch}")
+    with _compiling(arch) as compiled:
+        launch.run()
+    return [_read(kernel, grid, launch.vector_bits or 128) for kernel, grid in compiled]
+
+
+def problems(compiled: list[KernelReport], launch: Launch) -> list[str]:
+    """What must not land, in words: spills, shared memory, narrow accesses, no tensor cores.
+
+    launch.vector_bits is a promise about the main accesses: those through a block of pointers with
+    at least that many bits for every thread. Scalars (a seed, a coefficient) and blocks too small
+    to give each thread a full vector (a bias, partial sums) are set aside: of the instructions of
+    their width, as many as they need. All other loads and stores of each kernel must be at least
+    vector_bits wide, and in one kernel at least there must be some. Bulk copies (TMA) are wide.
+
+    launch.dot asks that one kernel at least uses the matrix instruction of the architecture.
+    """
+    if not compiled:
+        return ["launches no kernel"]
+    found = []
+    for row in compiled:
+        if row.stack or row.spills:
+            found.append(
+                f"{row.kernel}: registers spill, {row.stack} bytes of stack per thread, "
+                f"{row.spills} loads and stores"
+            )
+        if row.shared > row.shared_limit:
+            found.append(
+                f"{row.kernel}: {row.shared:,} bytes of shared memory, sm_{row.arch} has "
+                f"{row.shared_limit:,}"
+            )
+        if any(n > limit for n, limit in zip(row.grid, _GRID_LIMIT, strict=False)):
+            found.append(f"{row.kernel}: grid {row.grid} is beyond {_GRID_LIMIT}")
+        for what, bits in (("load", row.load_bits), ("store", row.store_bits)):
+            if 0 < bits < launch.vector_bits:
+                found.append(f"{row.kernel}: {what}s of {bits} bits, {launch.vector_bits} promised")
+    if launch.vector_bits and not any(row.load_bits or row.store_bits for row in compiled):
+        found.append(f"no block with {launch.vector_bits} bits for every thread")
+    arch = compiled[0].arch
+    if launch.dot and not any(re.fullmatch(MATRIX_INSTRUCTION[arch], r.matrix) for r in compiled):
+        kinds = sorted({row.matrix or "none" for row in compiled})
+        found.append(f"no tensor-core instruction of sm_{arch}, but {', '.join(kinds)}")
+    return found
+
+
+@contextlib.contextmanager
+def _compiling(arch: int) -> Iterator[list[tuple[Any, tuple[int, ...]]]]:
+    """kernel[grid](...) compiles for sm_<arch>; yields the list of (compiled kernel, grid)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import KernelInterface
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    compiled: list[tuple[Any, tuple[int, ...]]] = []
+
+    def compile_instead(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def warm_up(*args: Any, **kwargs: Any) -> None:
+            compiled.append((kernel.warmup(*args, grid=grid, **kwargs), grid))
+
+        return warm_up
+
+    driver = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: f"sm_{arch}",  # the key under which kernels are kept
+        get_current_stream=lambda device: 0,
+    )
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(KernelInterface, "__getitem__", compile_instead),
+    ):
+        yield compiled
+
+
+def _read(kernel: Any, grid: tuple[int, ...], vector_bits: int) -> KernelReport:
+    registers, stack, instructions = _disassemble(kernel.asm["cubin"])
+    meta = kernel.metadata
+    arch = meta.target.arch
+    threads = 32 * meta.num_warps
+    small: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    for op, shape, element in _POINTER_ACCESS.findall(kernel.asm["ttgir"]):
+        elements, bits = 1, max(8, int(element))
+        for n in shape.split("x")[:-1]:
+            elements *= int(n)
+        if elements * bits < threads * vector_bits:
+            small["store" if op == "tt.store" else "load"][bits] += -(-elements // threads)
+    opcodes = Counter({op: n for op, n in instructions.items() if "MMA" in op.split(".")[0]})
+    return KernelReport(
+        kernel=meta.name,
+        arch=arch,
+        warps=meta.num_warps,
+        stages=meta.num_stages,
+        registers=registers,
+        stack=stack,
+        spills=_count(instructions, "LDL", "STL"),
+        shared=meta.shared,
+        shared_limit=SHARED_LIMIT[arch],
+        load_bits=_narrowest(instructions, ("LDG", "LDGSTS", "UTMALDG"), small["load"]),
+        store_bits=_narrowest(instructions, ("STG", "UTMASTG"), small["store"]),
+        matrix=opcodes.most_common(1)[0][0].split(".")[0] if opcodes else "",
+        instructions=instructions.total() - instructions["NOP"],
+        grid=grid,
+    )
+
+
+@functools.cache  # many launches share a kernel, and the two tools take 0.4 s
+def _disassemble(cubin: bytes) -> tuple[int, int, Counter[str]]:
+    """Registers and bytes of stack per thread, and how often each instruction occurs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _nvidia("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _nvidia("nvdisasm", "-c", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return int(registers), int(stack), Counter(_INSTRUCTION.findall(sass))
+
+
+def _nvidia(tool: str, *args: str) -> str:
+    import triton.backends.nvidia
+
+    path = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / tool
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _count(instructions: Counter[str], *opcodes: str) -> int:
+    return sum(n for op, n in instructions.items() if op.split(".")[0] in opcodes)
+
+
+def _narrowest(instructions: Counter[str], opcodes: tuple[str, ...], small: Counter[int]) -> int:
+    """Bits of the narrowest of these instructions that no small access accounts for; else 0."""
+    widths: Counter[int] = Counter()
+    for instruction, n in instructions.items():
+        opcode, *modifiers = instruction.split(".")
+        if opcode in opcodes:
+            widths[_width(opcode, modifiers)] += n
+    split = max(0, small[64] - widths[64])  # 64-bit scalars used, and therefore loaded, in halves
+    return min(widths - small - Counter({32: 2 * split}), default=0)
+
+
+def _width(opcode: str, modifiers: list[str]) -> int:
+    if opcode.startswith("UTMA"):
+        return 128
+    for modifier in modifiers:
+        if match := re.fullmatch(r"[US]?(8|16|64|128|256)", modifier):
+            return int(match[1])
+    return 32

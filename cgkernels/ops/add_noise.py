@@ -1,0 +1,272 @@
+"""Forward diffusion with noise drawn in registers: x_t = alpha_t x0 + sigma_t z, and the target.
+
+    target = z (epsilon), x0 (x0), alpha z - sigma x0 (v), z - x0 (flow)
+
+Shapes   x0, x_t, target: (B, *event); table (T, 2) = (alpha, sigma); t (B,).
+Dtypes   float32, float16, bfloat16 (float64 on CPU); alpha, sigma and the sum stay float32 and are
+         rounded once, so that small sigma are not lost in half types.
+Backward in x0: once by kernel, twice by differentiating add_noise_bwd_ref.
+Source   DDPM arXiv:2006.11239; v: arXiv:2202.00512; flow matching: arXiv:2210.02747.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cgkernels import random
+from cgkernels._triton import tl, triton
+from cgkernels.checks import (
+    as_index,
+    as_seed,
+    as_step,
+    check_float,
+    check_no_grad,
+    check_noise_size,
+    check_rows,
+    check_same_device,
+    check_table,
+)
+from cgkernels.device import element_of, normal_of, row_offset, table_row, target_coefficients
+from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.rows import in_strides_of, row_launch, with_row_strides, with_strides
+from cgkernels.targets import TARGETS, check_target
+from cgkernels.targets import target_coefficients as target_coefficients_ref
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def add_noise_ref(x0, table, t, seed, index, target):
+    dtype, alpha, sigma, p0, p1 = _coefficients_ref(x0, table, t, target)
+    z = random.normal(
+        tuple(x0.shape), seed=seed, index=index, stream=random.STREAM_TRAINING, dtype=dtype
+    )
+    x = x0.to(dtype)
+    return (alpha * x + sigma * z).to(x0.dtype), (p0 * x + p1 * z).to(x0.dtype)
+
+
+def add_noise_bwd_ref(dx_t, dtarget, table, t, target):
+    dtype, alpha, _, p0, _ = _coefficients_ref(dx_t, table, t, target)
+    return (alpha * dx_t.to(dtype) + p0 * dtarget.to(dtype)).to(dx_t.dtype)
+
+
+def _coefficients_ref(x, table, t, target):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    per_row = (-1,) + (1,) * (x.dim() - 1)
+    alpha, sigma = (c.view(per_row) for c in table[t].to(dtype).unbind(1))
+    return dtype, alpha, sigma, *target_coefficients_ref(target, alpha, sigma)
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _fwd_kernel(
+    x_t_ptr, x_t_strides, target_ptr, target_strides, x0_ptr, x0_strides,
+    table_ptr, t_ptr, t_stride, seed_ptr, index_ptr, timesteps, numel, channels, pixels, blocks,
+    TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    first = (program % blocks).to(tl.int64) * BLOCK
+    position = first + tl.arange(0, BLOCK)
+    mask = position < numel
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
+    p0, p1 = target_coefficients(alpha, sigma, TARGET)
+    seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
+    z = normal_of(seed, index, 0, first, element, 3, CHANNELS_LAST, BLOCK)
+    offset = row_offset(x0_strides, row, position, element, pixels, DENSE)
+    x0 = tl.load(x0_ptr + offset, mask=mask).to(tl.float32)
+    x_t = alpha * x0 + sigma * z
+    target = p0 * x0 + p1 * z
+    offset = row_offset(x_t_strides, row, position, element, pixels, DENSE)
+    tl.store(x_t_ptr + offset, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)
+    offset = row_offset(target_strides, row, position, element, pixels, DENSE)
+    tl.store(target_ptr + offset, target.to(target_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_kernel(
+    dx0_ptr, dx0_strides, dx_t_ptr, dx_t_strides, dtarget_ptr, dtarget_strides,
+    table_ptr, t_ptr, t_stride, timesteps, numel, channels, pixels, blocks,
+    TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    position = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = position < numel
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
+    p0, _ = target_coefficients(alpha, sigma, TARGET)
+    offset = row_offset(dx_t_strides, row, position, element, pixels, DENSE)
+    dx0 = alpha * tl.load(dx_t_ptr + offset, mask=mask).to(tl.float32)
+    offset = row_offset(dtarget_strides, row, position, element, pixels, DENSE)
+    dx0 += p0 * tl.load(dtarget_ptr + offset, mask=mask).to(tl.float32)
+    offset = row_offset(dx0_strides, row, position, element, pixels, DENSE)
+    tl.store(dx0_ptr + offset, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_fwd(x0, table, t, seed, index, target):
+    x_t, goal = _fake_fwd(x0, table, t, seed, index, target)
+    if x0.numel() == 0:
+        return x_t, goal
+    tensors = (x_t, goal, with_row_strides(x0))
+    grid, arguments = row_launch(*tensors)
+    _fwd_kernel[grid](
+        *with_strides(*tensors),
+        table.contiguous(), t, t.stride(0), seed, index.contiguous(), table.shape[0],
+        TARGET=TARGETS.index(target), **arguments,
+    )  # fmt: skip
+    return x_t, goal
+
+
+def _launch_bwd(dx_t, dtarget, table, t, target):
+    dx0 = _fake_bwd(dx_t, dtarget, table, t, target)
+    if dx0.numel() == 0:
+        return dx0
+    tensors = (dx0, with_row_strides(dx_t), with_row_strides(dtarget))
+    grid, arguments = row_launch(*tensors)
+    _bwd_kernel[grid](
+        *with_strides(*tensors),
+        table.contiguous(), t, t.stride(0), table.shape[0],
+        TARGET=TARGETS.index(target), **arguments,
+    )  # fmt: skip
+    return dx0
+
+
+def _launches() -> Iterator[Launch]:
+    table, t, seed, index = _meta_numbers(16)
+    for dtype, x in _meta_inputs():
+        for target in TARGETS:
+            yield Launch(
+                f"{target} {dtype} {'x'.join(map(str, x.stride()))}",
+                partial(_launch_fwd, x, table, t, seed, index, target),
+                128,
+            )
+
+
+def _bwd_launches() -> Iterator[Launch]:
+    table, t, *_ = _meta_numbers(16)
+    for dtype, x in _meta_inputs():
+        yield Launch(
+            f"v {dtype} {'x'.join(map(str, x.stride()))}",
+            partial(_launch_bwd, x, x, table, t, "v"),
+            128,
+        )
+
+
+def _meta_numbers(rows):
+    """table, t, seed, index as the public function makes them."""
+    integers = [torch.empty(s, dtype=torch.int64, device="meta") for s in (rows, (), rows)]
+    return torch.empty(1000, 2, device="meta"), *integers
+
+
+def _meta_inputs():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.empty(16, 4, 64, 64, dtype=dtype, device="meta")
+        yield dtype, x
+        yield dtype, x.contiguous(memory_format=torch.channels_last)
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _fake_fwd(x0, table, t, seed, index, target):
+    return torch.empty_like(x0), torch.empty_like(x0)
+
+
+def _cpu_fwd(x0, table, t, seed, index, target):
+    return tuple(in_strides_of(x0, v) for v in add_noise_ref(x0, table, t, seed, index, target))
+
+
+def _fake_bwd(dx_t, dtarget, table, t, target):
+    return torch.empty_like(dx_t)
+
+
+def _cpu_bwd(dx_t, dtarget, table, t, target):
+    return in_strides_of(dx_t, add_noise_bwd_ref(dx_t, dtarget, table, t, target))
+
+
+_fwd = define_op(
+    "add_noise_fwd",
+    "(Tensor x0, Tensor table, Tensor t, Tensor seed, Tensor index, str target) "
+    "-> (Tensor, Tensor)",
+    cuda=_launch_fwd,
+    cpu=_cpu_fwd,
+    fake=_fake_fwd,
+    launches=_launches,
+)
+
+_bwd = define_op(
+    "add_noise_bwd",
+    "(Tensor dx_t, Tensor dtarget, Tensor table, Tensor t, str target) -> Tensor",
+    cuda=_launch_bwd,
+    cpu=_cpu_bwd,
+    fake=_fake_bwd,
+    launches=_bwd_launches,
+)
+
+
+# 5. Public function -------------------------------------------------------------------------------
+class _AddNoise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x0, table, t, seed, index, target):
+        ctx.save_for_backward(table, t)
+        ctx.target = target
+        return _fwd(x0, table, t, seed, index, target)
+
+    @staticmethod
+    def backward(ctx, dx_t, dtarget):
+        run = add_noise_bwd_ref if torch.is_grad_enabled() else _bwd  # grad mode: create_graph
+        return run(dx_t, dtarget, *ctx.saved_tensors, ctx.target), None, None, None, None, None
+
+
+def add_noise(
+    x0: Tensor,
+    *,
+    table: Tensor,
+    t: int | Tensor,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    target: str = "epsilon",
+) -> tuple[Tensor, Tensor]:
+    """Noisy sample x_t = alpha_t x0 + sigma_t z and what a denoiser is to predict from it.
+
+    z is drawn in registers from (seed, index), stream 3, step 0, and never stored;
+    `diffusion_loss` draws the same.
+
+    Args:
+        x0: (B, *event), any strides.
+        table: (T, 2) float32 on x0's device (float64 with float64 x0): alpha_t, sigma_t.
+        t: timestep of each sample, int or integer tensor () or (B,), in [0, T). On a GPU tensor
+            this is not checked: rows with a timestep outside the table come out as NaN.
+        seed: 64-bit int or one-element int64 tensor.
+        index: (B,) int64, the number of each sample; default 0 .. B - 1.
+        target: "epsilon": z; "x0": x0; "v": alpha z - sigma x0; "flow": z - x0.
+
+    Returns:
+        (x_t, target), both like x0. Differentiable in x0.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> table = torch.tensor([[0.8, 0.6]])
+        >>> x_t, z = add_noise(torch.zeros(2, 3), table=table, t=0, seed=0)
+        >>> bool(torch.allclose(x_t, 0.6 * z))
+        True
+    """
+    check_target(target)
+    check_float(x0=x0, table=table)
+    check_rows("x0", x0)
+    check_same_device(x0=x0, table=table)
+    check_table(table, 2)
+    check_no_grad("add_noise has no gradient for it; use reference()", table=table)
+    check_noise_size("x0", tuple(x0.shape))
+    t = as_step("t", t, x0.shape[0], x0.device, table.shape[0])
+    seed, _ = as_seed(seed, x0.device)
+    index = as_index(index, x0.shape[0], x0.device)
+    if using_reference():
+        return add_noise_ref(x0, table, t, seed, index, target)
+    run = _AddNoise.apply if needs_function(x0) else _fwd
+    return run(x0, table, t, seed, index, target)

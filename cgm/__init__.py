@@ -1,0 +1,1 @@
+"""Conditional generators over cgkernels: models, training, sampling and measurement."""

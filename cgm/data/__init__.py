@@ -1,0 +1,35 @@
+"""Data sets: the tasks on the pictures that ship with the package, and folders of the user's own.
+
+dataset.py   what a data set is, and the order of an epoch
+tasks.py     class_to_image, complete, colorize, edges_to_image
+folders.py   pairs, two_folders, unpaired, classes
+fashion.py   the 10,000 shipped pictures; pack.py makes their file
+"""
+
+from cgm.data.dataset import Batch, Dataset, epoch_order, to_float
+from cgm.data.folders import LAYOUTS, load_folder
+from cgm.data.tasks import (
+    PINK,
+    TASKS,
+    TEAL,
+    edge_map,
+    garment_mask,
+    lab_to_rgb,
+    load_task,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "PINK",
+    "TASKS",
+    "TEAL",
+    "Batch",
+    "Dataset",
+    "edge_map",
+    "epoch_order",
+    "garment_mask",
+    "lab_to_rgb",
+    "load_folder",
+    "load_task",
+    "to_float",
+]

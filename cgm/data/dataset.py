@@ -1,0 +1,138 @@
+"""A data set: rows of y with their conditions, held in memory."""
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from cgkernels.random import uniform
+
+# The data's own stream of the noise contract, and the uses of it, one step number each.
+STREAM_DATA = 8
+STEP_ORDER, STEP_COLOUR, STEP_PARTNER = 0, 1, 2
+
+CondKind = Literal["none", "class", "image", "tokens"]
+
+
+class Batch(TypedDict):
+    """y (B, *event) float32, and cond: None, class ids (B,), pictures (B, C, H, W) or tokens (B, M)."""
+
+    y: Tensor
+    cond: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N rows of what is generated, y, and of what it is generated from, cond.
+
+    Pictures are held as uint8 (a quarter of the memory) and become float32 in [-1, 1] in `batch`;
+    float32 tensors pass unchanged. A wrong dtype or length raises ValueError or TypeError.
+    """
+
+    name: str
+    y: Tensor  # (N, *event), uint8 or float32
+    cond: Tensor | None = None  # class ids (N,) int64, tokens (N, M) int64, or (N, C, H, W) as y
+    cond_kind: CondKind = "none"
+    num_classes: int = 0  # number of classes, or of different tokens
+    class_names: tuple[str, ...] = ()
+    paired: bool = True  # False: rows of y and cond are unrelated, and need not be equally many
+
+    def __post_init__(self) -> None:
+        if self.y.dim() < 2 or len(self.y) == 0:
+            raise ValueError(f"y must be (N, *event) with N > 0, got {tuple(self.y.shape)}")
+        _check_dtype("y", self.y, torch.uint8, torch.float32)
+        if self.cond is None:
+            if self.cond_kind != "none":
+                raise ValueError(f"cond must be given with cond_kind {self.cond_kind!r}")
+            return
+        dims = {"class": 1, "tokens": 2, "image": 4}
+        if self.cond_kind not in dims:
+            raise ValueError(f"cond_kind must be one of {', '.join(dims)}, got {self.cond_kind!r}")
+        if self.cond.dim() != dims[self.cond_kind] or len(self.cond) == 0:
+            raise ValueError(
+                f"cond of kind {self.cond_kind!r} must have {dims[self.cond_kind]} dimensions and "
+                f"a row, got {tuple(self.cond.shape)}"
+            )
+        if self.paired and len(self.cond) != len(self.y):
+            raise ValueError(
+                f"cond must have as many rows as y, {len(self.y)}, got {len(self.cond)}"
+            )
+        if self.cond_kind == "image":
+            _check_dtype("cond", self.cond, torch.uint8, torch.float32)
+            return
+        _check_dtype("cond", self.cond, torch.int64)
+        low, high = (int(v) for v in self.cond.aminmax())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"cond must be in [0, num_classes = {self.num_classes}), got {low} to {high}"
+            )
+
+    def __len__(self) -> int:
+        """Number of rows of y."""
+        return len(self.y)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one y."""
+        return tuple(self.y.shape[1:])
+
+    @property
+    def cond_shape(self) -> tuple[int, ...]:
+        """Shape of one condition; () for a class id or none."""
+        return () if self.cond is None else tuple(self.cond.shape[1:])
+
+    def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
+        """The rows (B,) int64 of y and their conditions.
+
+        Of unpaired data, row r comes with the condition floor(M u), u uniform and a function of
+        (r, epoch): each epoch draws other partners.
+        """
+        if rows.dtype != torch.int64 or rows.dim() != 1:
+            raise TypeError(f"rows must be int64 (B,), got {rows.dtype} {tuple(rows.shape)}")
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise ValueError(
+                f"rows must be in [0, {len(self)}), got {int(rows.min())} to {int(rows.max())}"
+            )
+        y = to_float(self.y[rows])
+        if self.cond is None:
+            return {"y": y, "cond": None}
+        partners = rows if self.paired else self._partners(rows, epoch)
+        cond = self.cond[partners]
+        return {"y": y, "cond": to_float(cond) if self.cond_kind == "image" else cond}
+
+    def _partners(self, rows: Tensor, epoch: int) -> Tensor:
+        assert self.cond is not None
+        return (_data_uniform(rows, 0, epoch, STEP_PARTNER) * len(self.cond)).long()
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of 0 .. n - 1, int64: a function of (n, seed, epoch) and of nothing else.
+
+    The order of the Philox uniforms of the rows; training that resumes finds the same order again.
+    """
+    if n < 0 or epoch < 0:
+        raise ValueError(f"n and epoch must not be negative, got {n} and {epoch}")
+    return _data_uniform(torch.arange(n), seed, epoch, STEP_ORDER).argsort(stable=True)
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 pictures as float32 in [-1, 1]: v / 127.5 - 1. Other dtypes pass unchanged."""
+    return pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures
+
+
+def _data_uniform(rows: Tensor, seed: int, epoch: int, step: int) -> Tensor:
+    """One float64 uniform per row, of this epoch and use."""
+    return uniform(
+        (len(rows),),
+        seed=seed,
+        index=rows + epoch * 2**32,
+        step=step,
+        stream=STREAM_DATA,
+        dtype=torch.float64,
+    )
+
+
+def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

@@ -1,0 +1,195 @@
+"""Folders of the user's own pictures.
+
+layout         what path holds                                       y and cond
+pairs          pictures, each with A on the left and B on the right  B from A; same row, same picture
+two_folders    folders A and B, equal names (extensions may differ)  B from A
+unpaired       folders A and B, unrelated                            B; a random picture of A
+classes        one folder per class                                  picture; class id, by folder name
+
+AtoB makes B from A; direction "BtoA" makes A from B. The folders A and B are path/A and path/B; if
+there is no folder path, they are pathA and pathB: "horse2zebra/train" means horse2zebra/trainA and
+horse2zebra/trainB.
+
+A picture is what a viewer shows: turned as its EXIF orientation says, transparent parts over white,
+16-bit grey scaled to 8 bits, CMYK and palettes as RGB. Colour profiles are not applied. It is
+resized to size x size without regard to its proportions (bicubic, antialiased). All are read before
+the data set is returned and are held in memory as uint8: N x channels x size x size bytes for each
+side. Names that begin with a dot, other extensions and deeper folders are passed over.
+"""
+
+import operator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from cgm.data.dataset import Dataset
+
+LAYOUTS = ("pairs", "two_folders", "unpaired", "classes")
+DIRECTIONS = ("AtoB", "BtoA")
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+
+
+def load_folder(
+    path: str | Path,
+    layout: str = "pairs",
+    *,
+    size: int = 64,
+    channels: int = 3,
+    direction: str = "AtoB",
+) -> Dataset:
+    """The pictures of a folder as a data set; layouts and reading as described above.
+
+    size: side of the pictures in pixels. channels: 3 for RGB, 1 for grey. direction: "AtoB" or
+    "BtoA"; classes have none. Every file is decoded here: one that cannot be read, an empty or
+    missing folder, a pair without partner, of two sizes or of odd width raises ValueError naming it.
+    """
+    path = Path(path)
+    _check_choice("layout", layout, LAYOUTS)
+    _check_choice("direction", direction, DIRECTIONS)
+    _check_choice("channels", channels, (1, 3))
+    if isinstance(size, bool) or operator.index(size) < 1:
+        raise ValueError(f"size must be a positive number of pixels, got {size}")
+    if layout == "classes":
+        return _load_classes(path, size, channels)
+    load_sides = {"pairs": _load_pairs, "two_folders": _load_two, "unpaired": _load_unpaired}
+    a, b = load_sides[layout](path, size, channels)
+    cond, y = (a, b) if direction == "AtoB" else (b, a)
+    return Dataset(path.resolve().name, y, cond, "image", paired=layout != "unpaired")
+
+
+def _load_pairs(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
+    def halves(file: Path) -> np.ndarray:
+        picture = _decode(file, channels)
+        width, height = picture.size
+        if width % 2:
+            raise ValueError(f"{file}: two pictures side by side need an even width, got {width}")
+        half = width // 2
+        left = picture.crop((0, 0, half, height))
+        right = picture.crop((half, 0, width, height))
+        return np.stack([_planes(left, size), _planes(right, size)])
+
+    a, b = _read_all(halves, _files(path)).unbind(1)
+    return a, b
+
+
+def _load_two(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
+    folder_a, folder_b = _sides(path)
+    a, b = _by_stem(folder_a), _by_stem(folder_b)
+    for stem in sorted(a.keys() ^ b.keys()):
+        file, other = (a[stem], folder_b) if stem in a else (b[stem], folder_a)
+        raise ValueError(f"{file}: no picture of that name in {other}")
+
+    def both(stem: str) -> np.ndarray:
+        left, right = _decode(a[stem], channels), _decode(b[stem], channels)
+        if left.size != right.size:
+            raise ValueError(
+                f"{a[stem]} is {left.width} x {left.height} pixels, but its partner {b[stem]} is "
+                f"{right.width} x {right.height}"
+            )
+        return np.stack([_planes(left, size), _planes(right, size)])
+
+    first, second = _read_all(both, sorted(a)).unbind(1)
+    return first, second
+
+
+def _load_unpaired(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
+    a, b = (_load_plain(_files(folder), size, channels) for folder in _sides(path))
+    return a, b
+
+
+def _load_classes(path: Path, size: int, channels: int) -> Dataset:
+    _check_folder(path)
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{path}: no class folders in it")
+    files = [_files(folder) for folder in folders]
+    y = _load_plain([file for group in files for file in group], size, channels)
+    counts = torch.tensor([len(group) for group in files])
+    labels = torch.arange(len(folders)).repeat_interleave(counts)
+    names = tuple(folder.name for folder in folders)
+    return Dataset(path.resolve().name, y, labels, "class", len(names), names)
+
+
+def _load_plain(files: list[Path], size: int, channels: int) -> Tensor:
+    return _read_all(lambda file: _planes(_decode(file, channels), size), files)
+
+
+def _read_all(read, items: Sequence[Path] | Sequence[str]) -> Tensor:
+    # Threads suffice: Pillow gives up the interpreter lock while it decodes and resizes.
+    with ThreadPoolExecutor() as pool:
+        return torch.from_numpy(np.stack(list(pool.map(read, items))))
+
+
+def _sides(path: Path) -> tuple[Path, Path]:
+    if path.is_dir():
+        a, b = path / "A", path / "B"
+        if not a.is_dir() and (path / "trainA").is_dir():
+            raise ValueError(f"{path}: for its trainA and trainB pass {path / 'train'} as path")
+        return a, b
+    return path.with_name(path.name + "A"), path.with_name(path.name + "B")
+
+
+def _files(folder: Path) -> list[Path]:
+    _check_folder(folder)
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
+    )
+    if not files:
+        raise ValueError(f"{folder}: no pictures ({' '.join(EXTENSIONS)}) in it")
+    return files
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for file in _files(folder):
+        if file.stem in files:
+            raise ValueError(f"{file}: {files[file.stem].name} beside it has the same name")
+        files[file.stem] = file
+    return files
+
+
+def _decode(file: Path, channels: int) -> Image.Image:
+    """The whole picture, upright, in mode L or RGB."""
+    try:
+        with Image.open(file, formats=_FORMATS) as opened:
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+            return _to_eight_bits(picture).convert("L" if channels == 1 else "RGB")
+    # Decoders meet broken data with OSError, SyntaxError, struct.error, ...: all mean the same here.
+    except Exception as error:
+        raise ValueError(f"{file}: cannot be read as a picture ({error})") from error
+
+
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Without transparency and without 16-bit grey, which Pillow's convert would cut off at 255."""
+    if picture.mode.startswith("I"):
+        levels = np.asarray(picture).astype(np.int64)
+        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture
+
+
+def _planes(picture: Image.Image, size: int) -> np.ndarray:
+    """(C, size, size) uint8."""
+    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -1,0 +1,107 @@
+"""Four conditional tasks on the shipped pictures.
+
+class_to_image   class id                     -> picture (1, 28, 28)
+complete         upper half (1, 14, 28)       -> lower half (1, 14, 28)
+colorize         luminance (1, 28, 28)        -> ab colours (2, 28, 28), T-shirts and tops only
+edges_to_image   binary edge map (1, 28, 28)  -> picture (1, 28, 28)
+
+colorize is made so that p(y | x) is known exactly: with m = garment_mask(x), y is m TEAL with
+probability 1/2 and m PINK with probability 1/2, one colour for the whole garment. Which one is a
+Philox draw of the picture's row in the published file. y = 1 is AB_UNIT units of CIELAB's a or b.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgm.data import fashion
+from cgm.data.dataset import STEP_COLOUR, Dataset, _data_uniform, to_float
+
+AB_UNIT = 50.0
+TEAL = (-0.8, -0.2)  # (a, b) of y
+PINK = (0.9, -0.1)
+LIGHTEST = 75.0  # L* of a white pixel: both colours can still be told apart there
+GARMENT_LEVEL = 12  # darker pixels, of 0 .. 255, are background
+EDGE_SLOPE = 160  # in the units of the Sobel sums below: a step of s grey levels gives 4 s
+
+
+def load_task(name: str, split: str = "train") -> Dataset:
+    """A task on the shipped pictures.
+
+    name: one of TASKS. split: "train", 900 pictures per class, or "test", 100 per class. Any other
+    raises ValueError.
+    """
+    if name not in _MAKERS:
+        raise ValueError(f"name must be one of {', '.join(TASKS)}, got {name!r}")
+    rows = fashion.rows_of(split)
+    pictures, labels = fashion.read()
+    return _MAKERS[name](rows, pictures[rows], labels[rows])
+
+
+def garment_mask(luminance: Tensor) -> Tensor:
+    """Where the garment is, bool: luminance in [-1, 1] above grey level 12 of 255."""
+    return luminance > (GARMENT_LEVEL + 0.5) / 127.5 - 1
+
+
+def edge_map(pictures: Tensor) -> Tensor:
+    """Edges of pictures (N, 1, H, W) uint8, as uint8 0 or 255.
+
+    sqrt(gx^2 + gy^2) > 160 with the 3 x 3 Sobel sums gx, gy of the grey levels and the border
+    continued: all in integers, so that the map is the same everywhere.
+    """
+    smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
+    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
+    g = F.conv2d(F.pad(pictures.float(), (1, 1, 1, 1), mode="replicate"), kernels)
+    return (g.square().sum(1, keepdim=True) > EDGE_SLOPE**2).to(torch.uint8) * 255
+
+
+def lab_to_rgb(luminance: Tensor, ab: Tensor) -> Tensor:
+    """sRGB pictures (B, 3, H, W) in [-1, 1], of luminance (B, 1, H, W) and ab (B, 2, H, W).
+
+    L* = 75 (luminance + 1) / 2, a* and b* = 50 ab; CIELAB of white D65, cut off where sRGB ends.
+    """
+    fy = (LIGHTEST * (luminance + 1) / 2 + 16) / 116
+    f = torch.cat([fy + AB_UNIT * ab[:, :1] / 500, fy, fy - AB_UNIT * ab[:, 1:] / 200], 1)
+    xyz = torch.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    xyz = xyz * xyz.new_tensor([0.95047, 1.0, 1.08883]).view(3, 1, 1)
+    to_linear = xyz.new_tensor(
+        [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]]
+    )
+    linear = torch.einsum("ij,bjhw->bihw", to_linear, xyz).clamp(0, 1)
+    rgb = torch.where(
+        linear > 0.0031308, 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear
+    )
+    return 2 * rgb.clamp(0, 1) - 1
+
+
+def _class_to_image(rows: Tensor, pictures: Tensor, labels: Tensor) -> Dataset:
+    names = fashion.CLASS_NAMES
+    return Dataset("class_to_image", pictures, labels, "class", len(names), names)
+
+
+def _complete(rows: Tensor, pictures: Tensor, labels: Tensor) -> Dataset:
+    upper, lower = pictures.chunk(2, dim=2)
+    return Dataset("complete", lower, upper, "image")
+
+
+def _colorize(rows: Tensor, pictures: Tensor, labels: Tensor) -> Dataset:
+    rows, luminance = rows[labels == 0], pictures[labels == 0]
+    teal = _data_uniform(rows, 0, 0, STEP_COLOUR) < 0.5
+    colour = torch.where(teal[:, None], torch.tensor(TEAL), torch.tensor(PINK))
+    ab = garment_mask(to_float(luminance)) * colour[:, :, None, None]
+    return Dataset("colorize", ab, luminance, "image")
+
+
+def _edges_to_image(rows: Tensor, pictures: Tensor, labels: Tensor) -> Dataset:
+    return Dataset("edges_to_image", pictures, edge_map(pictures), "image")
+
+
+_MAKERS: dict[str, Callable[[Tensor, Tensor, Tensor], Dataset]] = {
+    "class_to_image": _class_to_image,
+    "complete": _complete,
+    "colorize": _colorize,
+    "edges_to_image": _edges_to_image,
+}
+TASKS = tuple(_MAKERS)

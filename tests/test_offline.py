@@ -1,0 +1,196 @@
+"""Offline compilation: what it must find in known kernels, and the launches of every op."""
+
+import csv
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cgkernels  # noqa: F401  (fills LAUNCHES)
+from benchmarks.offline import ARCHITECTURES, compile_all
+from cgkernels._triton import HAS_TRITON, tl, triton
+from cgkernels.library import LAUNCHES, Launch
+from cgkernels.testing import compile_launch, problems
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+compiles = pytest.mark.skipif(
+    not HAS_TRITON or triton.knobs.runtime.interpret,
+    reason="needs Triton, and no TRITON_INTERPRET",
+)
+
+
+@triton.jit
+def _axpy(out_ptr, x_ptr, a_ptr, row_ptr, part_ptr, n, stride, BLOCK: tl.constexpr):
+    """One program per BLOCK elements: out = a x + row, and their sum; x with a stride."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(row_ptr + tl.load(part_ptr).to(tl.int64))
+    a = tl.load(a_ptr + tl.arange(0, 32))
+    y = tl.sum(a) * tl.load(x_ptr + i * stride, mask=i < n).to(tl.float32) + row
+    tl.store(out_ptr + i, y.to(out_ptr.dtype.element_ty), mask=i < n)
+    tl.store(part_ptr + tl.program_id(0), tl.sum(y))
+
+
+@triton.jit
+def _matmul(c_ptr, a_ptr, b_ptr, M, N, K, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr):
+    """One program per (TM, TN) tile of c = a @ b, row-major."""
+    m = tl.program_id(0) * TM + tl.arange(0, TM)
+    n = tl.program_id(1) * TN + tl.arange(0, TN)
+    acc = tl.zeros((TM, TN), tl.float32)
+    for start in range(0, K, TK):
+        k = start + tl.arange(0, TK)
+        a_mask, b_mask = (m < M)[:, None] & (k < K)[None, :], (k < K)[:, None] & (n < N)[None, :]
+        a = tl.load(a_ptr + m[:, None] * K + k[None, :], mask=a_mask, other=0.0)
+        b = tl.load(b_ptr + k[:, None] * N + n[None, :], mask=b_mask, other=0.0)
+        acc = tl.dot(a, b, acc)
+    c_mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(c_ptr + m[:, None] * N + n[None, :], acc.to(c_ptr.dtype.element_ty), mask=c_mask)
+
+
+def axpy(dtype=torch.float32, n=1 << 20, stride=1, misaligned=False, programs=None, **config):
+    out = torch.empty(n, dtype=dtype, device="meta")
+    x = torch.empty(n * stride + 1, dtype=dtype, device="meta")[int(misaligned) :]
+    scalars = torch.empty(1024, device="meta")
+    rows = torch.empty(64, dtype=torch.int64, device="meta")
+    config = {"BLOCK": 1024, "enable_fp_fusion": True, **config}
+    grid = programs or (n // config["BLOCK"],)
+    _axpy[grid](out, x, scalars, rows, scalars, n, stride, **config)
+
+
+def matmul(dtype=torch.bfloat16, size=4096, **config):
+    a = torch.empty(size, size, dtype=dtype, device="meta")
+    config = {"TM": 128, "TN": 128, "TK": 64, "num_warps": 8, "num_stages": 3, **config}
+    grid = (size // config["TM"], size // config["TN"])
+    _matmul[grid](a, a, a, size, size, size, enable_fp_fusion=True, **config)
+
+
+def found(run, arch=90, **promise):
+    launch = Launch("toy", run, **promise)
+    return problems(compile_launch(launch, arch), launch)
+
+
+@compiles
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_good_kernel_has_no_problems(arch):
+    assert found(lambda: axpy(torch.bfloat16), arch, vector_bits=128) == []
+
+
+@compiles
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_dot_uses_the_tensor_cores_of_each_generation(arch):
+    launch = Launch("matmul", matmul, vector_bits=128, dot=True)
+    (report,) = compile_launch(launch, arch)
+    assert problems([report], launch) == []
+    kind = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[arch]
+    assert report.matrix == kind and report.load_bits == report.store_bits == 128
+    assert report.kernel == "_matmul" and report.grid == (32, 32) and report.arch == arch
+    assert 0 < report.registers < 256 and 32_768 < report.shared < report.shared_limit
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("message", "run", "promise"),
+    [
+        ("_axpy: loads of 32 bits, 128 promised", lambda: axpy(stride=3), {"vector_bits": 128}),
+        ("_axpy: loads of 32 bits", lambda: axpy(misaligned=True), {"vector_bits": 128}),
+        ("_axpy: loads of 32 bits", lambda: axpy(n=(1 << 20) + 1), {"vector_bits": 128}),
+        ("_axpy: loads of 16 bits", lambda: axpy(torch.half, stride=3), {"vector_bits": 64}),
+        ("no block with 128 bits", lambda: axpy(BLOCK=128), {"vector_bits": 128}),
+        ("no tensor-core instruction of sm_90, but none", axpy, {"dot": True}),
+        ("registers spill", lambda: matmul(maxnreg=32), {}),
+        ("_matmul: 393,2.. bytes of shared memory, sm_90", lambda: matmul(TK=256), {}),
+        ("_axpy: grid", lambda: axpy(programs=(1, 65_536)), {}),
+        ("launches no kernel", lambda: None, {}),
+    ],
+)
+def test_a_bad_launch_is_found(message, run, promise):
+    with pytest.raises(AssertionError, match=message):
+        assert not found(run, **promise)
+
+
+@compiles
+def test_what_is_too_large_for_one_architecture_may_fit_another():
+    def large():
+        matmul(TN=256, num_stages=4)
+
+    assert any("shared memory, sm_80 has 166,912" in p for p in found(large, 80))
+    assert not any("shared memory" in p for p in found(large, 90))
+
+
+@compiles
+def test_a_promise_holds_for_every_kernel_of_a_launch():
+    def two():
+        axpy()
+        axpy(stride=3)
+
+    def main_and_small():
+        axpy()
+        axpy(n=128, BLOCK=128)
+
+    assert found(two, vector_bits=128) == ["_axpy: loads of 32 bits, 128 promised"]
+    assert found(main_and_small, vector_bits=128) == []
+
+
+@compiles
+def test_arguments_of_compile_launch_are_checked():
+    with pytest.raises(ValueError, match="arch must be one of"):
+        compile_launch(Launch("toy", axpy), 52)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="0 active drivers"):
+            axpy()  # nothing stays patched
+
+
+@compiles
+def test_a_kernel_that_does_not_compile_is_a_problem_and_the_rest_goes_on(monkeypatch):
+    def launches():
+        yield Launch("bad", lambda: axpy(BLOCK=1000))
+        yield Launch("good", axpy)
+
+    monkeypatch.setitem(LAUNCHES, "toy", launches)
+    (bad, good) = compile_all(["toy"], [90])
+    assert bad[:4] == ("toy", "bad", 90, []) and "does not compile" in bad[4][0]
+    assert good[1] == "good" and good[3] and not good[4]
+
+
+# The command --------------------------------------------------------------------------------------
+def command(*arguments, **environment):
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.offline", *arguments],
+        cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@compiles
+def test_the_command_prints_and_writes_a_table(tmp_path):
+    done = command("philox_normal", "--arch", "90", "--csv", str(tmp_path / "table.csv"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Triton {triton.__version__}, 0 problems" in done.stdout
+    with open(tmp_path / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert f"\n{len(rows)} kernels" in done.stdout
+    assert {row["op"] for row in rows} == {"philox_normal"} and {r["arch"] for r in rows} == {"90"}
+    assert all(int(row["registers"]) > 0 and row["stack"] == "0" for row in rows)
+
+
+def test_the_command_refuses_what_it_cannot_do():
+    if HAS_TRITON:
+        done = command(TRITON_INTERPRET="1")
+        assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr
+        done = command("no_such_op")
+        assert done.returncode == 2 and "no op 'no_such_op'; there are" in done.stderr
+    else:
+        done = command()
+        assert done.returncode == 2 and "Triton is not installed" in done.stderr
+
+
+# Every op -----------------------------------------------------------------------------------------
+@pytest.mark.offline
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("op", sorted(LAUNCHES))
+def test_every_launch_of_an_op_compiles_well(op, arch):
+    found = [f"{label}: {p}" for _, label, _, _, ps in compile_all([op], [arch]) for p in ps]
+    assert not found, "\n".join(found)
