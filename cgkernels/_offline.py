@@ -184,7 +184,7 @@ def _disassemble(cubin: bytes) -> tuple[int, int, Counter[str]]:
         file.flush()
         usage = _nvidia("cuobjdump", "--dump-resource-usage", file.name)
         sass = _nvidia("nvdisasm", "-c", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)  # one kernel in each
     return int(registers), int(stack), Counter(_INSTRUCTION.findall(sass))
 
 

@@ -1,7 +1,8 @@
-"""Make Triton's CPU interpreter fit for tests: install_bf16(), sanitize() and ghost replay.
+"""Make Triton's CPU interpreter fit for tests.
 
     install_bf16   bfloat16 arithmetic as on the GPU; the interpreter alone computes on bit patterns
-    sanitize       finds accesses outside the tensors, races between programs, unwritten output
+    sanitize       finds accesses outside the tensors, and races between programs
+    poisoned_empty shows what a kernel forgets to write; on in every kernel test
     ghost          stubs every launch; GhostReplay lists the tests that pass all the same
 
 All of it patches private parts of Triton (3.6 to 3.9), so it belongs to tests only, and to
@@ -50,7 +51,7 @@ def poisoned_empty() -> Iterator[None]:
 # casts to float8; TF32.
 
 # Empty stubs in the interpreter; rint rounds halves to even as torch.round does.
-_LIBDEVICE = {
+_LIBDEVICE: dict[str, Callable] = {
     "tanh": torch.tanh,
     "sinh": torch.sinh,
     "cosh": torch.cosh,
@@ -186,8 +187,7 @@ def sanitize(*, order_seed: int | None = None, reads: bool = True) -> Iterator[N
     bounds   each active lane of each load, store and atomic lies inside one of the tensor
              arguments, between its first and its last element;
     writes   no two programs store different bits to one address;
-    reads    no program loads an address that another program stores;
-    poison   torch.empty* returns NaN, so that what a kernel forgets to write spoils the result.
+    reads    no program loads an address that another program stores.
 
     Args:
         order_seed: run the programs of each launch in a shuffled order; the result must not change.
@@ -204,7 +204,6 @@ def sanitize(*, order_seed: int | None = None, reads: bool = True) -> Iterator[N
             for owner, name, wrapper in watch.wrappers():
                 original = getattr(owner, name)
                 stack.enter_context(mock.patch.object(owner, name, wrapper(original)))
-            stack.enter_context(poisoned_empty())
             yield
     except InterpreterError as error:
         cause: BaseException = error
@@ -220,7 +219,8 @@ class _Watch:
 
     def __init__(self, reads: bool, order_seed: int | None) -> None:
         self.reads, self.order_seed = reads, order_seed
-        self.order, self.grid, self.program = None, (1, 1, 1), (0, 0, 0)
+        self.order: np.ndarray | None = None
+        self.grid, self.program = (1, 1, 1), (0, 0, 0)
 
     def wrappers(self) -> Iterator[tuple[type, str, Callable]]:
         yield GridExecutor, "__call__", self._wrap_launch
@@ -295,15 +295,17 @@ class _Watch:
 
     def _set_spans(self, arguments):
         """Sort the byte ranges of the arguments, and join those that overlap."""
-        spans = sorted(span for name, value in arguments for span in _spans(name, value))
-        merged = [[0, 0, "(nothing)"]]  # so that every address has a span below it
-        for start, end, name in spans:
-            if start < merged[-1][1]:
-                merged[-1] = [merged[-1][0], max(end, merged[-1][1]), f"{merged[-1][2]}/{name}"]
+        starts, ends, names = [0], [0], ["(nothing)"]  # so that every address has a span below it
+        for start, end, name in sorted(s for arg in arguments for s in _spans(*arg)):
+            if start < ends[-1]:
+                ends[-1] = max(end, ends[-1])
+                names[-1] += f"/{name}"
             else:
-                merged.append([start, end, name])
-        self.starts, self.ends = (np.array([m[k] for m in merged], np.uint64) for k in (0, 1))
-        self.names = [m[2] for m in merged]
+                starts.append(start)
+                ends.append(end)
+                names.append(name)
+        self.starts, self.ends = np.array(starts, np.uint64), np.array(ends, np.uint64)
+        self.names = names
 
     def _check_bounds(self, pointers, mask, what):
         """Return the addresses of the active lanes."""
@@ -341,8 +343,9 @@ class _Watch:
         if not self.loads:
             return
         read, reader = (np.concatenate(c) for c in zip(*self.loads, strict=True))
-        for side, step in (("left", 0), ("right", -1)):  # lowest and highest program storing there
-            at = np.clip(np.searchsorted(address, read, side=side) + step, 0, address.size - 1)
+        lowest = np.searchsorted(address, read, side="left")  # of the programs that store there
+        highest = np.searchsorted(address, read, side="right") - 1
+        for at in (np.minimum(lowest, address.size - 1), np.maximum(highest, 0)):
             clash = (address[at] == read) & (program[at] != reader)
             if clash.any():
                 i = int(np.argmax(clash))

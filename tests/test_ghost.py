@@ -69,7 +69,7 @@ def test_without_kernel():
 
 def pytest_process(*arguments):
     """Run pytest on kernels; return (exit status, output)."""
-    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "-m", "kernel"]
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-m", "kernel"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]  # of pytest-xdist, where this test runs in one of its workers

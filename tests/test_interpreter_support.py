@@ -232,10 +232,8 @@ def test_a_shuffled_order_shows_a_dependence_between_programs():
 
 
 def test_errors_of_the_test_itself_pass_through_and_nothing_stays_patched():
-    before = torch.are_deterministic_algorithms_enabled()
     with pytest.raises(ZeroDivisionError), sanitize():
         raise ZeroDivisionError
-    assert torch.are_deterministic_algorithms_enabled() == before
     _same_address[(4,)](torch.zeros(1))
 
 

@@ -96,28 +96,27 @@ def test_a_dot_uses_the_tensor_cores_of_each_generation(arch):
     [
         ("_axpy: loads of 32 bits, 128 promised", lambda: axpy(stride=3), {"vector_bits": 128}),
         ("_axpy: loads of 32 bits", lambda: axpy(misaligned=True), {"vector_bits": 128}),
-        ("_axpy: loads of 32 bits", lambda: axpy(n=(1 << 20) + 1), {"vector_bits": 128}),
+        ("_axpy: stores of 32 bits", lambda: axpy(n=(1 << 20) + 1), {"vector_bits": 128}),
         ("_axpy: loads of 16 bits", lambda: axpy(torch.half, stride=3), {"vector_bits": 64}),
         ("no block with 128 bits", lambda: axpy(BLOCK=128), {"vector_bits": 128}),
-        ("no tensor-core instruction of sm_90, but none", axpy, {"dot": True}),
-        ("registers spill", lambda: matmul(maxnreg=32), {}),
-        ("_matmul: 393,2.. bytes of shared memory, sm_90", lambda: matmul(TK=256), {}),
+        ("no tensor-core instruction of sm_80, but none", axpy, {"dot": True}),
+        ("_matmul: registers spill", lambda: matmul(maxnreg=32), {}),
         ("_axpy: grid", lambda: axpy(programs=(1, 65_536)), {}),
         ("launches no kernel", lambda: None, {}),
     ],
 )
 def test_a_bad_launch_is_found(message, run, promise):
-    with pytest.raises(AssertionError, match=message):
-        assert not found(run, **promise)
+    assert any(message in problem for problem in found(run, 80, **promise))
 
 
 @compiles
-def test_what_is_too_large_for_one_architecture_may_fit_another():
+def test_shared_memory_is_judged_by_the_limit_of_each_architecture():
     def large():
         matmul(TN=256, num_stages=4)
 
-    assert any("shared memory, sm_80 has 166,912" in p for p in found(large, 80))
-    assert not any("shared memory" in p for p in found(large, 90))
+    message = "_matmul: 147,456 bytes of shared memory, sm_120 has 101,376"
+    assert found(large, 120) == [message]
+    assert found(large, 80) == []
 
 
 @compiles

@@ -57,6 +57,15 @@ def test_a_lossy_result_is_not(dtype, mutant):
         assert_within_budget(mutant(a, b), same, exact)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_sixteen_bits_may_have_one_and_a_half_times_the_error_of_plain_pytorch(dtype):
+    same, exact, (a, b) = matmul_case(dtype)
+    lossy = truncated(a.float() @ b.float().T, dtype)  # twice the error: a third of it, and a half
+    assert_within_budget(torch.where(torch.arange(64) % 3 == 0, lossy, same), same, exact)
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_within_budget(torch.where(torch.arange(64) % 2 == 0, lossy, same), same, exact)
+
+
 def test_one_wrong_value_in_many_fails_by_the_maximum():
     same, exact, _ = matmul_case(torch.bfloat16, 2048)
     same, exact = same.expand(64, 64, 64), exact.expand(64, 64, 64)
@@ -104,6 +113,11 @@ def test_nan_and_infinity_must_stand_where_the_references_have_them(special):
     with pytest.raises(AssertionError, match="result and reference"):
         assert_within_budget(torch.full_like(same, special), with_special, exact)
     assert_within_budget(with_special, with_special, exact)
+    if special == special:  # not NaN
+        opposite = with_special.clone()
+        opposite[5] = -special
+        with pytest.raises(AssertionError, match="result and reference"):
+            assert_within_budget(opposite, with_special, exact)
 
 
 def test_overflow_of_the_dtype_is_infinity_in_both_references():

@@ -9,7 +9,7 @@ Backward in x0: once by kernel, twice by differentiating add_noise_bwd_ref.
 Source   DDPM arXiv:2006.11239; v: arXiv:2202.00512; flow matching: arXiv:2210.02747.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -217,7 +217,8 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx_t, dtarget):
-        run = add_noise_bwd_ref if torch.is_grad_enabled() else _bwd  # grad mode: create_graph
+        # Grad mode in a backward means create_graph=True.
+        run: Callable[..., Tensor] = add_noise_bwd_ref if torch.is_grad_enabled() else _bwd
         return run(dx_t, dtarget, *ctx.saved_tensors, ctx.target), None, None, None, None, None
 
 
@@ -268,5 +269,6 @@ def add_noise(
     index = as_index(index, x0.shape[0], x0.device)
     if using_reference():
         return add_noise_ref(x0, table, t, seed, index, target)
+    run: Callable[..., tuple[Tensor, Tensor]]
     run = _AddNoise.apply if needs_function(x0) else _fwd
     return run(x0, table, t, seed, index, target)

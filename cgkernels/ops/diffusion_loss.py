@@ -10,7 +10,7 @@ Backward in pred, x0: once by kernel, twice by differentiating diffusion_loss_bw
 Source   DDPM arXiv:2006.11239 eq. 14; v: arXiv:2202.00512; weights: arXiv:2303.09556.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -247,7 +247,10 @@ class _DiffusionLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        run = diffusion_loss_bwd_ref if torch.is_grad_enabled() else _bwd  # create_graph
+        # Grad mode in a backward means create_graph=True.
+        run: Callable[..., tuple] = _bwd
+        if torch.is_grad_enabled():
+            run = diffusion_loss_bwd_ref
         return *run(dloss, *ctx.saved_tensors, ctx.target), None, None, None, None, None, None
 
 
@@ -300,5 +303,5 @@ def diffusion_loss(
     index = as_index(index, rows, x0.device)
     if using_reference():
         return diffusion_loss_ref(pred, x0, table, t, seed, index, weight, target)
-    run = _DiffusionLoss.apply if needs_function(pred, x0) else _fwd
+    run: Callable[..., Tensor] = _DiffusionLoss.apply if needs_function(pred, x0) else _fwd
     return run(pred, x0, table, t, seed, index, weight, target)

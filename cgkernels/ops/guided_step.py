@@ -15,7 +15,7 @@ Source   DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, learned variance arXiv:21
          classifier-free guidance arXiv:2207.12598, DPM-Solver++ arXiv:2211.01095.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -322,9 +322,10 @@ def _launches() -> Iterator[Launch]:
     step, scale, table, seed, index = _meta_numbers(shape[0])
 
     def launch(x, c, u=None, v=None, h1=None, h2=None, noise=False, x0=False, twin=None):
-        run, last = (_launch_fwd, x0) if twin is None else (_launch_inplace, twin)
-        numbers = (seed, index) if noise else (None, None)
-        return partial(run, x, c, u, table, step, scale, v, h1, h2, *numbers, last)
+        s, i = (seed, index) if noise else (None, None)
+        if twin is None:
+            return partial(_launch_fwd, x, c, u, table, step, scale, v, h1, h2, s, i, x0)
+        return partial(_launch_inplace, x, c, u, table, step, scale, v, h1, h2, s, i, twin)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         t = _meta(shape, dtype)
@@ -521,6 +522,7 @@ def guided_step(
     if using_reference():
         out, x0 = guided_step_ref(*args)
         return (out, x0) if return_x0 else out
+    run: Callable[..., tuple[Tensor, Tensor]]
     run = _GuidedStep.apply if needs_function(x, cond, uncond, h1, h2) else _fwd
     out, x0 = run(*args, return_x0)
     return (out, x0) if return_x0 else out
@@ -565,7 +567,7 @@ def guided_step_(
     for name, tensor in (("x", x), ("h1", h1), ("h2", h2), ("twin", twin)):
         if tensor is not None and _overlaps_itself(tensor):
             raise ValueError(f"{name} is written to: it must not be expanded, call .clone() first")
-    run = _cpu_inplace if using_reference() else _inplace
+    run: Callable[..., None] = _cpu_inplace if using_reference() else _inplace
     run(*args, twin)
     return x
 

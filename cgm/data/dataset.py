@@ -16,7 +16,7 @@ CondKind = Literal["none", "class", "image", "tokens"]
 
 
 class Batch(TypedDict):
-    """y (B, *event) float32, and cond: None, class ids (B,), pictures (B, C, H, W) or tokens (B, M)."""
+    """y (B, *event), and cond: None, class ids (B,), tokens (B, M) or pictures (B, C, H, W)."""
 
     y: Tensor
     cond: Tensor | None

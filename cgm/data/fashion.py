@@ -1,8 +1,8 @@
 """Fashion-MNIST's 10,000 test pictures, which ship with the package (MIT, see the licence beside).
 
 The file is xz: the labels in published order, one byte each, then the pictures sorted by class
-(stable) and stored column by column, 28 x 28 bytes each. Sorting and columns make it 5 % smaller
-than the plain array, and it is smaller than PNG or lossless WebP. `python -m cgm.data.pack` makes it.
+(stable) and stored column by column, 28 x 28 bytes each: the smallest of the formats tried, 8 %
+below lossless WebP and 12 % below PNG. `python -m cgm.data.pack` makes it.
 
 Source   H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a novel image dataset for benchmarking
          machine learning algorithms", arXiv:1708.07747.
@@ -41,7 +41,7 @@ def read() -> tuple[Tensor, Tensor]:
 
 
 def rows_of(split: str) -> Tensor:
-    """Rows of a split, ascending: "test" is the last 100 pictures of each class, "train" the rest."""
+    """Rows of a split, ascending: "test" is the last 100 of each class, "train" the others."""
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", got {split!r}')
     labels = read()[1]

@@ -1,14 +1,14 @@
 """Folders of the user's own pictures.
 
-layout         what path holds                                       y and cond
-pairs          pictures, each with A on the left and B on the right  B from A; same row, same picture
-two_folders    folders A and B, equal names (extensions may differ)  B from A
-unpaired       folders A and B, unrelated                            B; a random picture of A
-classes        one folder per class                                  picture; class id, by folder name
+layout       what path holds                                       y         cond
+pairs        pictures, each with A on the left and B on the right  B         A
+two_folders  folders A and B, equal names (extensions may differ)  B         A
+unpaired     folders A and B, unrelated                            B         some picture of A
+classes      one folder per class, numbered in order of its name   pictures  class ids
 
-AtoB makes B from A; direction "BtoA" makes A from B. The folders A and B are path/A and path/B; if
-there is no folder path, they are pathA and pathB: "horse2zebra/train" means horse2zebra/trainA and
-horse2zebra/trainB.
+Direction "AtoB" makes B from A, as in the table, and "BtoA" makes A from B. The folders A and B are
+path/A and path/B; if there is no folder path, they are pathA and pathB: "horse2zebra/train" means
+horse2zebra/trainA and horse2zebra/trainB.
 
 A picture is what a viewer shows: turned as its EXIF orientation says, transparent parts over white,
 16-bit grey scaled to 8 bits, CMYK and palettes as RGB. Colour profiles are not applied. It is
@@ -47,7 +47,8 @@ def load_folder(
 
     size: side of the pictures in pixels. channels: 3 for RGB, 1 for grey. direction: "AtoB" or
     "BtoA"; classes have none. Every file is decoded here: one that cannot be read, an empty or
-    missing folder, a pair without partner, of two sizes or of odd width raises ValueError naming it.
+    missing folder, a picture without its partner, a pair of two sizes or of odd width raises
+    ValueError naming it.
     """
     path = Path(path)
     _check_choice("layout", layout, LAYOUTS)
@@ -163,7 +164,7 @@ def _decode(file: Path, channels: int) -> Image.Image:
             opened.load()
             picture = ImageOps.exif_transpose(opened)
             return _to_eight_bits(picture).convert("L" if channels == 1 else "RGB")
-    # Decoders meet broken data with OSError, SyntaxError, struct.error, ...: all mean the same here.
+    # Decoders meet broken data with OSError, SyntaxError, struct.error and more.
     except Exception as error:
         raise ValueError(f"{file}: cannot be read as a picture ({error})") from error
 

@@ -24,7 +24,7 @@ TEAL = (-0.8, -0.2)  # (a, b) of y
 PINK = (0.9, -0.1)
 LIGHTEST = 75.0  # L* of a white pixel: both colours can still be told apart there
 GARMENT_LEVEL = 12  # darker pixels, of 0 .. 255, are background
-EDGE_SLOPE = 160  # in the units of the Sobel sums below: a step of s grey levels gives 4 s
+EDGE_SLOPE = 240  # in the units of the Sobel sums below: a step of s grey levels gives 4 s
 
 
 def load_task(name: str, split: str = "train") -> Dataset:
@@ -48,7 +48,7 @@ def garment_mask(luminance: Tensor) -> Tensor:
 def edge_map(pictures: Tensor) -> Tensor:
     """Edges of pictures (N, 1, H, W) uint8, as uint8 0 or 255.
 
-    sqrt(gx^2 + gy^2) > 160 with the 3 x 3 Sobel sums gx, gy of the grey levels and the border
+    sqrt(gx^2 + gy^2) > 240 with the 3 x 3 Sobel sums gx, gy of the grey levels and the border
     continued: all in integers, so that the map is the same everywhere.
     """
     smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])

@@ -1,0 +1,495 @@
+"""cgm.data: the shipped pictures and the tasks on them, folders, order and partners."""
+
+import gzip
+import hashlib
+import struct
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cgm.data import (
+    PINK,
+    TASKS,
+    TEAL,
+    Dataset,
+    edge_map,
+    epoch_order,
+    fashion,
+    garment_mask,
+    lab_to_rgb,
+    load_folder,
+    load_task,
+    pack,
+    to_float,
+)
+
+ALL_FOLDERS = ("pairs", "two_folders", "unpaired", "classes")
+
+
+def all_rows(data):
+    return data.batch(torch.arange(len(data)))
+
+
+# The shipped file ---------------------------------------------------------------------------------
+
+
+def test_the_shipped_pictures_are_the_published_ones():
+    pictures, labels = fashion.read()
+    idx = struct.pack(">4I", 0x803, 10000, 28, 28) + pictures.numpy().tobytes()
+    assert hashlib.md5(idx).hexdigest() == "8181f5470baa50b63fa0f6fddb340f0a"
+    idx = struct.pack(">2I", 0x801, 10000) + labels.byte().numpy().tobytes()
+    assert hashlib.md5(idx).hexdigest() == "15d484375f8d13e6eb1aabb0c3f46965"
+
+
+def test_the_licence_lies_beside_the_pictures():
+    text = resources.files("cgm.data").joinpath("FASHION_MNIST_LICENSE.txt").read_text()
+    assert "Copyright (c) 2017 Zalando SE" in text
+    assert "Permission is hereby granted, free of charge" in text
+    assert "WITHOUT WARRANTY OF ANY KIND" in text
+
+
+def test_pack_makes_a_file_that_unpacks_to_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 28, 28), np.uint8)
+    labels = rng.integers(0, 10, 30).astype(np.uint8)
+    (tmp_path / "i.gz").write_bytes(
+        gzip.compress(struct.pack(">4I", 0x803, 30, 28, 28) + images.tobytes())
+    )
+    (tmp_path / "l.gz").write_bytes(gzip.compress(struct.pack(">2I", 0x801, 30) + labels.tobytes()))
+    pack.main([str(tmp_path / name) for name in ("i.gz", "l.gz", "out")])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["i.gz", "l.gz", "out"]
+    unpacked = fashion.unpack((tmp_path / "out").read_bytes())
+    np.testing.assert_array_equal(unpacked[0], images)
+    np.testing.assert_array_equal(unpacked[1], labels)
+    (tmp_path / "i.gz").write_bytes(gzip.compress(b"no IDX"))
+    with pytest.raises(ValueError, match=r"i\.gz: not an IDX file"):
+        pack.main([str(tmp_path / name) for name in ("i.gz", "l.gz", "out")])
+    with pytest.raises(SystemExit, match=r"python -m cgm\.data\.pack"):
+        pack.main([])
+
+
+def test_the_split_keeps_the_last_100_of_each_class():
+    labels = fashion.read()[1]
+    train, test = fashion.rows_of("train"), fashion.rows_of("test")
+    assert torch.cat([train, test]).sort().values.equal(torch.arange(10000))
+    assert labels[train].bincount().tolist() == [900] * 10
+    assert labels[test].bincount().tolist() == [100] * 10
+    for label in range(10):
+        assert train[labels[train] == label].max() < test[labels[test] == label].min()
+
+
+# Tasks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, rows, event_shape, cond_shape, kind",
+    [
+        ("class_to_image", (9000, 1000), (1, 28, 28), (), "class"),
+        ("complete", (9000, 1000), (1, 14, 28), (1, 14, 28), "image"),
+        ("colorize", (900, 100), (2, 28, 28), (1, 28, 28), "image"),
+        ("edges_to_image", (9000, 1000), (1, 28, 28), (1, 28, 28), "image"),
+    ],
+)
+def test_tasks_have_the_documented_shapes(name, rows, event_shape, cond_shape, kind):
+    train, test = load_task(name), load_task(name, "test")
+    assert (len(train), len(test)) == rows
+    assert (train.event_shape, train.cond_shape, train.cond_kind) == (event_shape, cond_shape, kind)
+    assert train.name == name
+    batch = train.batch(torch.tensor([5, 0, 5]))
+    assert batch["y"].shape == (3, *event_shape) and batch["cond"].shape == (3, *cond_shape)
+    assert batch["y"].dtype == torch.float32 and batch["y"].abs().max() <= 1
+    assert batch["y"][0].equal(batch["y"][2]) and not batch["y"][0].equal(batch["y"][1])
+    if kind == "image":
+        assert batch["cond"].dtype == torch.float32 and batch["cond"].abs().max() <= 1
+    assert load_task(name).batch(torch.tensor([5]))["y"].equal(batch["y"][:1])
+
+
+def test_the_tasks_are_all_tested_and_unknown_ones_are_refused():
+    assert TASKS == ("class_to_image", "complete", "colorize", "edges_to_image")
+    with pytest.raises(ValueError, match="class_to_image, complete, colorize, edges_to_image.*'x'"):
+        load_task("x")
+    with pytest.raises(ValueError, match="split.*'valid'"):
+        load_task("complete", "valid")
+
+
+def test_class_to_image_pairs_labels_with_pictures():
+    data = load_task("class_to_image", "test")
+    pictures, labels = fashion.read()
+    rows = fashion.rows_of("test")
+    batch = all_rows(data)
+    assert batch["cond"].equal(labels[rows])
+    torch.testing.assert_close((batch["y"] + 1) * 127.5, pictures[rows].float())
+    assert data.num_classes == len(data.class_names) == 10
+    assert data.class_names[9] == "ankle boot"
+
+
+def test_complete_puts_upper_and_lower_half_together():
+    batch, whole = all_rows(load_task("complete", "test")), load_task("class_to_image", "test")
+    assert torch.cat([batch["cond"], batch["y"]], 2).equal(all_rows(whole)["y"])
+
+
+def test_colorize_gives_each_garment_one_of_two_colours():
+    teal = 0
+    for split in ("train", "test"):
+        batch = all_rows(load_task("colorize", split))
+        y, mask = batch["y"], garment_mask(batch["cond"])
+        shares = mask.float().mean((1, 2, 3))
+        assert shares.min() > 0.2 and shares.max() < 0.95  # a garment, and something around it
+        fits = [
+            y.eq(mask * torch.tensor(colour)[:, None, None]).flatten(1).all(1)
+            for colour in (TEAL, PINK)
+        ]
+        assert (fits[0] ^ fits[1]).all()
+        teal += int(fits[0].sum())
+    assert abs(teal - 500) < 3 * 250**0.5  # 1000 fair draws, three standard deviations
+
+
+def test_garment_mask_cuts_between_two_grey_levels():
+    levels = to_float(torch.tensor([0, 12, 13, 255], dtype=torch.uint8))
+    assert garment_mask(levels).tolist() == [False, False, True, True]
+
+
+def test_lab_to_rgb_knows_grey_black_teal_and_pink():
+    light = torch.tensor([-1.0, 53.585 / 37.5 - 1]).view(2, 1, 1, 1)
+    black, grey = (lab_to_rgb(light, torch.zeros(2, 2, 1, 1)) + 1).flatten(1) * 127.5
+    assert black.abs().max() == 0
+    assert (grey - 128).abs().max() < 0.2  # L* 53.585 is sRGB grey 128
+    # sRGB (128, 64, 32) is L* 34.96, a* 23.69, b* 31.18 in CIELAB, D65
+    ab = torch.tensor([23.69, 31.18]).view(1, 2, 1, 1) / 50
+    brown = lab_to_rgb(torch.full((1, 1, 1, 1), 34.96 / 37.5 - 1), ab)
+    assert ((brown.flatten() + 1) * 127.5 - torch.tensor([128.0, 64, 32])).abs().max() < 1
+    for level in (0.0, 0.6):
+        colours = torch.tensor([TEAL, PINK])[:, :, None, None]
+        (r, g, b), (r2, g2, b2) = lab_to_rgb(torch.full((2, 1, 1, 1), level), colours).flatten(1)
+        assert r + 0.5 < min(g, b)  # teal: hardly any red
+        assert r2 > b2 + 0.1 and b2 > g2 + 0.1  # pink: red, then blue
+
+
+def test_edges_lie_where_grey_levels_step():
+    step = torch.zeros(1, 1, 6, 6, dtype=torch.uint8)
+    step[..., 3:] = 61  # a step of s gives 4 s: just above the threshold of 240
+    expected = torch.zeros_like(step)
+    expected[..., 2:4] = 255
+    assert edge_map(step).equal(expected)
+    assert edge_map(step.transpose(2, 3)).equal(expected.transpose(2, 3))
+    step[..., 3:] = 60
+    assert edge_map(step).max() == 0
+
+
+def test_edge_maps_of_the_pictures_are_neither_empty_nor_full():
+    cond = all_rows(load_task("edges_to_image", "test"))["cond"]
+    assert cond.unique().tolist() == [-1, 1]
+    shares = (cond > 0).float().mean((1, 2, 3))
+    assert shares.min() > 0.005 and shares.max() < 0.8 and 0.2 < shares.mean() < 0.35
+
+
+# Order and data sets ------------------------------------------------------------------------------
+
+
+def test_epoch_order_is_a_function_of_seed_and_epoch():
+    order = epoch_order(1000, 3, 7)
+    assert order.dtype == torch.int64 and order.sort().values.equal(torch.arange(1000))
+    torch.manual_seed(1)
+    torch.rand(5)
+    assert epoch_order(1000, 3, 7).equal(order)
+    for seed, epoch in ((3, 8), (4, 7), (7, 3)):
+        assert not epoch_order(1000, seed, epoch).equal(order)
+    assert order[:5].tolist() == [963, 473, 987, 378, 529]
+    assert epoch_order(0, 0, 0).tolist() == [] and epoch_order(1, 0, 0).tolist() == [0]
+    with pytest.raises(ValueError, match="negative"):
+        epoch_order(-1, 0, 0)
+
+
+def test_epoch_order_puts_every_row_everywhere():
+    places = torch.stack([epoch_order(10, 0, epoch).argsort() for epoch in range(2000)])
+    counts = torch.stack([places[:, row].bincount(minlength=10) for row in range(10)])
+    assert (counts - 200).abs().max() < 4.5 * (2000 * 0.1 * 0.9) ** 0.5
+
+
+def test_a_data_set_of_tensors():
+    y, tokens = torch.randn(4, 3), torch.tensor([[0, 1]] * 4)
+    data = Dataset("mine", y, tokens, "tokens", 2)
+    assert data.event_shape == (3,) and data.cond_shape == (2,)
+    batch = data.batch(torch.tensor([3, 1]))
+    assert batch["y"].equal(y[[3, 1]]) and batch["cond"].equal(tokens[:2])
+    unconditional = Dataset("mine", y)
+    assert unconditional.cond_kind == "none" and unconditional.cond_shape == ()
+    assert unconditional.batch(torch.tensor([0]))["cond"] is None
+    assert unconditional.batch(torch.tensor([], dtype=torch.int64))["y"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"y": torch.zeros(0, 2)}, ValueError, "y must be"),
+        ({"y": torch.zeros(2, 2, dtype=torch.float64)}, TypeError, r"y must be.*float64"),
+        ({"cond_kind": "class"}, ValueError, "cond must be given"),
+        ({"cond": torch.zeros(2), "cond_kind": "words"}, ValueError, "cond_kind.*'words'"),
+        ({"cond": torch.zeros(2, 1), "cond_kind": "image"}, ValueError, "cond.*4 dimensions"),
+        ({"cond": torch.zeros(3, 1, 1, 1), "cond_kind": "image"}, ValueError, "as many rows"),
+        ({"cond": torch.zeros(2), "cond_kind": "class"}, TypeError, r"cond must be.*int64"),
+        ({"cond": torch.tensor([0, 1]), "cond_kind": "class"}, ValueError, "num_classes = 1"),
+    ],
+)
+def test_a_wrong_data_set_is_refused(arguments, error, match):
+    with pytest.raises(error, match=match):
+        Dataset(**{"name": "x", "y": torch.zeros(2, 2), "num_classes": 1} | arguments)
+
+
+def test_wrong_rows_are_refused():
+    data = Dataset("x", torch.zeros(2, 2))
+    for rows in (torch.tensor([2]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match=r"rows must be in \[0, 2\)"):
+            data.batch(rows)
+    for rows in (torch.tensor([True, False]), torch.tensor(0)):
+        with pytest.raises(TypeError, match="rows must be int64"):
+            data.batch(rows)
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+def flat(colour, size=(8, 8), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+def save(picture, *parts, **options):
+    """Write a picture, making its folders."""
+    path = parts[0].joinpath(*parts[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **options)
+    return path
+
+
+def good(root, layout):
+    """The smallest right folder of a layout; returns one of its files."""
+    if layout == "pairs":
+        return save(flat("red", (16, 8)), root, "1.png")
+    sides = [save(flat(colour), root, side, "1.png") for side, colour in (("A", 0), ("B", 255))]
+    return sides[0]
+
+
+def level(pictures):
+    """Grey levels 0 .. 255 of float pictures of one colour, (B, C)."""
+    assert pictures.amax((2, 3)).sub(pictures.amin((2, 3))).max() < 0.05
+    return ((pictures.mean((2, 3)) + 1) * 127.5).round().long().tolist()
+
+
+def test_pairs_side_by_side(tmp_path):
+    for i, (left, right) in enumerate([((255, 0, 0), (0, 255, 0)), ((0, 0, 255), (9, 9, 9))]):
+        picture = flat(left, (24, 6))
+        picture.paste(right, (12, 0, 24, 6))
+        save(picture, tmp_path, f"{i}.png")
+    save(flat("red"), tmp_path, ".hidden.png")
+    (tmp_path / "notes.txt").write_text("passed over")
+    data = load_folder(tmp_path, "pairs", size=8)
+    assert len(data) == 2 and data.event_shape == data.cond_shape == (3, 8, 8)
+    assert data.name == tmp_path.name and data.y.dtype == torch.uint8
+    batch = all_rows(data)
+    assert level(batch["cond"]) == [[255, 0, 0], [0, 0, 255]]
+    assert level(batch["y"]) == [[0, 255, 0], [9, 9, 9]]
+    swapped = all_rows(load_folder(tmp_path, "pairs", size=8, direction="BtoA"))
+    assert swapped["y"].equal(batch["cond"]) and swapped["cond"].equal(batch["y"])
+
+
+@pytest.mark.parametrize("sides", [("x/A", "x/B"), ("xA", "xB")])
+def test_two_folders_pair_equal_names(tmp_path, sides):
+    for stem, value in (("b", 20), ("a", 10)):
+        save(flat(value, mode="L"), tmp_path, sides[0], f"{stem}.png")
+        save(flat(value + 5, mode="L"), tmp_path, sides[1], f"{stem}.bmp")
+    data = load_folder(tmp_path / "x", "two_folders", size=4, channels=1)
+    batch = all_rows(data)
+    assert data.event_shape == (1, 4, 4) and data.cond_kind == "image"
+    assert level(batch["cond"]) == [[10], [20]] and level(batch["y"]) == [[15], [25]]
+    back = load_folder(tmp_path / "x", "two_folders", size=4, channels=1, direction="BtoA")
+    assert level(all_rows(back)["y"]) == [[10], [20]]
+
+
+def test_unpaired_partners_are_drawn_anew_each_epoch(tmp_path):
+    for i in range(7):
+        save(flat(i, mode="L"), tmp_path, "trainA", f"a{i}.png")
+    for i in range(3):
+        save(flat(100 + i, mode="L"), tmp_path, "trainB", f"b{i}.png")
+    data = load_folder(tmp_path / "train", "unpaired", size=2, channels=1)
+    assert len(data) == 3 and not data.paired
+    rows = torch.tensor([2, 0, 1])
+    first = data.batch(rows)
+    assert level(first["y"]) == [[102], [100], [101]]
+    assert data.batch(rows)["cond"].equal(first["cond"])
+    assert data.batch(rows[:1])["cond"].equal(first["cond"][:1])  # whatever the batch
+    assert not data.batch(rows, epoch=1)["cond"].equal(first["cond"])
+    drawn = [value for e in range(200) for [value] in level(data.batch(rows, epoch=e)["cond"])]
+    counts = np.bincount(drawn, minlength=7)
+    assert len(counts) == 7 and abs(counts - 600 / 7).max() < 4 * (600 / 7) ** 0.5
+    back = load_folder(tmp_path / "train", "unpaired", size=2, channels=1, direction="BtoA")
+    assert len(back) == 7 and level(all_rows(back)["y"]) == [[i] for i in range(7)]
+
+
+def test_one_folder_per_class(tmp_path):
+    save(flat("white"), tmp_path, "zebra", "1.webp", lossless=True)
+    for name in ("2.JPG", "1.jpeg"):
+        save(flat("black"), tmp_path, "ant", name)
+    (tmp_path / ".cache").mkdir()
+    data = load_folder(tmp_path, "classes", size=4)
+    assert data.class_names == ("ant", "zebra") and data.num_classes == 2
+    assert data.cond_kind == "class" and data.cond_shape == ()
+    batch = all_rows(data)
+    assert batch["cond"].tolist() == [0, 0, 1]
+    assert level(batch["y"]) == [[0] * 3, [0] * 3, [255] * 3]
+
+
+def test_pictures_are_resized_with_antialiasing(tmp_path):
+    lines = np.tile(np.array([0, 255], np.uint8), (64, 32))  # single columns, black and white
+    save(Image.fromarray(lines), tmp_path, "a", "1.png")
+    [picture] = all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"]
+    assert picture.shape == (1, 8, 8) and picture[:, :, 1:-1].abs().max() < 0.1  # even grey
+
+
+def encodings():
+    """Name, picture, expected RGB, options of Image.save."""
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    see_through = palette.copy()
+    see_through.info["transparency"] = 1
+    sixteen = Image.fromarray(np.full((8, 8), 40000, np.uint16))
+    return {
+        "rgba.png": (half, [255, 127, 127], {}),
+        "rgba.webp": (half, [255, 127, 127], {"lossless": True}),
+        "la.png": (Image.new("LA", (8, 8), (50, 0)), [255] * 3, {}),
+        "palette.png": (palette, [10, 20, 30], {}),
+        "palette.bmp": (palette, [10, 20, 30], {}),
+        "transparent_palette.png": (see_through, [255] * 3, {"transparency": 1}),
+        "keyed_rgb.png": (flat((1, 2, 3)), [255] * 3, {"transparency": (1, 2, 3)}),
+        "sixteen_bit.png": (sixteen, [156] * 3, {}),  # 40000 / 257 = 155.6
+        "one_bit.png": (Image.new("1", (8, 8), 1), [255] * 3, {}),
+        "grey.jpg": (flat(77, mode="L"), [77] * 3, {"quality": 100}),
+        "cmyk.jpg": (flat((0, 255, 255, 0), mode="CMYK"), [255, 0, 0], {"quality": 100}),
+    }
+
+
+@pytest.mark.parametrize("name", encodings())
+def test_every_encoding_becomes_eight_bit_rgb(tmp_path, name):
+    picture, expected, options = encodings()[name]
+    save(picture, tmp_path, "c", name, **options)
+    [got] = level(all_rows(load_folder(tmp_path, "classes", size=8))["y"])
+    assert np.abs(np.array(got) - expected).max() <= 2, got
+    [[grey]] = level(all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"])
+    assert abs(grey - np.dot(expected, [0.299, 0.587, 0.114])) <= 2
+
+
+@pytest.mark.parametrize("name", ["1.jpg", "1.png"])
+def test_exif_orientation_is_honoured(tmp_path, name):
+    picture = flat("black", (16, 32))
+    picture.paste("white", (0, 0, 16, 16))  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: black left, white right
+    save(picture, tmp_path, name, exif=exif)
+    batch = all_rows(load_folder(tmp_path, "pairs", size=8))
+    assert level(batch["cond"]) == [[0] * 3] and level(batch["y"]) == [[255] * 3]
+
+
+@pytest.mark.parametrize("layout", ALL_FOLDERS)
+@pytest.mark.parametrize("harm", ["empty", "truncated", "text", "broken"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, layout, harm):
+    good(tmp_path, layout)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    bad = good(tmp_path, layout).with_name("1.png")
+    Image.fromarray(noise).save(bad)
+    data = bytearray(bad.read_bytes())
+    if harm == "broken":
+        data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
+    cut = {"empty": b"", "truncated": data[:-2000], "text": b"hello", "broken": data}
+    bad.write_bytes(cut[harm])
+    with pytest.raises(ValueError, match=r"1\.png: cannot be read as a picture") as caught:
+        load_folder(tmp_path, layout)
+    assert str(caught.value).startswith(str(bad))
+
+
+@pytest.mark.parametrize("name", ["1.jpg", "1.webp", "1.bmp"])
+def test_truncated_files_of_other_formats_are_refused(tmp_path, name):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = save(Image.fromarray(noise), tmp_path, "c", name)
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+        load_folder(tmp_path, "classes")
+
+
+@pytest.mark.parametrize("layout", ALL_FOLDERS)
+def test_missing_and_empty_folders_are_named(tmp_path, layout):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match="nowhere.*: no such folder"):
+        load_folder(nowhere, layout)
+    (tmp_path / "a_file").write_text("")
+    if layout in ("pairs", "classes"):
+        with pytest.raises(ValueError, match="a_file: not a folder"):
+            load_folder(tmp_path / "a_file", layout)
+    for name in ("A", "B"):
+        (tmp_path / "empty" / name).mkdir(parents=True)
+    place = "empty: no pictures" if layout == "pairs" else "A: no pictures"
+    with pytest.raises(ValueError, match=place):
+        load_folder(tmp_path / "empty", layout)
+
+
+def test_an_empty_class_and_no_class_are_refused(tmp_path):
+    save(flat("red"), tmp_path, "full", "1.png")
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(ValueError, match="hollow: no pictures"):
+        load_folder(tmp_path, "classes")
+    with pytest.raises(ValueError, match="full: no class folders"):
+        load_folder(tmp_path / "full", "classes")
+
+
+def test_pairs_of_odd_width_are_refused(tmp_path):
+    save(flat("red", (15, 8)), tmp_path, "odd.png")
+    with pytest.raises(ValueError, match=r"odd\.png: .*even width, got 15"):
+        load_folder(tmp_path, "pairs")
+
+
+@pytest.mark.parametrize("alone", ["A", "B"])
+def test_two_folders_name_the_file_without_partner(tmp_path, alone):
+    good(tmp_path, "two_folders")
+    path = save(flat("red"), tmp_path, alone, "single.png")
+    with pytest.raises(ValueError, match="no picture of that name in") as caught:
+        load_folder(tmp_path, "two_folders")
+    assert str(path) in str(caught.value)
+
+
+def test_two_folders_of_other_sizes_or_double_names_are_refused(tmp_path):
+    good(tmp_path, "two_folders")
+    save(flat("red", (8, 9)), tmp_path, "B", "1.png")
+    with pytest.raises(ValueError, match=r"1\.png is 8 x 8 .*1\.png is 8 x 9"):
+        load_folder(tmp_path, "two_folders")
+    save(flat("red"), tmp_path, "B", "1.bmp")
+    with pytest.raises(ValueError, match=r"1\.png: 1\.bmp beside it has the same name"):
+        load_folder(tmp_path, "two_folders")
+
+
+def test_one_side_alone_is_refused(tmp_path):
+    save(flat("red"), tmp_path, "A", "1.png")
+    with pytest.raises(ValueError, match="B: no such folder"):
+        load_folder(tmp_path, "unpaired")
+    save(flat("red"), tmp_path, "sub", "trainA", "1.png")
+    with pytest.raises(ValueError, match=r"sub: for its trainA and trainB pass .*train as path"):
+        load_folder(tmp_path / "sub", "unpaired")
+
+
+@pytest.mark.parametrize(
+    "option, match",
+    [
+        ({"layout": "grid"}, "layout must be one of pairs, two_folders, .*'grid'"),
+        ({"direction": "ab"}, "direction must be one of AtoB, BtoA, got 'ab'"),
+        ({"channels": 4}, "channels must be one of 1, 3, got 4"),
+        ({"size": 0}, "size must be .*, got 0"),
+        ({"size": True}, "size must be .*, got True"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path, option, match):
+    good(tmp_path, "pairs")
+    with pytest.raises(ValueError, match=match):
+        load_folder(tmp_path, **option)
+    with pytest.raises(TypeError):
+        load_folder(tmp_path, size=1.5)
