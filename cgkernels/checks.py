@@ -25,11 +25,9 @@ def check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape (B, ...), got a tensor without dimensions")
 
 
-def check_float(**tensors: Tensor | None) -> None:
+def check_float(**tensors: Tensor) -> None:
     """Raise unless each is float32, float16 or bfloat16; float64 passes on the CPU."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype in FLOATS:
@@ -57,9 +55,9 @@ def check_noise_size(name: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have at most 2^34 elements a sample, got {tuple(shape)}")
 
 
-def check_same_device(**tensors: Tensor | None) -> None:
+def check_same_device(**tensors: Tensor) -> None:
     """Raise unless all tensors are on the device of the first."""
-    (first, expected), *others = [(n, t) for n, t in tensors.items() if t is not None]
+    (first, expected), *others = tensors.items()
     for name, tensor in others:
         if tensor.device != expected.device:
             raise ValueError(
@@ -156,7 +154,7 @@ def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> 
         return value.to(dtype).expand(rows)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a floating tensor, got {value!r}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"{name} must be finite, got {value}")
     return torch.full((), value, dtype=dtype, device=like.device).expand(rows)
 

@@ -100,6 +100,16 @@ def normal_at(seed, index, step, element, STREAM: tl.constexpr):
 
 
 @triton.jit
+def block_of_row(blocks, numel, BLOCK: tl.constexpr):
+    """Row, first position, positions and mask of this program, one of `blocks` in a row."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    first = (program % blocks + numel * 0) * BLOCK  # 64 bits only where numel has them
+    lane = tl.arange(0, BLOCK)
+    return row, first, first + lane, lane < numel - first  # the sum may wrap where masked
+
+
+@triton.jit
 def element_of(position, channels, pixels, CHANNELS_LAST: tl.constexpr):
     """The element number (logical C, H, W order) of a position in the order of iteration."""
     if CHANNELS_LAST:
@@ -129,7 +139,8 @@ def row_offset(strides, row, position, element, pixels, DENSE: tl.constexpr):
     if DENSE:
         return row * strides[0] + position
     else:
-        return row * strides[0] + (element // pixels) * strides[1] + (element % pixels) * strides[2]
+        channel, pixel = (element // pixels).to(tl.int64), (element % pixels).to(tl.int64)
+        return row * strides[0] + channel * strides[1] + pixel * strides[2]
 
 
 @triton.jit

@@ -85,11 +85,18 @@ def using_reference() -> bool:
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its autograd.Function.
+    """Whether a call must go through its autograd.Function: where a gradient is recorded."""
+    refuse_forward_mode()
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
-    True where a gradient is recorded, and inside any level of forward-mode differentiation: there
-    the Function raises, while the bare op would return a tangent of zero without a word.
+
+def refuse_forward_mode() -> None:
+    """Raise inside any level of forward-mode differentiation.
+
+    A bare op would return a tangent of zero there without a word.
     """
     if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        raise NotImplementedError(
+            "the ops of cgkernels have no forward-mode derivative (torch.func.jvp, dual tensors): "
+            "make the call inside cgkernels.reference()"
+        )

@@ -9,7 +9,7 @@ seed is a 64-bit number; index the 64-bit number of the sample, row + 2^32 draw;
 within one sample in logical (C, H, W) order, whatever the memory layout. A number therefore depends
 on (seed, index, step, stream, element) and on nothing else: not on the batch, the device, the
 memory format or the dtype, which only rounds it. `device.py` computes the same words in a kernel
-and normals within 4 ulp of these, which are computed in float64 and rounded once.
+and normals within 4 ulp of these, which are computed in float64 and rounded to float32.
 
 Source   Philox: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
          Box, Muller, "A note on the generation of random normal deviates", 1958.
@@ -31,6 +31,7 @@ STREAM_CONDITION_DROPOUT = 4
 STREAM_LANGEVIN = 5
 STREAM_LATENTS = 6
 STREAM_DROPOUT = 7
+STREAM_DATA = 8  # data sets: the order of an epoch, colours, partners
 
 _MASK = 0xFFFFFFFF
 
@@ -78,9 +79,10 @@ def uniform(
     """Uniforms of shape (B, *event), always inside (0, 1); arguments as in `normal`."""
     numbers, n = _words_of(shape, seed, index, step, stream, device)
     u = torch.stack([(w.double() + 0.5) * 2.0**-32 for w in numbers], -1).flatten(1)[:, :n]
-    # Rounding to a narrower dtype must not reach 1.
-    largest = 1 - torch.finfo(dtype).eps / 2
-    return u.clamp(max=largest).to(dtype).reshape(shape)
+    # Rounding to a narrower dtype must reach neither 0 nor 1.
+    info = torch.finfo(dtype)
+    u = u.clamp(info.smallest_normal * info.eps, 1 - info.eps / 2)
+    return u.to(dtype).reshape(shape).contiguous()
 
 
 def normal(
@@ -100,7 +102,10 @@ def normal(
     """
     numbers, n = _words_of(shape, seed, index, step, stream, device)
     z = torch.stack([*_box_muller(*numbers[:2]), *_box_muller(*numbers[2:])], -1)
-    return z.flatten(1)[:, :n].to(dtype).reshape(shape)
+    z = z.flatten(1)[:, :n]
+    if dtype != torch.float64:
+        z = z.float()  # half types round the float32 value, as a kernel does
+    return z.to(dtype).reshape(shape).contiguous()
 
 
 def _words_of(shape, seed, index, step, stream, device):

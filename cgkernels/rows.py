@@ -101,7 +101,15 @@ def with_strides(*tensors: Tensor | None) -> list[Any]:
     return [item for t in tensors for item in (t, strides_of(t))]
 
 
-def in_strides_of(like: Tensor, value: Tensor) -> Tensor:
-    """The value in the strides that `empty_like` gives, which is what a fake states."""
+def empty_rows(like: Tensor) -> Tensor:
+    """As `empty_like`, but contiguous where that would have no row strides."""
     out = torch.empty_like(like)
+    if row_strides(out) is None:
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return out
+
+
+def in_strides_of(like: Tensor, value: Tensor) -> Tensor:
+    """The value in the strides that `empty_rows` gives, which is what a fake states."""
+    out = empty_rows(like)
     return value if value.stride() == out.stride() else out.copy_(value)

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of config.json and model.safetensors; and the tensor files they are made of.
+"""Checkpoints: a folder of config.json and model.safetensors; and tensor files in general.
 
 config.json          format version, family, config, what the caller adds (data, training), versions
 model.safetensors    the weights to use: the averaged ones of a model that `cgm.training` trained
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from cgm.families import FAMILIES, Model, config_class, config_from_dict, family_class, make_model
@@ -112,7 +112,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file}: must be a JSON object, got {type(info).__name__}")
     if info.get("format") != FORMAT:
         raise ValueError(f"{file}: format must be {FORMAT}, got {info.get('format')}")
-    if info.get("family") not in FAMILIES or not isinstance(info.get("config"), dict):
+    if info.get("family") not in list(FAMILIES) or not isinstance(info.get("config"), dict):
         raise ValueError(
             f"{file}: must have a family of {', '.join(FAMILIES)} and its config, "
             f"got family {info.get('family')!r}"
@@ -153,13 +153,13 @@ def shipped(name: str) -> Path:
 
 # Files --------------------------------------------------------------------------------------------
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Writes tensors and information (JSON types) as one safetensors file, the same bytes each time."""
+    """Writes tensors and information (JSON types) as one file, the same bytes each time."""
     stored = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     text = json.dumps(info)
     # One entry only: safetensors writes several in an order of its own.
     header = json.dumps({"crc32": _checksum(stored, text), "info": text})
     with replacing(file) as temporary:
-        save_file(stored, temporary, metadata={_HEADER: header})
+        temporary.write_bytes(save(stored, metadata={_HEADER: header}))
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import cgkernels
 from cgkernels.checks import as_seed, check_shape, readable
@@ -24,6 +24,7 @@ from cgkernels.random import (
     STREAM_TRAINING,
     uniform,
 )
+from cgm.families import Model
 from cgm.networks.unet import KeysValues, UNet
 from cgm.samplers import make_schedule, make_table
 
@@ -117,11 +118,10 @@ class SamplingConfig:
 
 
 # Model --------------------------------------------------------------------------------------------
-class ConditionalDiffusion(nn.Module):
+class ConditionalDiffusion(Model):
     """Diffusion model of p(y | cond); `loss` and `sample` follow the protocol of all families."""
 
     family: ClassVar[str] = "diffusion"
-    phases: ClassVar[tuple[str, ...]] = ("model",)
 
     noise_table: Tensor  # (T, 2): alpha_t, sigma_t
     loss_weights: Tensor  # (T,)
@@ -154,11 +154,6 @@ class ConditionalDiffusion(nn.Module):
         if config.learned_variance:
             bound = _bound_table(self.schedule.alphas_cumprod)
             self.register_buffer("bound_table", bound, persistent=False)
-
-    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
-        """The parameters that a training phase updates."""
-        self._check_phase(phase)
-        return list(self.parameters())
 
     # Loss -----------------------------------------------------------------------------------------
     def loss(

@@ -4,11 +4,13 @@ Every `tests/ops/test_<op>.py` defines `samples(dtype, device)`, which yields `S
 `LAUNCHERS`, the launcher of each op that it registers; `test_all_ops.py` does the rest.
 """
 
+import contextlib
 import copy
 import dataclasses
 import importlib
 import inspect
 import pkgutil
+import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,10 @@ from unittest import mock
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -127,12 +132,16 @@ class OpCall:
     def name(self) -> str:
         return self.op._schema.name.removeprefix("cgkernels::")
 
-    def run(self, implementation: Callable | None = None) -> tuple[Tensor, ...]:
-        """What the op, or an implementation of it, returns and writes; self.args stay."""
-        args = copy.deepcopy(self.args)
-        returned = (implementation or self.op)(*args)
-        returned = () if returned is None else returned
-        returned = returned if isinstance(returned, tuple | list) else (returned,)
+    def run(self) -> tuple[Tensor, ...]:
+        """What the op returns and writes; self.args stay as they are."""
+        return self.results(self.op, copy.deepcopy(self.args))
+
+    def results(self, run: Callable, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        returned = run(*args)
+        if returned is None:
+            returned = ()
+        elif isinstance(returned, Tensor):
+            returned = (returned,)
         return *returned, *(args[i] for i in self.written)
 
     @property
@@ -150,6 +159,7 @@ class OpCall:
 
     def wide(self) -> "OpCall":
         """The call in float64, on the same values."""
+
         def widen(value):
             return torch.float64 if isinstance(value, torch.dtype) else value
 
@@ -195,15 +205,35 @@ def launchers() -> dict[str, Callable]:
     return {name: run for module in op_modules() for name, run in module.LAUNCHERS.items()}
 
 
+@contextlib.contextmanager
+def kernels(device: str, *, order_seed: int = 0) -> Iterator[None]:
+    """Within, public functions run their kernels on tensors of this device.
+
+    CPU tensors otherwise go to the plain implementations; here they go to the launchers, in the
+    interpreter and sanitized.
+    """
+    if device == "cuda":
+        yield
+        return
+    from tests.interpreter import sanitize  # needs Triton
+
+    with contextlib.ExitStack() as stack:
+        for name, launcher in launchers().items():
+            op_module = sys.modules[launcher.__module__]
+            place = next(n for n, value in vars(op_module).items() if value is OPS[name])
+            stack.enter_context(mock.patch.object(op_module, place, launcher))
+        stack.enter_context(sanitize(order_seed=order_seed))
+        yield
+
+
 def kernel_results(call: OpCall, *, order_seed: int = 0) -> tuple[Tensor, ...]:
     """What the kernels return and write, in guarded memory; other arguments must stay as they are.
 
     CPU tensors go to the launcher, in the interpreter and sanitized; CUDA tensors to the op.
     """
     places = [i for i, a in enumerate(call.args) if isinstance(a, Tensor)]
-    if call.args[places[0]].is_cuda:
-        run, watch = call.op, contextlib_null()
-    else:
+    run, watch = call.op, contextlib.nullcontext()
+    if not call.args[places[0]].is_cuda:
         from tests.interpreter import sanitize  # needs Triton
 
         run, watch = launchers()[call.name], sanitize(order_seed=order_seed)
@@ -212,10 +242,114 @@ def kernel_results(call: OpCall, *, order_seed: int = 0) -> tuple[Tensor, ...]:
         for i, tensor in zip(places, copies, strict=True):
             args[i] = tensor
         with watch:
-            returned = run(*args)
-        for i in places:
-            if i not in call.written:
-                assert_equal(args[i], call.args[i])
-        returned = () if returned is None else returned
-        returned = returned if isinstance(returned, tuple | list) else (returned,)
-        return *returned, *(args[i].clone() for i in call.written)
+            results = call.results(run, args)
+        for i in set(places) - set(call.written):
+            assert_equal(args[i], call.args[i], equal_nan=True)
+        return results
+
+
+def assert_kernels_agree(call: OpCall, actual: Sequence[Tensor]) -> None:
+    """Strides as the fake states them, values within the error budget."""
+    for result, fake in zip(actual, fake_results(call), strict=True):
+        assert result.stride() == fake.stride() or result.numel() == 0
+    on_cpu = call.map(Tensor.cpu)
+    with float32_normals():
+        plain = on_cpu.run()
+    assert_accurate(actual, plain, on_cpu.wide().run())
+
+
+def assert_accurate(
+    actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]
+) -> None:
+    """The error budget, for results of any dtypes and sizes, even empty ones.
+
+    Values too few to have a root mean square are held to the maximum alone.
+    """
+    groups = defaultdict(list)
+    for triple in zip(actual, plain, exact, strict=True):
+        groups[triple[0].dtype].append(triple)
+    for dtype, triples in groups.items():
+        if sum(t.numel() for t, _, _ in triples) >= 256:
+            assert_within_budget(*zip(*triples, strict=True))
+            continue
+        for got, same, true in triples:
+            assert got.shape == same.shape == true.shape and got.dtype == same.dtype
+            if true.numel():
+                band = 2 * torch.finfo(dtype).eps * true.abs().max()
+                error, budget = ((t.cpu().double() - true).abs().max() for t in (got, same))
+                assert error <= 2 * budget + band
+
+
+def fake_results(call: OpCall) -> tuple[Tensor, ...]:
+    mode = FakeTensorMode()
+    args = list(call.map(mode.from_tensor).args)
+    with mode:
+        return call.results(call.op, args)
+
+
+@contextlib.contextmanager
+def float32_normals() -> Iterator[None]:
+    """random.py with each operation after the logarithm rounded to float32, as a kernel has to.
+
+    The error budget of a kernel is what plain PyTorch in the same dtype would get; random.py alone
+    works in float64 whatever the dtype.
+    """
+    exact = random._box_muller
+
+    def rounded(w, v):
+        radius = exact(w, torch.zeros_like(v))[0]
+        x, y = (z / radius for z in exact(w, v))
+        return tuple((radius.float() * c.float()).double() for c in (x, y))
+
+    with mock.patch.object(random, "_box_muller", rounded):
+        yield
+
+
+# Comparisons --------------------------------------------------------------------------------------
+def in_ulp(actual: Tensor, exact: Tensor) -> Tensor:
+    """|actual - exact| in units of the last place of the float32 nearest to exact (float64)."""
+    exponent = torch.frexp(exact.float())[1]
+    return (actual.cpu().double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
+
+
+def assert_equal(actual: Any, expected: Any, *, equal_nan: bool = False) -> None:
+    """Equal in every bit (0.0 and -0.0 apart), with shapes and dtypes; strides may differ."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=equal_nan)
+
+
+def assert_refused(sample: Sample, error: type[Exception], *words: str) -> None:
+    """The call raises this error, its message has these words, and nothing is written."""
+    inputs = copy.deepcopy(sample.inputs)
+    with pytest.raises(error) as raised:
+        sample.call(inputs)
+    assert type(raised.value) is error
+    for word in words:
+        assert word in str(raised.value)
+    for name, tensor in sample.tensors.items():
+        if tensor.device.type != "meta":
+            assert_equal(memory_of(inputs[name]), memory_of(tensor), equal_nan=True)
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """All that lies in the tensor's memory, around a view too."""
+    return tensor.detach().new_empty(0).set_(tensor.untyped_storage())
+
+
+# torch.compile ------------------------------------------------------------------------------------
+def compiled(sample: Sample) -> tuple[dict[str, int], Callable]:
+    """sample.call compiled, and the number of graphs it was compiled to so far."""
+    counts = {"forward": 0, "backward": 0}
+
+    def counting(which):
+        def compiler(graph, _):
+            counts[which] += 1
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    forward = counting("forward")
+    backend = aot_autograd(
+        fw_compiler=forward, inference_compiler=forward, bw_compiler=counting("backward")
+    )
+    torch._dynamo.reset()
+    return counts, torch.compile(sample.call, fullgraph=True, dynamic=True, backend=backend)

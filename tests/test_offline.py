@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cgkernels  # noqa: F401  (fills LAUNCHES)
-from benchmarks.offline import ARCHITECTURES, compile_all
+from benchmarks.offline import ARCHITECTURES, compile_all, main
 from cgkernels._triton import HAS_TRITON, tl, triton
 from cgkernels.library import LAUNCHES, Launch
 from cgkernels.testing import compile_launch, problems
@@ -142,18 +142,6 @@ def test_arguments_of_compile_launch_are_checked():
             axpy()  # nothing stays patched
 
 
-@compiles
-def test_a_kernel_that_does_not_compile_is_a_problem_and_the_rest_goes_on(monkeypatch):
-    def launches():
-        yield Launch("bad", lambda: axpy(BLOCK=1000))
-        yield Launch("good", axpy)
-
-    monkeypatch.setitem(LAUNCHES, "toy", launches)
-    (bad, good) = compile_all(["toy"], [90])
-    assert bad[:4] == ("toy", "bad", 90, []) and "does not compile" in bad[4][0]
-    assert good[1] == "good" and good[3] and not good[4]
-
-
 # The command --------------------------------------------------------------------------------------
 def command(*arguments, **environment):
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -173,6 +161,21 @@ def test_the_command_prints_and_writes_a_table(tmp_path):
     assert f"\n{len(rows)} kernels" in done.stdout
     assert {row["op"] for row in rows} == {"philox_normal"} and {r["arch"] for r in rows} == {"90"}
     assert all(int(row["registers"]) > 0 and row["stack"] == "0" for row in rows)
+
+
+@compiles
+def test_the_command_reports_problems_and_goes_on(monkeypatch, capsys):
+    def launches():
+        yield Launch("bad", lambda: axpy(BLOCK=1000))
+        yield Launch("narrow", lambda: axpy(stride=3), vector_bits=128)
+        yield Launch("good", axpy, vector_bits=128)
+
+    monkeypatch.setitem(LAUNCHES, "toy", launches)
+    assert main(["toy", "--arch", "90"]) == 1
+    output = capsys.readouterr().out
+    assert "\n2 kernels" in output and "2 problems" in output
+    assert "PROBLEM toy, bad, sm_90: does not compile: CompilationError" in output
+    assert "PROBLEM toy, narrow, sm_90: _axpy: loads of 32 bits, 128 promised" in output
 
 
 def test_the_command_refuses_what_it_cannot_do():

@@ -28,9 +28,22 @@ from cgkernels.checks import (
     check_same_device,
     check_table,
 )
-from cgkernels.device import element_of, normal_of, row_offset, table_row, target_coefficients
+from cgkernels.device import (
+    block_of_row,
+    element_of,
+    normal_of,
+    row_offset,
+    table_row,
+    target_coefficients,
+)
 from cgkernels.library import Launch, define_op, needs_function, using_reference
-from cgkernels.rows import in_strides_of, row_launch, with_row_strides, with_strides
+from cgkernels.rows import (
+    empty_rows,
+    in_strides_of,
+    row_launch,
+    with_row_strides,
+    with_strides,
+)
 from cgkernels.targets import TARGETS, check_target
 from cgkernels.targets import target_coefficients as target_coefficients_ref
 
@@ -65,11 +78,7 @@ def _fwd_kernel(
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK elements of one row."""
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    first = (program % blocks).to(tl.int64) * BLOCK
-    position = first + tl.arange(0, BLOCK)
-    mask = position < numel
+    row, first, position, mask = block_of_row(blocks, numel, BLOCK)
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
     p0, p1 = target_coefficients(alpha, sigma, TARGET)
@@ -92,10 +101,7 @@ def _bwd_kernel(
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK elements of one row."""
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    position = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = position < numel
+    row, _, position, mask = block_of_row(blocks, numel, BLOCK)
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
     p0, _ = target_coefficients(alpha, sigma, TARGET)
@@ -172,7 +178,7 @@ def _meta_inputs():
 
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(x0, table, t, seed, index, target):
-    return torch.empty_like(x0), torch.empty_like(x0)
+    return empty_rows(x0), empty_rows(x0)
 
 
 def _cpu_fwd(x0, table, t, seed, index, target):
@@ -180,7 +186,7 @@ def _cpu_fwd(x0, table, t, seed, index, target):
 
 
 def _fake_bwd(dx_t, dtarget, table, t, target):
-    return torch.empty_like(dx_t)
+    return empty_rows(dx_t)
 
 
 def _cpu_bwd(dx_t, dtarget, table, t, target):

@@ -31,9 +31,22 @@ from cgkernels.checks import (
     check_shape,
     check_table,
 )
-from cgkernels.device import element_of, normal_of, row_offset, table_row, target_coefficients
+from cgkernels.device import (
+    block_of_row,
+    element_of,
+    normal_of,
+    row_offset,
+    table_row,
+    target_coefficients,
+)
 from cgkernels.library import Launch, define_op, needs_function, using_reference
-from cgkernels.rows import in_strides_of, row_launch, with_row_strides, with_strides
+from cgkernels.rows import (
+    empty_rows,
+    in_strides_of,
+    row_launch,
+    with_row_strides,
+    with_strides,
+)
 from cgkernels.targets import TARGETS, check_target
 from cgkernels.targets import target_coefficients as target_coefficients_ref
 
@@ -41,7 +54,7 @@ from cgkernels.targets import target_coefficients as target_coefficients_ref
 # 1. Reference -------------------------------------------------------------------------------------
 def diffusion_loss_ref(pred, x0, table, t, seed, index, weight, target):
     difference, _ = _difference_ref(pred, x0, table, t, seed, index, target)
-    return weight * difference.square().flatten(1).mean(1)
+    return weight * difference.square().unsqueeze(-1).flatten(1).mean(1)  # (B,) has no event
 
 
 def diffusion_loss_bwd_ref(dloss, pred, x0, table, t, seed, index, weight, target):
@@ -67,12 +80,10 @@ def _difference_ref(pred, x0, table, t, seed, index, target):
 @triton.jit
 def _difference(
     pred_ptr, pred_strides, x0_ptr, x0_strides, table_ptr, t_ptr, t_stride, seed_ptr, index_ptr,
-    timesteps, row, first, numel, channels, pixels,
+    timesteps, row, first, position, mask, channels, pixels,
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """pred - target of a block (zero beyond the row), with p0, positions and elements."""
-    position = first + tl.arange(0, BLOCK)
-    mask = position < numel
+    """pred - target of a block (zero beyond the row), p0 and the elements."""
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
     p0, p1 = target_coefficients(alpha, sigma, TARGET)
@@ -82,7 +93,7 @@ def _difference(
     pred = tl.load(pred_ptr + offset, mask=mask).to(tl.float32)
     offset = row_offset(x0_strides, row, position, element, pixels, DENSE)
     x0 = tl.load(x0_ptr + offset, mask=mask).to(tl.float32)
-    return tl.where(mask, pred - (p0 * x0 + p1 * z), 0.0), p0, position, element
+    return tl.where(mask, pred - (p0 * x0 + p1 * z), 0.0), p0, element
 
 
 @triton.jit
@@ -92,15 +103,13 @@ def _partial_kernel(
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK elements of one row: the sum of their squared differences."""
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    first = (program % blocks).to(tl.int64) * BLOCK
-    difference, _, _, _ = _difference(
+    row, first, position, mask = block_of_row(blocks, numel, BLOCK)
+    difference, _, _ = _difference(
         pred_ptr, pred_strides, x0_ptr, x0_strides, table_ptr, t_ptr, t_stride, seed_ptr,
-        index_ptr, timesteps, row, first, numel, channels, pixels,
+        index_ptr, timesteps, row, first, position, mask, channels, pixels,
         TARGET, CHANNELS_LAST, DENSE, BLOCK,
     )  # fmt: skip
-    tl.store(partial_ptr + program, tl.sum(difference * difference, 0))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(difference * difference, 0))
 
 
 @triton.jit
@@ -124,17 +133,14 @@ def _bwd_kernel(
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK elements of one row."""
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    first = (program % blocks).to(tl.int64) * BLOCK
-    difference, p0, position, element = _difference(
+    row, first, position, mask = block_of_row(blocks, numel, BLOCK)
+    difference, p0, element = _difference(
         pred_ptr, pred_strides, x0_ptr, x0_strides, table_ptr, t_ptr, t_stride, seed_ptr,
-        index_ptr, timesteps, row, first, numel, channels, pixels,
+        index_ptr, timesteps, row, first, position, mask, channels, pixels,
         TARGET, CHANNELS_LAST, DENSE, BLOCK,
     )  # fmt: skip
     weight = tl.load(weight_ptr + row * weight_stride)
     dpred = (2 * weight * tl.load(dloss_ptr + row) / numel) * difference
-    mask = position < numel
     offset = row_offset(dpred_strides, row, position, element, pixels, DENSE)
     tl.store(dpred_ptr + offset, dpred.to(dpred_ptr.dtype.element_ty), mask=mask)
     offset = row_offset(dx0_strides, row, position, element, pixels, DENSE)
@@ -208,7 +214,7 @@ def _fake_fwd(pred, x0, table, t, seed, index, weight, target):
 
 
 def _fake_bwd(dloss, pred, x0, table, t, seed, index, weight, target):
-    return torch.empty_like(pred), torch.empty_like(x0)
+    return empty_rows(pred), empty_rows(x0)
 
 
 def _cpu_bwd(dloss, pred, x0, table, t, seed, index, weight, target):

@@ -37,9 +37,16 @@ from cgkernels.checks import (
     check_table,
     readable,
 )
-from cgkernels.device import element_of, normal_of, row_offset
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.device import block_of_row, element_of, normal_of, row_offset
+from cgkernels.library import (
+    Launch,
+    define_op,
+    needs_function,
+    refuse_forward_mode,
+    using_reference,
+)
 from cgkernels.rows import (
+    empty_rows,
     in_strides_of,
     row_launch,
     row_strides,
@@ -143,11 +150,7 @@ def _fwd_kernel(
     SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK elements of one row: everything read once, then written."""
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    first = (program % blocks).to(tl.int64) * BLOCK
-    position = first + tl.arange(0, BLOCK)
-    mask = position < numel
+    row, first, position, mask = block_of_row(blocks, numel, BLOCK)
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     step = tl.load(step_ptr + row * step_stride)
 
@@ -202,10 +205,7 @@ def _bwd_kernel(
     CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK elements of one row; x0 again, to know where it was clipped."""
-    program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    position = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = position < numel
+    row, _, position, mask = block_of_row(blocks, numel, BLOCK)
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     step = tl.load(step_ptr + row * step_stride)
     a0, a1 = _column(table_ptr, step, steps, 0), _column(table_ptr, step, steps, 1)
@@ -373,7 +373,7 @@ def _meta_numbers(rows):
 def _fake_fwd(
     x, cond, uncond, table, step, scale, log_variance, h1, h2, seed, index, return_x0
 ):  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(x) if return_x0 else x.new_empty(0)
+    return empty_rows(x), empty_rows(x) if return_x0 else x.new_empty(0)
 
 
 def _cpu_fwd(
@@ -398,7 +398,7 @@ def _cpu_inplace(x, cond, uncond, table, step, scale, log_variance, h1, h2, seed
 
 def _fake_bwd(dout, dx0, x, cond, uncond, table, step, scale, h1, h2):
     return tuple(
-        x.new_empty(0) if t is None else torch.empty_like(t) for t in (x, cond, uncond, h1, h2)
+        x.new_empty(0) if t is None else empty_rows(t) for t in (x, cond, uncond, h1, h2)
     )
 
 
@@ -461,7 +461,10 @@ class _GuidedStep(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             dx, dcond, duncond, dh1, dh2 = guided_step_bwd_ref(*args)
         else:
-            dx, dcond, duncond, dh1, dh2 = (g if g.numel() else None for g in _bwd(*args))
+            inputs = (x, cond, uncond, h1, h2)
+            dx, dcond, duncond, dh1, dh2 = (
+                None if t is None else g for t, g in zip(inputs, _bwd(*args), strict=True)
+            )
         return dx, dcond, duncond, None, None, None, None, dh1, dh2, None, None, None
 
 
@@ -567,13 +570,18 @@ def guided_step_(
     for name, tensor in (("x", x), ("h1", h1), ("h2", h2), ("twin", twin)):
         if tensor is not None and _overlaps_itself(tensor):
             raise ValueError(f"{name} is written to: it must not be expanded, call .clone() first")
-    run: Callable[..., None] = _cpu_inplace if using_reference() else _inplace
-    run(*args, twin)
+    if using_reference():
+        _cpu_inplace(*args, twin)
+    else:
+        refuse_forward_mode()
+        _inplace(*args, twin)
     return x
 
 
 def _checked(x, cond, uncond, table, step, scale, log_variance, h1, h2, seed, index):
-    check_float(x=x, cond=cond, uncond=uncond, table=table, log_variance=log_variance, h1=h1, h2=h2)
+    optional = {"uncond": uncond, "log_variance": log_variance, "h1": h1, "h2": h2}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_float(x=x, cond=cond, table=table, **given)
     check_rows("x", x)
     shape, rows = tuple(x.shape), x.shape[0]
     if uncond is None and rows and tuple(cond.shape) == (2 * rows, *shape[1:]):
@@ -583,11 +591,9 @@ def _checked(x, cond, uncond, table, step, scale, log_variance, h1, h2, seed, in
             f"cond must have x's shape {shape}, or twice its batch without uncond, "
             f"got {tuple(cond.shape)}"
         )
-    tensors = {"uncond": uncond, "log_variance": log_variance, "h1": h1, "h2": h2}
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_shape(name, tensor, shape)
-    check_same_device(x=x, cond=cond, table=table, **tensors)
+    for name, tensor in given.items():
+        check_shape(name, tensor, shape)
+    check_same_device(x=x, cond=cond, table=table, **given)
     check_table(table, len(TABLE_COLUMNS))
     check_no_grad("guided_step has no gradient for it; use reference()", table=table,
                   log_variance=log_variance)  # fmt: skip

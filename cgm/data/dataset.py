@@ -6,10 +6,9 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from cgkernels.random import uniform
+from cgkernels.random import STREAM_DATA, uniform
 
-# The data's own stream of the noise contract, and the uses of it, one step number each.
-STREAM_DATA = 8
+# What the data draw, one step number of their stream each.
 STEP_ORDER, STEP_COLOUR, STEP_PARTNER = 0, 1, 2
 
 CondKind = Literal["none", "class", "image", "tokens"]
@@ -97,13 +96,10 @@ class Dataset:
         y = to_float(self.y[rows])
         if self.cond is None:
             return {"y": y, "cond": None}
-        partners = rows if self.paired else self._partners(rows, epoch)
-        cond = self.cond[partners]
+        if not self.paired:
+            rows = (row_uniform(rows, 0, epoch, STEP_PARTNER) * len(self.cond)).long()
+        cond = self.cond[rows]
         return {"y": y, "cond": to_float(cond) if self.cond_kind == "image" else cond}
-
-    def _partners(self, rows: Tensor, epoch: int) -> Tensor:
-        assert self.cond is not None
-        return (_data_uniform(rows, 0, epoch, STEP_PARTNER) * len(self.cond)).long()
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -113,7 +109,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """
     if n < 0 or epoch < 0:
         raise ValueError(f"n and epoch must not be negative, got {n} and {epoch}")
-    return _data_uniform(torch.arange(n), seed, epoch, STEP_ORDER).argsort(stable=True)
+    return row_uniform(torch.arange(n), seed, epoch, STEP_ORDER).argsort(stable=True)
 
 
 def to_float(pictures: Tensor) -> Tensor:
@@ -121,8 +117,8 @@ def to_float(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures
 
 
-def _data_uniform(rows: Tensor, seed: int, epoch: int, step: int) -> Tensor:
-    """One float64 uniform per row, of this epoch and use."""
+def row_uniform(rows: Tensor, seed: int, epoch: int, step: int) -> Tensor:
+    """One float64 uniform per row, a function of (row, seed, epoch) and of the use, step."""
     return uniform(
         (len(rows),),
         seed=seed,

@@ -1,8 +1,8 @@
 """Fashion-MNIST's 10,000 test pictures, which ship with the package (MIT, see the licence beside).
 
 The file is xz: the labels in published order, one byte each, then the pictures sorted by class
-(stable) and stored column by column, 28 x 28 bytes each: the smallest of the formats tried, 8 %
-below lossless WebP and 12 % below PNG. `python -m cgm.data.pack` makes it.
+(stable) and stored column by column, 28 x 28 bytes each: 3,576,188 bytes, read in about 0.2 s. PNG
+and lossless WebP mosaics in the same order take 3.80 MB. `python -m cgm.data.pack` makes it.
 
 Source   H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a novel image dataset for benchmarking
          machine learning algorithms", arXiv:1708.07747.

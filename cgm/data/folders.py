@@ -17,10 +17,10 @@ the data set is returned and are held in memory as uint8: N x channels x size x 
 side. Names that begin with a dot, other extensions and deeper folders are passed over.
 """
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from cgm.data.dataset import Dataset
 LAYOUTS = ("pairs", "two_folders", "unpaired", "classes")
 DIRECTIONS = ("AtoB", "BtoA")
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_Item = TypeVar("_Item")
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 
 
@@ -54,8 +55,8 @@ def load_folder(
     _check_choice("layout", layout, LAYOUTS)
     _check_choice("direction", direction, DIRECTIONS)
     _check_choice("channels", channels, (1, 3))
-    if isinstance(size, bool) or operator.index(size) < 1:
-        raise ValueError(f"size must be a positive number of pixels, got {size}")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"size must be a positive whole number of pixels, got {size!r}")
     if layout == "classes":
         return _load_classes(path, size, channels)
     load_sides = {"pairs": _load_pairs, "two_folders": _load_two, "unpaired": _load_unpaired}
@@ -75,7 +76,7 @@ def _load_pairs(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
         right = picture.crop((half, 0, width, height))
         return np.stack([_planes(left, size), _planes(right, size)])
 
-    a, b = _read_all(halves, _files(path)).unbind(1)
+    a, b = _read_all(halves, _files(path), (2, channels, size, size)).unbind(1)
     return a, b
 
 
@@ -95,7 +96,7 @@ def _load_two(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
             )
         return np.stack([_planes(left, size), _planes(right, size)])
 
-    first, second = _read_all(both, sorted(a)).unbind(1)
+    first, second = _read_all(both, sorted(a), (2, channels, size, size)).unbind(1)
     return first, second
 
 
@@ -118,13 +119,20 @@ def _load_classes(path: Path, size: int, channels: int) -> Dataset:
 
 
 def _load_plain(files: list[Path], size: int, channels: int) -> Tensor:
-    return _read_all(lambda file: _planes(_decode(file, channels), size), files)
+    shape = (channels, size, size)
+    return _read_all(lambda file: _planes(_decode(file, channels), size), files, shape)
 
 
-def _read_all(read, items: Sequence[Path] | Sequence[str]) -> Tensor:
+def _read_all(
+    read: Callable[[_Item], np.ndarray], items: Sequence[_Item], shape: tuple[int, ...]
+) -> Tensor:
+    """read(item), of this shape, for every item: (N, *shape) uint8."""
+    out = np.empty((len(items), *shape), np.uint8)
     # Threads suffice: Pillow gives up the interpreter lock while it decodes and resizes.
     with ThreadPoolExecutor() as pool:
-        return torch.from_numpy(np.stack(list(pool.map(read, items))))
+        for row, pixels in zip(out, pool.map(read, items), strict=True):
+            row[...] = pixels
+    return torch.from_numpy(out)
 
 
 def _sides(path: Path) -> tuple[Path, Path]:

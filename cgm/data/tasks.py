@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgm.data import fashion
-from cgm.data.dataset import STEP_COLOUR, Dataset, _data_uniform, to_float
+from cgm.data.dataset import STEP_COLOUR, Dataset, row_uniform, to_float
 
 AB_UNIT = 50.0
 TEAL = (-0.8, -0.2)  # (a, b) of y
@@ -49,12 +49,14 @@ def edge_map(pictures: Tensor) -> Tensor:
     """Edges of pictures (N, 1, H, W) uint8, as uint8 0 or 255.
 
     sqrt(gx^2 + gy^2) > 240 with the 3 x 3 Sobel sums gx, gy of the grey levels and the border
-    continued: all in integers, so that the map is the same everywhere.
+    continued. These are integers that float32 holds exactly: the map is the same everywhere.
     """
-    smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
-    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
-    g = F.conv2d(F.pad(pictures.float(), (1, 1, 1, 1), mode="replicate"), kernels)
-    return (g.square().sum(1, keepdim=True) > EDGE_SLOPE**2).to(torch.uint8) * 255
+    p = F.pad(pictures.float(), (1, 1, 1, 1), mode="replicate")
+    down = p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]
+    across = p[..., :-2] + 2 * p[..., 1:-1] + p[..., 2:]
+    gx = down[..., 2:] - down[..., :-2]
+    gy = across[..., 2:, :] - across[..., :-2, :]
+    return (gx.square() + gy.square() > EDGE_SLOPE**2).to(torch.uint8) * 255
 
 
 def lab_to_rgb(luminance: Tensor, ab: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _complete(rows: Tensor, pictures: Tensor, labels: Tensor) -> Dataset:
 
 def _colorize(rows: Tensor, pictures: Tensor, labels: Tensor) -> Dataset:
     rows, luminance = rows[labels == 0], pictures[labels == 0]
-    teal = _data_uniform(rows, 0, 0, STEP_COLOUR) < 0.5
+    teal = row_uniform(rows, 0, 0, STEP_COLOUR) < 0.5
     colour = torch.where(teal[:, None], torch.tensor(TEAL), torch.tensor(PINK))
     ab = garment_mask(to_float(luminance)) * colour[:, :, None, None]
     return Dataset("colorize", ab, luminance, "image")

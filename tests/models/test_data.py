@@ -109,9 +109,9 @@ def test_tasks_have_the_documented_shapes(name, rows, event_shape, cond_shape, k
 
 def test_the_tasks_are_all_tested_and_unknown_ones_are_refused():
     assert TASKS == ("class_to_image", "complete", "colorize", "edges_to_image")
-    with pytest.raises(ValueError, match="class_to_image, complete, colorize, edges_to_image.*'x'"):
+    with pytest.raises(ValueError, match=r"class_to_image, complete, colorize, .*got 'x'"):
         load_task("x")
-    with pytest.raises(ValueError, match="split.*'valid'"):
+    with pytest.raises(ValueError, match=r"split.*'valid'"):
         load_task("complete", "valid")
 
 
@@ -152,15 +152,16 @@ def test_garment_mask_cuts_between_two_grey_levels():
     assert garment_mask(levels).tolist() == [False, False, True, True]
 
 
-def test_lab_to_rgb_knows_grey_black_teal_and_pink():
+def test_lab_to_rgb_knows_greys_primaries_teal_and_pink():
     light = torch.tensor([-1.0, 53.585 / 37.5 - 1]).view(2, 1, 1, 1)
     black, grey = (lab_to_rgb(light, torch.zeros(2, 2, 1, 1)) + 1).flatten(1) * 127.5
     assert black.abs().max() == 0
     assert (grey - 128).abs().max() < 0.2  # L* 53.585 is sRGB grey 128
-    # sRGB (128, 64, 32) is L* 34.96, a* 23.69, b* 31.18 in CIELAB, D65
-    ab = torch.tensor([23.69, 31.18]).view(1, 2, 1, 1) / 50
-    brown = lab_to_rgb(torch.full((1, 1, 1, 1), 34.96 / 37.5 - 1), ab)
-    assert ((brown.flatten() + 1) * 127.5 - torch.tensor([128.0, 64, 32])).abs().max() < 1
+    primaries = torch.tensor(  # CIELAB of sRGB's red, green and blue under D65
+        [[53.2408, 80.0925, 67.2032], [87.7347, -86.1827, 83.1793], [32.297, 79.1875, -107.8602]]
+    )[:, :, None, None]
+    rgb = lab_to_rgb(primaries[:, :1] / 37.5 - 1, primaries[:, 1:] / 50)
+    assert (rgb.flatten(1) - (2 * torch.eye(3) - 1)).abs().max() < 0.02
     for level in (0.0, 0.6):
         colours = torch.tensor([TEAL, PINK])[:, :, None, None]
         (r, g, b), (r2, g2, b2) = lab_to_rgb(torch.full((2, 1, 1, 1), level), colours).flatten(1)
@@ -204,9 +205,9 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
 
 
 def test_epoch_order_puts_every_row_everywhere():
-    places = torch.stack([epoch_order(10, 0, epoch).argsort() for epoch in range(2000)])
+    places = torch.stack([epoch_order(10, 0, epoch).argsort() for epoch in range(500)])
     counts = torch.stack([places[:, row].bincount(minlength=10) for row in range(10)])
-    assert (counts - 200).abs().max() < 4.5 * (2000 * 0.1 * 0.9) ** 0.5
+    assert (counts - 50).abs().max() < 4.5 * (500 * 0.1 * 0.9) ** 0.5
 
 
 def test_a_data_set_of_tensors():
@@ -421,7 +422,7 @@ def test_truncated_files_of_other_formats_are_refused(tmp_path, name):
 @pytest.mark.parametrize("layout", ALL_FOLDERS)
 def test_missing_and_empty_folders_are_named(tmp_path, layout):
     nowhere = tmp_path / "nowhere"
-    with pytest.raises(ValueError, match="nowhere.*: no such folder"):
+    with pytest.raises(ValueError, match=r"nowhere.*: no such folder"):
         load_folder(nowhere, layout)
     (tmp_path / "a_file").write_text("")
     if layout in ("pairs", "classes"):
@@ -485,11 +486,10 @@ def test_one_side_alone_is_refused(tmp_path):
         ({"channels": 4}, "channels must be one of 1, 3, got 4"),
         ({"size": 0}, "size must be .*, got 0"),
         ({"size": True}, "size must be .*, got True"),
+        ({"size": 1.5}, "size must be .*, got 1.5"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, option, match):
     good(tmp_path, "pairs")
     with pytest.raises(ValueError, match=match):
         load_folder(tmp_path, **option)
-    with pytest.raises(TypeError):
-        load_folder(tmp_path, size=1.5)

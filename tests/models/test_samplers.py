@@ -218,13 +218,13 @@ def test_fixed_large_keeps_standard_normal_data():
 EXACT = [c for c in CASES if c not in ("ddpm-large", "ddpm-learned", "ddim-stride")]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60)
 @given(
     case=st.sampled_from(EXACT),
     prediction=st.sampled_from(PREDICTIONS),
     spacing=st.sampled_from(SPACINGS),
     name=st.sampled_from(SCHEDULES),
-    total=st.integers(2, 300),
+    total=st.integers(2, 100),
     fraction=st.floats(0, 1),
 )
 def test_a_single_picture_has_its_exact_distribution_at_every_level(
@@ -348,7 +348,7 @@ def test_clipped_steps_of_ddim(clipped_epsilon):
 # Tables
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     case=st.sampled_from(list(CASES)),
     prediction=st.sampled_from(PREDICTIONS),

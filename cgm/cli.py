@@ -1,0 +1,538 @@
+"""The command `cgm`.
+
+A subcommand is a function of its arguments, listed in COMMANDS. Its options are a dataclass, of
+which tyro makes the flags; the comment of a field is its help. What needs torch is imported by the
+function, so that `cgm --help` answers at once.
+"""
+
+import dataclasses
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
+
+import tyro
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cgm.data import Dataset
+    from cgm.families import Model
+
+# Fields of a model's config that follow from the data; they are no flags.
+DATA_FIELDS = ("event_shape", "cond_kind", "cond_shape", "num_classes")
+
+_ROWS_AT_ONCE = 256  # samples are drawn in batches of about this many
+_SHOWN = 32  # most rows and draws of the picture that `cgm sample` writes
+_Model = TypeVar("_Model")
+_Training = TypeVar("_Training")
+_Solver = TypeVar("_Solver")
+
+
+# cgm train ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TrainOptions(Generic[_Model, _Training]):
+    """Trains a model on one of the tasks, or on a folder of your own pictures.
+
+    Ctrl-C saves and stops; the same command with --resume continues with the same bits.
+    """
+
+    model: _Model
+    training: _Training
+    # What to learn from the shipped pictures: class_to_image, complete, colorize or edges_to_image.
+    task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    # A folder of your own pictures, instead of a task.
+    data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    # What is in that folder: pairs (A and B side by side in each picture), two_folders (A and B
+    # with equal names), unpaired (A and B, unrelated) or classes (one folder for each).
+    layout: str = "pairs"
+    # Side to which its pictures are resized, pixels.
+    size: int = 64
+    # 3 to read its pictures in colour, 1 in grey.
+    channels: int = 3
+    # AtoB makes B from A, BtoA makes A from B.
+    direction: str = "AtoB"
+    # Folder of the run.
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/FAMILY-DATA)"),
+    ] = None
+    # Continue the run in that folder.
+    resume: bool = False
+    # cpu, cuda or cuda:N.
+    device: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: cuda if present)")
+    ] = None
+
+
+def _train(argv: Sequence[str]) -> None:
+    from cgm.families import FAMILIES, config_class, family_class, make_model
+    from cgm.training import TrainingConfig, TrainingInterrupted, train
+
+    families = [name for name in FAMILIES if hasattr(family_class(name), "sample")]
+    family, rest = _first(
+        argv,
+        "cgm train FAMILY [OPTIONS]\n\n"
+        f"FAMILY is one of {', '.join(families)}. cgm train FAMILY --help lists its options.",
+    )
+    if family not in families:
+        raise ValueError(f"FAMILY must be one of {', '.join(families)}, got {family!r}")
+    model_class = family_class(family)
+    model_config = config_class(model_class)
+    model_options = _without_data_fields(model_config)
+    options: Any = tyro.cli(
+        TrainOptions[model_options, TrainingConfig],  # type: ignore[valid-type]
+        prog=f"cgm train {family}",
+        args=rest,
+    )
+    device = _device(options.device)
+    dataset = _load_data(options)
+    if not dataset.paired:
+        raise ValueError(f"--layout must be another one: {family} learns from pairs, got unpaired")
+    chosen = {
+        f.name: getattr(dataset if f.name in DATA_FIELDS else options.model, f.name)
+        for f in dataclasses.fields(model_config)
+    }
+    model = make_model(model_class, model_config(**chosen), seed=options.training.seed)
+    out = options.out or Path("runs") / f"{family}-{dataset.name}"
+    try:
+        train(model, dataset, options.training, out, device=device, resume=options.resume)
+    except TrainingInterrupted as stop:
+        raise KeyboardInterrupt(str(stop)) from None
+    print(f"The model is in {out}. To draw from it:")
+    cond = " --cond PICTURE" if options.data and dataset.cond_kind == "image" else ""
+    print(f"  cgm sample {shlex.quote(str(out))}{cond}")
+
+
+def _without_data_fields(model_config: type) -> type:
+    """The config as tyro shall see it: complete, but not checked, once the data are known."""
+
+    hints = typing.get_type_hints(model_config)
+
+    class Options(model_config):  # type: ignore[valid-type, misc]
+        __annotations__ = {
+            name: tyro.conf.Suppress[hint] for name, hint in hints.items() if name in DATA_FIELDS
+        }
+
+        def __post_init__(self) -> None:
+            pass
+
+    return dataclass(frozen=True)(Options)
+
+
+def _load_data(options: TrainOptions) -> "Dataset":
+    from cgm.data import TASKS, load_folder, load_task
+
+    if (options.task is None) == (options.data is None):
+        raise ValueError(
+            f"one of --task and --data must be given; --task is one of {', '.join(TASKS)}"
+        )
+    of_folder = ("layout", "size", "channels", "direction")
+    values = {name: getattr(options, name) for name in of_folder}
+    if options.data is not None:
+        return load_folder(options.data, **values)
+    for name, value in values.items():
+        if value != getattr(TrainOptions, name):
+            raise ValueError(f"--{name} belongs to --data; a task has its own pictures")
+    return load_task(options.task)
+
+
+# cgm sample ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SampleOptions(Generic[_Solver]):
+    """Draws from a trained model and writes one labelled picture.
+
+    A sample depends on the seed, on the number of its condition and of its draw, and on nothing
+    else: fewer draws are the first of more.
+    """
+
+    solver: Annotated[_Solver, tyro.conf.arg(name="")]
+    # The picture to write, a PNG.
+    out: Path = Path("samples.png")
+    # Draws for each condition.
+    n: int = 8
+    # Classes to draw, by name or number.
+    classes: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="CLASS ...", help_behavior_hint="(default: the first ten)"),
+    ] = ()
+    # Conditions, for a model trained on a task with pictures as conditions: rows of the pictures
+    # kept from training.
+    rows: Annotated[
+        tuple[int, ...],
+        tyro.conf.arg(metavar="ROW ...", help_behavior_hint="(default: the first eight)"),
+    ] = ()
+    # Conditions of your own: a picture, or a folder of them, of the size the model was trained on.
+    cond: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    # Seed of the noise.
+    seed: int = 0
+    # Number of the first condition; the others count on from it.
+    index: int = 0
+    # Also write the samples as they are, (draws, conditions, C, H, W), to this safetensors file.
+    save_array: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    # cpu, cuda or cuda:N.
+    device: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: cuda if present)")
+    ] = None
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What to draw from: a row each, and what the picture says of it."""
+
+    cond: "Tensor | None"
+    labels: tuple[str, ...]
+    real: "Tensor | None" = None  # the true y, where it is known
+
+
+def _sample(argv: Sequence[str]) -> None:
+    import torch
+
+    from cgm.checkpoints import load_model, read_config, write_tensors
+    from cgm.families import family_class
+    from cgm.plots import as_pictures, picture_grid
+
+    checkpoint, rest = _first(
+        argv,
+        "cgm sample CHECKPOINT [OPTIONS]\n\n"
+        "CHECKPOINT is the folder of a run, or the name of a shipped checkpoint: "
+        f"{', '.join(_shipped())}. cgm sample CHECKPOINT --help lists its options.",
+    )
+    path = _find_checkpoint(checkpoint)
+    info = read_config(path)
+    model_class = family_class(info["family"])
+    if not hasattr(model_class, "sample"):
+        raise ValueError(f"{path}: is a {info['family']}, which draws nothing")
+    solver_class = _solver_class(model_class)
+    options: Any = tyro.cli(
+        SampleOptions[solver_class],  # type: ignore[valid-type]
+        prog=f"cgm sample {shlex.quote(checkpoint)}",
+        args=rest,
+    )
+    if options.n < 1:
+        raise ValueError(f"--n must be at least 1, got {options.n}")
+    _check_target("--out", options.out, ".png")
+    if options.save_array is not None:
+        _check_target("--save-array", options.save_array, ".safetensors")
+    device = _device(options.device)
+    model = load_model(path, device)
+    given = _conditions(model.config, info.get("data", {}), options)
+    solver = dataclasses.asdict(options.solver)
+    samples = _draw(model, given.cond, options, solver)
+
+    if options.save_array is not None:
+        tensors = {"samples": samples} | ({} if given.cond is None else {"cond": given.cond})
+        what = {"checkpoint": checkpoint, "seed": options.seed, "index": options.index, **solver}
+        write_tensors(options.save_array, tensors, what)
+        print(f"{options.save_array}: {tuple(samples.shape)}")
+    shown = samples[:_SHOWN, :_SHOWN]
+    cond = given.cond[:_SHOWN] if given.cond is not None and given.cond.dim() == 4 else None
+    stacked = _task_of(info.get("data", {})) == "complete"
+    groups = [("samples", as_pictures(shown, cond, stacked=stacked))]
+    if cond is not None:
+        groups.insert(0, ("condition", as_pictures(cond)[None]))
+    if given.real is not None:
+        real = as_pictures(given.real[:_SHOWN], cond, stacked=stacked)
+        groups.append(("real", real[None]))
+    if given.cond is None:  # draws of one condition fill several rows
+        wide = min(8, len(shown))
+        white = torch.ones(-len(shown) % wide, *shown.shape[1:])
+        groups = [("", torch.cat([shown, white]).unflatten(0, (-1, wide))[:, :, 0].transpose(0, 1))]
+    picture_grid(options.out, groups, row_labels=given.labels[:_SHOWN])
+    cut = f", the first {_SHOWN} of each" if max(samples.shape[:2]) > _SHOWN else ""
+    print(f"{options.out}: {samples.shape[1]} x {samples.shape[0]} samples{cut}")
+
+
+def _draw(model: "Model", cond: "Tensor | None", options: Any, solver: dict[str, Any]) -> "Tensor":
+    """Samples (n, rows, *event) on the CPU, in batches of draws."""
+    import torch
+    from rich.console import Console
+
+    rows = 1 if cond is None else len(cond)
+    if not 0 <= options.index <= 2**32 - rows:
+        raise ValueError(f"--index must be in [0, 2^32 - {rows}], got {options.index}")
+    device = next(model.parameters()).device
+    at_once = max(1, _ROWS_AT_ONCE // rows)
+    parts = []
+    with Console().status("") as status:
+        for first in range(0, options.n, at_once):
+            status.update(f"drawing, {first} of {options.n} for each of {rows}")
+            count = min(at_once, options.n - first)
+            numbers = {"seed": options.seed}
+            if cond is None:
+                index = options.index + torch.arange(first, first + count) * 2**32
+                part = model.sample(count, index=index, **numbers, **solver)[:, None]
+            else:
+                index = options.index + torch.arange(rows) + first * 2**32
+                part = model.sample(count, cond=cond.to(device), index=index, **numbers, **solver)
+            parts.append(part.cpu())
+    return torch.cat(parts)
+
+
+def _conditions(config: Any, data: dict[str, Any], options: Any) -> _Conditions:
+    """The conditions that the options ask for, or the first ones."""
+    import torch
+
+    kind = config.cond_kind
+    asked = {"--classes": options.classes, "--rows": options.rows, "--cond": options.cond}
+    fitting = {"none": (), "class": ("--classes",), "image": ("--rows", "--cond")}
+    if kind not in fitting:
+        raise ValueError(f"CHECKPOINT must have no condition, classes or pictures, has {kind}")
+    given = [name for name, value in asked.items() if value]
+    for name in given:
+        if name not in fitting[kind]:
+            raise ValueError(f"{name} does not fit this model, whose condition is: {kind}")
+    if kind == "none":
+        return _Conditions(None, ())
+    if kind == "class":
+        return _class_conditions(config.num_classes, data.get("class_names", ()), options.classes)
+    if len(given) > 1:
+        raise ValueError("one of --rows and --cond can be given, not both")
+    if options.cond is not None:
+        return _picture_conditions(options.cond, config.cond_shape)
+    task = _task_of(data)
+    if task is None:
+        raise ValueError("--cond must be given: this model was not trained on a shipped task")
+    from cgm.data import load_task
+
+    held_out = load_task(task, "test")
+    rows = options.rows or tuple(range(8))
+    if not 0 <= min(rows) <= max(rows) < len(held_out):
+        raise ValueError(f"--rows must be in [0, {len(held_out) - 1}], got {rows}")
+    batch = held_out.batch(torch.tensor(rows))
+    return _Conditions(batch["cond"], tuple(f"row {row}" for row in rows), batch["y"])
+
+
+def _class_conditions(num_classes: int, names: Sequence[str], asked: Sequence[str]) -> _Conditions:
+    import torch
+
+    names = list(names) or [str(i) for i in range(num_classes)]
+    ids = []
+    for name in asked or [str(i) for i in range(min(10, num_classes))]:
+        if name in names:
+            ids.append(names.index(name))
+        elif name.isdecimal() and int(name) < num_classes:
+            ids.append(int(name))
+        else:
+            raise ValueError(
+                f"--classes must be numbers below {num_classes} or of {', '.join(names)}, "
+                f"got {name!r}"
+            )
+    return _Conditions(torch.tensor(ids), tuple(names[i] for i in ids))
+
+
+def _picture_conditions(path: Path, shape: Sequence[int]) -> _Conditions:
+    """Pictures of exactly this shape (C, H, W)."""
+    import numpy as np
+    import torch
+
+    from cgm.data import to_float
+    from cgm.data.folders import _decode, _files
+
+    files = _files(path) if path.is_dir() else [path]
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"--cond must not be given: no picture has {channels} channels")
+    pictures = []
+    for file in files:
+        picture = _decode(file, channels)
+        if picture.size != (width, height):
+            raise ValueError(
+                f"{file}: must be {width} x {height} pixels, got {picture.width} x {picture.height}"
+            )
+        pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
+        pictures.append(to_float(pixels).movedim(2, 0))
+    return _Conditions(torch.stack(pictures), tuple(file.stem for file in files))
+
+
+def _task_of(data: dict[str, Any]) -> str | None:
+    """The shipped task that the data of a checkpoint are; a user's folder may have its name."""
+    from cgm.data import TASKS, load_task
+    from cgm.training import describe_data
+
+    name = data.get("name")
+    same = name in TASKS and describe_data(load_task(name))["crc32"] == data.get("crc32")
+    return name if same else None
+
+
+def _solver_class(model_class: "type[Model]") -> type:
+    """The options of a family's `sample`: the SamplingConfig of its module."""
+    return sys.modules[model_class.__module__].SamplingConfig
+
+
+def _find_checkpoint(name: str) -> Path:
+    from cgm.checkpoints import shipped
+
+    if Path(name).is_dir():
+        return Path(name)
+    if name in _shipped():
+        return shipped(name)
+    raise ValueError(
+        f"CHECKPOINT must be a folder, or one of {', '.join(_shipped())}; got {name!r}"
+    )
+
+
+def _shipped() -> list[str]:
+    from importlib import resources
+
+    folder = Path(str(resources.files("cgm"))) / "data" / "checkpoints"
+    return sorted(p.name for p in folder.glob("*") if p.is_dir())
+
+
+def _check_target(flag: str, file: Path, suffix: str) -> None:
+    """Whether the file can be written, asked before the work is done."""
+    if file.suffix.lower() != suffix or file.is_dir():
+        raise ValueError(f"{flag} must be a file {suffix}, got {file}")
+    if not file.parent.is_dir():
+        raise ValueError(f"{flag} must be in a folder that exists, got {file}")
+
+
+# cgm info -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class InfoOptions:
+    """Prints versions, the GPU, how each op runs here, and the shipped checkpoints."""
+
+
+def _info(argv: Sequence[str]) -> None:
+    tyro.cli(InfoOptions, prog="cgm info", args=argv)
+    import platform
+    from importlib import metadata
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    import cgkernels  # noqa: F401  (registers the ops)
+    from cgkernels._triton import HAS_TRITON, triton
+    from cgkernels.library import OPS
+
+    cuda = torch.cuda.is_available()
+    table = Table(show_header=False, box=None)
+    table.add_row("cgkernels", metadata.version("cgkernels"))
+    table.add_row("python", f"{platform.python_version()}, {platform.platform()}")
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("triton", triton.__version__ if HAS_TRITON else "not installed")
+    interpreting = HAS_TRITON and triton.knobs.runtime.interpret
+    if HAS_TRITON:
+        table.add_row("interpreter", "on (TRITON_INTERPRET)" if interpreting else "off")
+    if not cuda:
+        table.add_row("GPU", "none that CUDA can use")
+    for number in range(torch.cuda.device_count() if cuda else 0):
+        major, minor = torch.cuda.get_device_capability(number)
+        name = torch.cuda.get_device_name(number)
+        table.add_row(f"GPU {number}", f"{name}, compute capability {major}.{minor}")
+    table.add_row("checkpoints", ", ".join(_shipped()) or "none")
+    console = Console()
+    console.print(table)
+
+    ops = Table(title="How the ops run here")
+    for column in ("op", "on the CPU", "on CUDA"):
+        ops.add_column(column)
+    if not cuda:
+        fused = "no GPU"
+    elif not HAS_TRITON:
+        fused = "not at all: no Triton"
+    else:
+        fused = "Triton kernel, interpreted" if interpreting else "fused Triton kernel"
+    for name in sorted(OPS):
+        ops.add_row(name, "plain PyTorch", fused)
+    console.print(ops)
+
+
+# cgm demo -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DemoOptions:
+    """Draws all ten classes of clothes from the shipped model, under a minute on two cores.
+
+    Writes demo.png; prints samples per second, in plain PyTorch and by this library, and how many
+    of the pictures a classifier puts in the class that was asked for.
+    """
+
+    # Folder for demo.png.
+    out: Path = Path(".")
+    # cpu, cuda or cuda:N.
+    device: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: cuda if present)")
+    ] = None
+
+
+def _demo(argv: Sequence[str]) -> None:
+    options = tyro.cli(DemoOptions, prog="cgm demo", args=argv)
+    from cgm.demo import demo
+
+    demo(options.out, device=_device(options.device))
+
+
+# cgm ----------------------------------------------------------------------------------------------
+def _first(argv: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
+    """The first argument, which decides what options there are, and the rest."""
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: {usage}")
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    return argv[0], argv[1:]
+
+
+def _device(name: str | None) -> "torch.device":
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"--device must be one that is here, got {name!r} with {gpus} GPUs")
+    return device
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it does with its arguments; the one before the options; a line of help."""
+
+    run: Callable[[Sequence[str]], None]
+    argument: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command(_train, "FAMILY", "train a model on a task or on your own pictures"),
+    "sample": Command(_sample, "CHECKPOINT", "draw from a trained model, or from a shipped one"),
+    "demo": Command(_demo, "", "draw clothes; how fast and how good they come, in a minute"),
+    "info": Command(_info, "", "versions, GPU, how each op runs here, shipped checkpoints"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns its exit code.
+
+    0: done; 2: something that the user gave does not fit, one line on stderr says what; 130: Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv and argv[0] in COMMANDS:
+            COMMANDS[argv[0]].run(argv[1:])
+            return 0
+        _first(argv, _usage())
+        raise ValueError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {argv[0]!r}")
+    except KeyboardInterrupt as stop:
+        print(f"cgm: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"cgm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _usage() -> str:
+    lines = [
+        f"  cgm {name + ' ' + command.argument:<18} {command.help}"
+        for name, command in COMMANDS.items()
+    ]
+    return "\n".join(["cgm COMMAND ...", "", *lines, "", "With --help, each lists its options."])

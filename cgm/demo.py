@@ -1,0 +1,153 @@
+"""`cgm demo`: pictures of clothes from the shipped model, and how fast and how good they come.
+
+Every picture that is timed is also judged: the draws are made in batches, each numbered on from the
+one before; the first batches are drawn twice, in plain PyTorch and by this library.
+"""
+
+import contextlib
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import cgkernels
+from cgm.checkpoints import load_model, shipped
+from cgm.data import load_task, to_float
+from cgm.data.fashion import CLASS_NAMES
+from cgm.evaluation import class_accuracy, held_out_accuracy
+from cgm.families import Model
+from cgm.plots import picture_grid
+
+CHECKPOINT = "class_to_image_diffusion"
+SOLVER: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}
+PLAIN, LIBRARY = "plain PyTorch", "this library"
+_SEED = 0
+_DRAWS = 5  # of each class in a batch
+_SHOWN = 8  # of each class in the picture
+# Half a level of a picture with 256 of them: what is below cannot be seen or saved.
+_VISIBLE = 1 / 255
+
+
+@dataclass
+class Measured:
+    """Samples (draws, classes, C, H, W), and what drawing them showed."""
+
+    samples: Tensor
+    rates: dict[str, list[float]] = field(default_factory=dict)  # samples per second of each batch
+    difference: float = 0.0  # largest between the two ways, of pictures in [-1, 1]
+
+
+def demo(
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float = 35.0,
+    samples: int = 500,
+    timed: int = 4,
+    console: Console | None = None,
+) -> Measured:
+    """Writes out/demo.png and prints the table.
+
+    seconds: no batch is begun after this time of drawing, except the first four, which the
+    comparison needs. samples: to draw and judge. timed: batches to draw in both ways, at least 2.
+
+    Raises RuntimeError if the two ways draw visibly different pictures.
+    """
+    console = console or Console()
+    file = out / "demo.png"
+    if not out.is_dir():
+        raise ValueError(f"out must be a folder, got {out}")
+    model = load_model(shipped(CHECKPOINT), device, expected_family="diffusion")
+    with console.status("drawing") as status:
+        measured = _measure(model, seconds, samples, timed, status.update)
+    if measured.difference > _VISIBLE:
+        raise RuntimeError(f"{PLAIN} and {LIBRARY} differ by {measured.difference:.3g} of [-1, 1]")
+    real = load_task("class_to_image", "test")
+    assert real.cond is not None
+    first = torch.stack([real.y[real.cond == label][0] for label in range(len(CLASS_NAMES))])
+    options = ", ".join(f"{name} {value}" for name, value in SOLVER.items())
+    picture_grid(
+        file,
+        [(f"drawn: {options}", measured.samples[:_SHOWN]), ("real", to_float(first)[None])],
+        row_labels=CLASS_NAMES,
+    )
+    _print(console, measured, torch.device(device))
+    console.print(f"{file}: drawn pictures, and a column of real ones that no model was trained on")
+    return measured
+
+
+def _measure(model: Model, seconds: float, samples: int, timed: int, say: Any) -> Measured:
+    """Batches in the order plain, library, library, plain, ...; then the library's alone."""
+    cond = torch.arange(len(CLASS_NAMES), device=next(model.parameters()).device)
+
+    def draw(way: str, batch: int, **changed: Any) -> tuple[Tensor, float]:
+        index = cond + batch * _DRAWS * 2**32  # the batch continues the numbers of the draws
+        with cgkernels.reference() if way == PLAIN else contextlib.nullcontext():
+            start = time.perf_counter()
+            drawn = model.sample(
+                _DRAWS, cond=cond, seed=_SEED, index=index, **{**SOLVER, **changed}
+            )
+            drawn = drawn.cpu()  # waits for the device
+        return drawn, len(drawn) * len(cond) / (time.perf_counter() - start)
+
+    for way in (PLAIN, LIBRARY):
+        draw(way, 0, steps=2)  # warm-up: memory, threads, kernels
+    begin = time.perf_counter()
+    parts: list[Tensor] = []
+    measured = Measured(torch.empty(0), {PLAIN: [], LIBRARY: []})
+    total = -(-samples // (_DRAWS * len(cond)))
+    while len(parts) < total and (len(parts) < 2 or time.perf_counter() - begin < seconds):
+        number = len(parts)
+        say(f"drawing, {number * _DRAWS * len(cond)} of {samples} pictures")
+        ways = (PLAIN, LIBRARY) if number % 2 == 0 else (LIBRARY, PLAIN)
+        drawn = {}
+        for way in ways if number < timed else (LIBRARY,):
+            drawn[way], rate = draw(way, number)
+            measured.rates[way].append(rate)
+        if PLAIN in drawn:
+            difference = (drawn[PLAIN] - drawn[LIBRARY]).abs().max().item()
+            measured.difference = max(measured.difference, difference)
+        parts.append(drawn[LIBRARY])
+    measured.samples = torch.cat(parts)
+    return measured
+
+
+def _print(console: Console, measured: Measured, device: torch.device) -> None:
+    where = (
+        f"{torch.cuda.get_device_name(device)}"
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    table = Table(title=f"Samples per second, class_to_image diffusion, {where}")
+    for column in ("", "median", "lowest", "highest", "batches of 50"):
+        table.add_column(column, justify="right" if column else "left")
+    compared = len(measured.rates[PLAIN])
+    for way in (PLAIN, LIBRARY):
+        rates = measured.rates[way][:compared]
+        cells = (statistics.median(rates), min(rates), max(rates))
+        table.add_row(way, *(f"{rate:.3g}" for rate in cells), str(len(rates)))
+    console.print(table)
+    pairs = zip(measured.rates[LIBRARY], measured.rates[PLAIN], strict=False)
+    ratio = statistics.median(mine / plain for mine, plain in pairs)
+    why = (
+        "on a CPU both run the same plain PyTorch operations, so it is about 1"
+        if device.type == "cpu"
+        else "the network is the same, and what differs are the ops around it"
+    )
+    n, classes = measured.samples.shape[:2]
+    labels = torch.arange(classes).repeat(n)
+    drawn = class_accuracy(measured.samples.flatten(0, 1), labels)
+    lines = (
+        f"Ratio {ratio:.2f}: {why}.",
+        f"Same weights, seed and numbers: largest difference {measured.difference:.1e} of [-1, 1].",
+        f"The shipped classifier puts {drawn:.1%} of {len(labels)} drawn pictures in the asked "
+        f"class, and {held_out_accuracy():.1%} of 1000 real ones.",
+    )
+    for line in lines:
+        console.print(line, highlight=False)

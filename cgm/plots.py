@@ -1,0 +1,119 @@
+"""Pictures of pictures: labelled grids as PNG files.
+
+Nothing here touches pyplot or its settings; every pixel of a picture becomes a square of whole
+pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from torch import Tensor
+
+from cgm.checkpoints import replacing
+from cgm.data import lab_to_rgb
+
+_DPI = 64  # a power of two: sizes in inches are exact, so that no pixel is resampled
+_LETTER = 13  # height of letters, pixels
+_SIDE = 64  # pictures are enlarged to at least this many pixels
+_NARROW, _WIDE = 2, 18  # gaps between pictures, and around groups
+
+
+def picture_grid(
+    file: str | Path,
+    groups: Sequence[tuple[str, Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """Writes a grid of pictures as a PNG; a file of that name is replaced.
+
+    Args:
+        groups: columns that belong together, from left to right: their header, and their pictures
+            (columns, rows, C, H, W) in [-1, 1] with C = 1 (grey) or 3 (RGB); values beyond are cut
+            off, and NaN is black. All have the same number of rows.
+        row_labels: one for each row, or none.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    rows = groups[0][1].shape[1] if groups and groups[0][1].dim() == 5 else 0
+    for header, pictures in groups:
+        if pictures.dim() != 5 or pictures.shape[2] not in (1, 3) or pictures.shape[1] != rows:
+            raise ValueError(
+                f"groups must hold (columns, {rows}, 1 or 3, H, W), got "
+                f"{tuple(pictures.shape)} for {header!r}"
+            )
+    if rows == 0 or row_labels and len(row_labels) != rows:
+        raise ValueError(f"row_labels must be {rows} > 0 or none, got {len(row_labels)}")
+
+    def text_width(text: str) -> int:
+        size = renderer.get_text_width_height_descent(text, font, ismath=False)
+        return round(size[0])
+
+    font = FontProperties(size=_LETTER * 72 / _DPI)
+    renderer = FigureCanvasAgg(Figure(dpi=_DPI)).get_renderer()
+    scale = -(-_SIDE // max(max(pictures.shape[3:]) for _, pictures in groups))
+    row_height = max(pictures.shape[3] for _, pictures in groups) * scale + _NARROW
+    line = 2 * _LETTER
+    top = _WIDE + line * bool(title) + line * any(header for header, _ in groups)
+    height = top + rows * row_height - _NARROW + _WIDE
+
+    left = _WIDE
+    texts = []  # x, y, text, alignment
+    if row_labels:
+        left += max(map(text_width, row_labels))
+        for row, label in enumerate(row_labels):
+            middle = top + row * row_height + (row_height - _NARROW) / 2
+            texts.append((left, middle, label, "right"))
+        left += _WIDE // 2
+    placed = []  # x, y, pixels
+    for header, pictures in groups:
+        step = pictures.shape[4] * scale + _NARROW
+        for column, of_rows in enumerate(_pixels(pictures, scale)):
+            for row, pixels in enumerate(of_rows):
+                space = row_height - _NARROW - pixels.shape[0]
+                placed.append((left + column * step, top + row * row_height + space // 2, pixels))
+        texts.append((left, top - line / 2, header, "left"))
+        left += max(len(pictures) * step - _NARROW, text_width(header)) + _WIDE
+    texts.append((_WIDE, _WIDE + _LETTER / 2, title, "left"))
+    width = max(left, text_width(title) + 2 * _WIDE)
+
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    for x, y, pixels in placed:
+        canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    figure.figimage(canvas, origin="upper")
+    for x, y, text, alignment in texts:
+        figure.text(
+            x / width, 1 - y / height, text, font=font, color="black", parse_math=False,
+            horizontalalignment=alignment, verticalalignment="center",
+        )  # fmt: skip
+    with replacing(Path(file)) as temporary, temporary.open("wb") as opened:
+        FigureCanvasAgg(figure).print_png(opened)
+
+
+def as_pictures(y: Tensor, cond: Tensor | None = None, *, stacked: bool = False) -> Tensor:
+    """What to show of y (..., C, H, W): pictures with 1 or 3 channels.
+
+    Two channels are the colours ab of the luminance cond (..., 1, H, W) of `cgm.data.lab_to_rgb`.
+    stacked: y is the part of a picture below cond. The leading dimensions of cond may be broadcast.
+    """
+    if stacked and cond is not None:
+        upper = cond.expand(*y.shape[:-3], *cond.shape[-3:])
+        return torch.cat([upper, y], -2)
+    if y.shape[-3] == 2 and cond is not None:
+        luminance = cond.expand(*y.shape[:-3], *cond.shape[-3:])
+        return lab_to_rgb(luminance.flatten(0, -4), y.flatten(0, -4)).unflatten(0, y.shape[:-3])
+    return y
+
+
+def _pixels(pictures: Tensor, scale: int) -> np.ndarray:
+    """(columns, rows, H scale, W scale, 3) uint8."""
+    levels = ((pictures.float().cpu().nan_to_num(-1.0) + 1) * 127.5).round().clamp(0, 255)
+    rgb = levels.to(torch.uint8).expand(-1, -1, 3, -1, -1).movedim(2, -1).numpy()
+    return rgb.repeat(scale, axis=2).repeat(scale, axis=3)

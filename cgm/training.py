@@ -1,0 +1,502 @@
+"""One training loop for all families.
+
+Everything is a function of (config, data, step): the order of the rows, the noise of each example
+(index = row + 2^32 epoch), the learning rate. Nothing is drawn from a global generator, so a run
+that stops and resumes continues with the same bits on the same device.
+
+The folder of a run   config.json, model.safetensors   the averaged weights (see cgm.checkpoints)
+                      training.safetensors             what resuming needs
+                      log.csv                          means over the steps since the row before
+
+Source   AdamW: Loshchilov, Hutter, arXiv:1711.05101. Average of the weights with its ramp-up: the
+         documentation of TensorFlow's tf.train.ExponentialMovingAverage (num_updates).
+"""
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import functools
+import json
+import math
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from torch import Tensor, nn
+
+from cgm.checkpoints import (
+    describe_model,
+    load_weights,
+    read_tensors,
+    replacing,
+    save_model,
+    write_tensors,
+)
+from cgm.data import Dataset, epoch_order
+from cgm.families import Model
+
+STATE_FILE, LOG_FILE = "training.safetensors", "log.csv"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained."""
+
+    # Number of steps; a resumed run may have another one.
+    steps: int = 10_000
+    # Examples a step.
+    batch_size: int = 128
+    # Learning rate of AdamW at its highest.
+    learning_rate: float = 1e-3
+    # Steps over which the learning rate rises from 0.
+    warmup: int = 200
+    # Course of the learning rate after that: to 0 at the last step, or none.
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    # Decay of the mean of the gradient (Adam's beta 1).
+    beta1: float = 0.9
+    # Decay of the mean of its square (Adam's beta 2).
+    beta2: float = 0.999
+    # Weight decay of matrices and convolutions; biases and scales have none.
+    weight_decay: float = 0.0
+    # Largest norm of the gradient of a phase; inf for no clipping.
+    gradient_clip: float = 1.0
+    # Decay of the average of the weights; 0 for the weights themselves.
+    ema_decay: float = 0.999
+    # Seed of initial weights, order and noise.
+    seed: int = 0
+    # Arithmetic of the network; bfloat16 is autocast, the weights stay float32.
+    precision: Literal["float32", "bfloat16"] = "float32"
+    # Steps from one checkpoint to the next.
+    save_every: int = 1000
+    # Steps from one line of the log to the next.
+    log_every: int = 50
+    # Threads of PyTorch on a CPU, 0 for its own choice; the last bits of sums depend on it.
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+# A run resumes with other values of these; every other field must be what it was.
+_FREE = ("steps", "save_every", "log_every")
+
+
+class TrainingInterrupted(Exception):
+    """Ctrl-C: the step was finished and everything saved. A command line exits with 130."""
+
+    def __init__(self, out: Path, step: int, steps: int) -> None:
+        super().__init__(
+            f"interrupted after step {step} of {steps}, which is saved in {out}; "
+            "the same command with --resume continues there"
+        )
+        self.out, self.step = out, step
+
+
+def train(
+    model: Model,
+    dataset: Dataset,
+    config: TrainingConfig,
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    on_step: Callable[[int, Model], None] | None = None,
+    console: Console | None = None,
+) -> Model:
+    """Trains the model in place and returns its average, on the device and in evaluation mode.
+
+    Args:
+        model: made by `cgm.families.make_model` with config.seed for a run that can be repeated.
+        out: folder of the run; must be empty or absent, or with resume hold a run of the same
+            model, data and config (steps, save_every and log_every may differ).
+        on_step: called after each step with the number of finished steps and the average.
+        console: where progress goes; bars on a terminal, plain lines elsewhere.
+
+    Raises:
+        ValueError: an argument does not fit; nothing was written.
+        FloatingPointError: a loss or gradient is not finite. The weights were not touched by that
+            step or a later one, and the last checkpoint stays.
+        TrainingInterrupted: Ctrl-C. A second one, while the step finishes, is a KeyboardInterrupt.
+    """
+    out = Path(out)
+    run = _Run(model.to(device).train(), dataset, config, torch.device(device))
+    names = run.rehearse()
+    if resume:
+        run.load(out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out must be an empty folder, or resume given, got {out}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        run.save(out)  # what cannot be written shows now, not after an hour
+        log = _Log(out / LOG_FILE, ["step", "seconds", "learning_rate", *names], run.step)
+    except OSError as error:
+        raise ValueError(f"out must be a folder to write to, got {out}: {error}") from error
+    with (
+        _arithmetic(config.threads),
+        _interruptible() as interrupted,
+        _Display(config, run.step, console or Console()) as display,
+    ):
+        while run.step < config.steps:
+            rate = learning_rate(config, run.step)
+            run.train_step(rate)
+            step = run.step
+            if on_step is not None:
+                on_step(step, run.average)
+            stop = bool(interrupted) and step < config.steps
+            saving = stop or step % config.save_every == 0 or step == config.steps
+            # Fetching a loss waits for the device: on a GPU only when there is a line to write.
+            logging = saving or step % config.log_every == 0
+            if logging or run.device.type == "cpu":
+                run.check(out)
+            if logging:
+                values = run.fetch_means()
+                display.line(step, values[0])
+                log.write([step, log.seconds + display.seconds, rate, *values])
+            display.advance()
+            if saving:
+                run.save(out)
+            if stop:
+                raise TrainingInterrupted(out, step, config.steps)
+    return run.average
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Learning rate of the step after `step` finished ones.
+
+    learning_rate min(1, (step + 1) / warmup) d(p), with p = (step - warmup) / (steps - warmup) in
+    [0, 1] and d(p) = (1 + cos(pi p)) / 2, 1 - p, or 1.
+    """
+    rising = min(1.0, (step + 1) / max(config.warmup, 1))
+    p = min(max((step - config.warmup) / max(config.steps - config.warmup, 1), 0.0), 1.0)
+    course = {"cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p, "constant": 1.0}
+    return config.learning_rate * rising * course[config.decay]
+
+
+# State --------------------------------------------------------------------------------------------
+class _Run:
+    """Weights, their average, the optimizers, and the number of finished steps."""
+
+    def __init__(
+        self, model: Model, dataset: Dataset, config: TrainingConfig, device: torch.device
+    ) -> None:
+        self.model, self.dataset, self.config, self.device = model, dataset, config, device
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        self.parameters = {phase: model.phase_parameters(phase) for phase in model.phases}
+        self.optimizers = {
+            phase: _adamw(parameters, config) for phase, parameters in self.parameters.items()
+        }
+        self.order = functools.lru_cache(2)(functools.partial(epoch_order, len(dataset)))
+        self.description = json.loads(
+            json.dumps(
+                {
+                    "model": describe_model(model),
+                    "data": describe_data(dataset),
+                    "training": dataclasses.asdict(config),
+                }
+            )
+        )
+        self.step = 0
+        self.sums: Tensor | None = None
+        self.summed = 0
+        # Number of the first bad phase, counted from the start of the run; -1: none. It stays on
+        # the device, where it makes the optimizers skip this update and every later one.
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def rehearse(self) -> list[str]:
+        """One example through each phase of a copy shows wrong data; returns the log's columns."""
+        batch, index = self.batch(0)
+        names = []
+        copied = copy.deepcopy(self.model)
+        for phase in self.model.phases:
+            one: Any = {name: None if t is None else t[:1] for name, t in batch.items()}
+            losses = copied.loss(**one, phase=phase, seed=self.config.seed, index=index[:1])
+            names += [f"{phase}/{name}" for name in [*losses, "gradient_norm"]]
+        return names
+
+    def batch(self, step: int) -> tuple[dict[str, Any], Tensor]:
+        """The examples of a step, {"y", "cond"}, and their index.
+
+        Step s takes the places s B .. (s + 1) B - 1 of all epochs one after another: no example is
+        left out, whatever the batch size.
+        """
+        n, size = len(self.dataset), self.config.batch_size
+        places = torch.arange(step * size, (step + 1) * size)
+        parts, indices = [], []
+        for epoch in range(step * size // n, ((step + 1) * size - 1) // n + 1):
+            rows = self.order(self.config.seed, epoch)[places[places // n == epoch] % n]
+            parts.append(self.dataset.batch(rows, epoch))
+            indices.append(rows + epoch * 2**32)
+        batch: dict[str, Any] = {"y": torch.cat([part["y"] for part in parts]), "cond": None}
+        conds = [part["cond"] for part in parts if part["cond"] is not None]
+        if conds:
+            batch["cond"] = torch.cat(conds)
+        index = torch.cat(indices)
+        return {name: self._to_device(t) for name, t in batch.items()}, self._to_device(index)
+
+    def _to_device(self, tensor: Any) -> Any:
+        if tensor is not None and self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # from pinned memory the host need not wait
+        return None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+    def train_step(self, rate: float) -> None:
+        """One update in each phase, and one of the average."""
+        batch, index = self.batch(self.step)
+        values: list[Tensor] = []
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+        )
+        for number, phase in enumerate(self.model.phases):
+            parameters, optimizer = self.parameters[phase], self.optimizers[phase]
+            with autocast:
+                losses = self.model.loss(**batch, phase=phase, seed=self.config.seed, index=index)
+            losses = {name: loss.float().mean() for name, loss in losses.items()}
+            optimizer.zero_grad()
+            losses["total"].backward(inputs=parameters)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clip, norm)
+            bad = ~(losses["total"].isfinite() & norm.isfinite()) & (self.first_bad < 0)
+            number += self.step * len(self.model.phases)
+            self.first_bad = torch.where(bad, number, self.first_bad)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            # The fused optimizer changes nothing where this is 1; gradient scaling uses it so.
+            optimizer.found_inf = (self.first_bad >= 0).float()  # type: ignore[attr-defined]
+            optimizer.step()
+            values += [*(loss.detach() for loss in losses.values()), norm]
+        self.step += 1
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        weights = [p.detach() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
+        stacked = torch.stack(values)
+        self.sums = stacked if self.sums is None else self.sums + stacked
+        self.summed += 1
+
+    def check(self, out: Path) -> None:
+        """Raises FloatingPointError if a loss or gradient has not been finite."""
+        if (number := int(self.first_bad)) >= 0:
+            step, phase = divmod(number, len(self.model.phases))
+            raise FloatingPointError(
+                f"the loss or gradient of phase {self.model.phases[phase]} is not finite at step "
+                f"{step + 1}; the last checkpoint stays in {out}"
+            )
+
+    def fetch_means(self) -> list[float]:
+        """Losses and gradient norms, means over the steps since the last call."""
+        assert self.sums is not None
+        means = (self.sums / self.summed).tolist()
+        self.sums, self.summed = None, 0
+        return means
+
+    def save(self, out: Path) -> None:
+        """Writes the state to resume from, then the model to use."""
+        tensors = {f"weights/{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= {f"average/{name}": t for name, t in self.average.named_parameters()}
+        for phase, name, parameter in self._named_parameters():
+            for key, t in self.optimizers[phase].state.get(parameter, {}).items():
+                tensors[f"optimizer/{phase}/{name}/{key}"] = t
+        write_tensors(out / STATE_FILE, tensors, {"step": self.step, **self.description})
+        for mine, averaged in zip(self.model.buffers(), self.average.buffers(), strict=True):
+            averaged.copy_(mine)
+        metadata = {name: self.description[name] for name in ("data", "training")}
+        save_model(out, self.average, metadata)
+
+    def load(self, out: Path) -> None:
+        """The state that `save` wrote; ValueError if it is of another model, data set or config."""
+        file = out / STATE_FILE
+        if not file.exists():
+            raise ValueError(f"out must hold a run to resume, got {out}: there is no {STATE_FILE}")
+        tensors, info = read_tensors(file)
+        changed = list(_differences(info, {"step": info.get("step"), **self.description}))
+        if changed:
+            raise ValueError(f"{file}: is of another run: {'; '.join(changed)}")
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, rest = name.split("/", 1)
+            parts[part][rest] = tensor
+        load_weights(self.model, parts["weights"], file)
+        # Of buffers there is no average.
+        load_weights(self.average, {**parts["weights"], **parts["average"]}, file)
+        for phase, name, parameter in self._named_parameters():
+            prefix = f"{phase}/{name}/"
+            state = {
+                key.removeprefix(prefix): t.to(self.device)
+                for key, t in parts["optimizer"].items()
+                if key.startswith(prefix)
+            }
+            if state:
+                self.optimizers[phase].state[parameter] = state
+        self.step = info["step"]
+        if self.step > self.config.steps:
+            raise ValueError(f"steps must be at least {self.step}, got {self.config.steps}: {file}")
+
+    def _named_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for phase, parameters in self.parameters.items():
+            for parameter in parameters:
+                yield phase, names[id(parameter)], parameter
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """What config.json says of the data; the checksum tells other data of the same shape."""
+    crc = 0
+    for tensor in (dataset.y, dataset.cond):
+        if tensor is not None:
+            crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+    return {
+        "name": dataset.name,
+        "rows": len(dataset),
+        "event_shape": dataset.event_shape,
+        "cond_kind": dataset.cond_kind,
+        "cond_shape": dataset.cond_shape,
+        "num_classes": dataset.num_classes,
+        "class_names": dataset.class_names,
+        "crc32": crc,
+    }
+
+
+def _adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+
+
+def _differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Fields that differ, in words."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            if not (name == "training" and key in _FREE):
+                yield from _differences(
+                    saved.get(key), now.get(key), f"{name}.{key}" if name else key
+                )
+    elif saved != now:
+        yield f"{name} was {saved!r} and is now {now!r}"
+
+
+# Surroundings -------------------------------------------------------------------------------------
+class _Log:
+    """The CSV file: columns step, seconds, ...; rows after the resumed step are dropped."""
+
+    def __init__(self, file: Path, columns: list[str], step: int) -> None:
+        self.file = file
+        rows: list[list[str]] = []
+        if file.exists():
+            with file.open(newline="", encoding="utf-8") as opened:
+                rows = [
+                    row
+                    for row in csv.reader(opened)
+                    # A row that a crash cut off is no row.
+                    if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step
+                ]
+        self.seconds = float(rows[-1][1]) if rows else 0.0  # of the runs before
+        with (
+            replacing(file) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as opened,
+        ):
+            csv.writer(opened).writerows([columns, *rows])
+
+    def write(self, values: list[float]) -> None:
+        with self.file.open("a", newline="", encoding="utf-8") as opened:
+            csv.writer(opened).writerow([f"{value:.6g}" for value in values])
+
+
+class _Display:
+    """Loss, rate and time left: a bar on a terminal, else a line at each log step."""
+
+    def __init__(self, config: TrainingConfig, step: int, console: Console) -> None:
+        self.config, self.console, self.logged = config, console, step
+        self.start = self.logged_at = time.perf_counter()
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+        if console.is_terminal:
+            self.bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console)
+            self.task = self.bar.add_task("", total=config.steps, completed=step)
+
+    def __enter__(self) -> "_Display":
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        """Since this call of `train` began."""
+        return time.perf_counter() - self.start
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.advance(self.task)
+
+    def line(self, step: int, loss: float) -> None:
+        now = time.perf_counter()
+        rate = (step - self.logged) / (now - self.logged_at)
+        self.logged, self.logged_at = step, now
+        left = int((self.config.steps - step) / rate)
+        text = (
+            f"step {step}/{self.config.steps}  loss {loss:.4g}  {rate:.3g} steps/s  "
+            f"{rate * self.config.batch_size:.3g} examples/s  "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, description=text)
+        else:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C; the second Ctrl-C is a KeyboardInterrupt."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed  # signals reach the main thread only
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _arithmetic(threads: int) -> Iterator[None]:
+    """This many threads, and of cuDNN only algorithms that add in a fixed order."""
+    cudnn = torch.backends.cudnn
+    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
+    torch.set_num_threads(threads or before[0])
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]

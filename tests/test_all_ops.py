@@ -1,0 +1,226 @@
+"""What every op must hold to, over all samples of all ops. A new op adds one file to tests/ops."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.gradcheck import gradcheck, gradgradcheck
+
+import cgkernels
+from cgkernels.library import OPS
+from cgkernels.testing import assert_within_budget, layouts
+from tests.support import (
+    FLOATS,
+    KERNEL_DEVICES,
+    assert_equal,
+    assert_kernels_agree,
+    compiled,
+    every_sample,
+    fake_results,
+    kernel_results,
+    launchers,
+    memory_of,
+    normals,
+    op_calls,
+    op_modules,
+    sample_of,
+)
+
+samples = pytest.mark.parametrize(("module", "label"), every_sample())
+differentiable = pytest.mark.parametrize(("module", "label"), every_sample(differentiable=True))
+
+
+def test_every_op_is_reached():
+    calls = {
+        call.name
+        for module in op_modules()
+        for sample in module.samples(torch.float32, torch.device("cpu"))
+        for call in op_calls(sample)
+    }
+    assert calls == set(OPS) == set(launchers())
+
+
+# The registered ops -------------------------------------------------------------------------------
+@samples
+def test_opcheck(module, label):
+    for call in op_calls(sample_of(module, label)):
+        torch.library.opcheck(call.op, call.args)
+
+
+@samples
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_the_fake_states_what_comes(module, label, dtype):
+    for call in op_calls(sample_of(module, label, dtype)):
+        for real, fake in zip(call.run(), fake_results(call), strict=True):
+            assert real.shape == fake.shape, call.name
+            assert (real.dtype, real.device) == (fake.dtype, fake.device), call.name
+            assert real.stride() == fake.stride() or real.numel() == 0, call.name
+
+
+@samples
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_kernels(module, label, dtype, device):
+    """Against float64, sanitized, in guarded memory, in two orders of the programs, all written."""
+    for call in op_calls(sample_of(module, label, dtype, device)):
+        results = kernel_results(call, order_seed=1)
+        assert_kernels_agree(call, results)
+        assert_equal(kernel_results(call, order_seed=2), results)
+
+
+# torch.compile and torch.export -------------------------------------------------------------------
+@samples
+def test_compiles_to_one_graph(module, label):
+    """Forward and backward, with the results of the eager run."""
+    sample = sample_of(module, label)
+    counts, run = compiled(sample)
+    inputs, same = copy.deepcopy(sample.inputs), copy.deepcopy(sample.inputs)
+    wanted = [[i[name].requires_grad_() for name in sample.differentiable] for i in (inputs, same)]
+    outputs, expected = run(inputs), sample.call(same)
+    assert_equal(outputs, expected, equal_nan=True)
+    if sample.differentiable:
+        outputs, expected = ([t for t in o if t.requires_grad] for o in (outputs, expected))
+        seeds = [normals(*t.shape, seed=i).to(t) for i, t in enumerate(outputs)]
+        gradients = torch.autograd.grad(outputs, wanted[0], seeds)
+        assert_equal(gradients, torch.autograd.grad(expected, wanted[1], seeds))
+    assert counts == {"forward": 1, "backward": int(bool(sample.differentiable))}
+
+
+@samples
+def test_exports_as_one_node(module, label):
+    sample = sample_of(module, label)
+    tensors = sample.tensors
+    fixed = {name: value for name, value in sample.inputs.items() if name not in tensors}
+
+    class Model(torch.nn.Module):
+        def forward(self, tensors):
+            return sample.call({**fixed, **tensors})
+
+    exported = torch.export.export(Model(), (copy.deepcopy(tensors),), strict=False)
+    ours = [node for node in exported.graph.nodes if node.target in OPS.values()]
+    assert len(ours) == 1
+    assert_equal(exported.module()(copy.deepcopy(tensors)), sample.run(), equal_nan=True)
+
+
+# Derivatives --------------------------------------------------------------------------------------
+@differentiable
+def test_gradients(module, label):
+    """First and second derivatives, in float64 against finite differences."""
+    sample = sample_of(module, label, torch.float64)
+    names = sample.differentiable
+    values = [sample.inputs[name].double().clone().requires_grad_() for name in names]
+
+    def run(*values):
+        return sample.call({**sample.inputs, **dict(zip(names, values, strict=True))})
+
+    assert gradcheck(run, values, fast_mode=True)
+    assert gradgradcheck(run, values, fast_mode=True)
+
+
+@differentiable
+def test_both_backwards_agree(module, label):
+    """The op that first derivatives take, and the formula that second derivatives go through."""
+    sample = sample_of(module, label)
+    inputs = copy.deepcopy(sample.inputs)
+    wanted = [inputs[name].requires_grad_() for name in sample.differentiable]
+    outputs = [out for out in sample.call(inputs) if out.requires_grad]
+    seeds = [normals(*out.shape, seed=i).to(out) for i, out in enumerate(outputs)]
+    by_op = torch.autograd.grad(outputs, wanted, seeds, retain_graph=True)
+    by_formula = torch.autograd.grad(outputs, wanted, seeds, create_graph=True)
+    assert_equal(by_op, tuple(g.detach() for g in by_formula))
+    assert all(not g.requires_grad for g in by_op)
+    assert all(g.dtype == x.dtype for g, x in zip(by_op, wanted, strict=True))
+
+
+@samples
+def test_forward_mode_is_refused(module, label):
+    """Never a tangent of zero without a word, whichever tensor has one."""
+    sample = sample_of(module, label)
+    for name, value in sample.tensors.items():
+        if not value.is_floating_point():
+            continue
+
+        def run(value, name=name):
+            return sample.call({**copy.deepcopy(sample.inputs), name: value})
+
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(run, (value.clone(),), (value.clone(),))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            run(forward_ad.make_dual(value.clone(), value.clone()))
+
+
+# Values -------------------------------------------------------------------------------------------
+@samples
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_reference_agrees(module, label, dtype):
+    sample = sample_of(module, label, dtype)
+    exact = sample_of(module, label, torch.float64)
+    # The float64 sample has other values: those of this one count, as they were rounded.
+    exact = exact.replace(
+        **{n: t.to(exact.tensors[n].dtype) for n, t in sample.tensors.items()}
+    )
+    results = sample.run()
+    with cgkernels.reference():
+        plain, true = sample.run(), exact.run()
+    for ours, theirs, truth in zip(results, plain, true, strict=True):
+        assert_within_budget(ours, theirs, truth.double())
+
+
+@samples
+def test_float64_stays_float64(module, label):
+    results = sample_of(module, label, torch.float64).run()
+    assert {out.dtype for out in results} == {torch.float64}
+    for out, narrow in zip(results, sample_of(module, label).run(), strict=True):
+        torch.testing.assert_close(narrow.double(), out, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@samples
+def test_everything_is_written(module, label):
+    sample = sample_of(module, label)
+    expected = sample.run()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    try:
+        assert torch.empty(1).isnan()
+        poisoned = sample.run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal(poisoned, expected)
+
+
+@samples
+def test_inputs_stay_as_they_are(module, label):
+    """Around the views that are declared as written, too."""
+    sample = sample_of(module, label)
+    inputs = copy.deepcopy(sample.inputs)
+    before = copy.deepcopy(sample.inputs)
+    for name in sample.mutates:
+        before[name].zero_()
+    sample.call(inputs)
+    for name in sample.mutates:
+        inputs[name].zero_()
+    for name in sample.tensors:
+        assert_equal(memory_of(inputs[name]), memory_of(before[name]))
+
+
+@samples
+def test_a_sample_is_the_same_alone_and_in_any_batch(module, label):
+    sample = sample_of(module, label)
+    batch = sample.batch
+    results = sample.run()
+    assert_equal(sample.run(), results)
+    for rows in ([], *([i] for i in range(batch)), list(range(batch))[::-1]):
+        some = sample.take(rows).run()
+        assert_equal(some, tuple(out[rows] for out in results))
+
+
+@samples
+def test_layouts(module, label):
+    """Each input of its own in every memory layout gives the same values."""
+    sample = sample_of(module, label)
+    results = sample.run()
+    for name in sample.per_row:
+        if isinstance(value := sample.inputs[name], Tensor):
+            for layout in layouts(value).values():
+                torch.testing.assert_close(sample.replace(**{name: layout}).run(), results)

@@ -1,0 +1,339 @@
+"""The noise contract: known answers, distribution, independence, and the kernels' version of it."""
+
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+from cgkernels import random
+from cgkernels._triton import tl, triton
+from cgkernels.device import four_normals, philox_words
+from cgkernels.random import normal, philox4x32, uniform
+from tests.support import KERNEL_DEVICES, assert_equal, in_ulp
+
+# Random123's kat_vectors: counter, key, words of philox4x32 with 10 rounds.
+KNOWN_ANSWERS = {
+    "zero": ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    "ones": (
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    "pi": (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+}
+
+MANY = 2**22
+
+
+def integers(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def contract_words(quads, *, seed=0, index=(0,), step=0, stream=0):
+    """(rows, quads, 4) words of the contract."""
+    rows = len(index)
+    steps = torch.full((rows,), step)
+    words = random.words(
+        quads, seed=torch.tensor(seed), index=integers(*index), step=steps, stream=stream
+    )
+    return torch.stack(words, -1)
+
+
+# Words --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", KNOWN_ANSWERS)
+def test_known_answers_of_random123(name):
+    counter, key, expected = KNOWN_ANSWERS[name]
+    words = philox4x32(tuple(map(integers, counter)), tuple(map(integers, key)))
+    assert [int(w) for w in words] == list(expected)
+
+
+def test_the_counter_is_that_of_the_contract():
+    seed, index, step, stream, quad = -(2**62) + 12345, 2**40 * 3 + 7, 2**24 - 2, 200, 5
+    key = (integers(seed & 0xFFFFFFFF), integers((seed >> 32) & 0xFFFFFFFF))
+    counter = (quad, index & 0xFFFFFFFF, index >> 32, stream * 2**24 + step)
+    expected = torch.stack(philox4x32(tuple(map(integers, counter)), key), -1)
+    words = contract_words(quad + 1, seed=seed, index=(index,), step=step, stream=stream)
+    assert_equal(words[0, quad], expected[0])
+
+
+def test_normals_of_the_contract_never_change():
+    """Written down once: saved seeds must give the same pictures in every later version."""
+    z = normal((2, 5), seed=2026, index=integers(3, 2**32 + 3), step=9, stream=1,
+               dtype=torch.float64)  # fmt: skip
+    expected = [
+        [-1.5589512676778678, -1.1830922400030317, 0.8353035691360128, 0.6933915406743729,
+         -1.2557653764560064],
+        [-0.18175648777437334, -0.03790097741950315, -0.037536158561527914, 1.2919237445781244,
+         1.2735033844046426],
+    ]  # fmt: skip
+    torch.testing.assert_close(z, torch.tensor(expected, dtype=z.dtype), rtol=1e-14, atol=0)
+
+
+def test_no_two_numbers_share_a_counter():
+    """Exhaustively: every (seed, index, step, stream, element) of a small grid has its own words."""
+    words = torch.cat(
+        [
+            contract_words(9, seed=seed, index=(0, 1, 2, 2**32, 2**32 + 1), step=step, stream=stream)
+            for seed in (0, 1, 2**32, -1)
+            for step in (0, 1, 2, 2**24 - 1)
+            for stream in range(8)
+        ]
+    ).flatten(0, 1)
+    assert len(words.unique(dim=0)) == len(words) == 4 * 4 * 8 * 5 * 9
+
+
+@pytest.mark.parametrize("stream", [0, 1, 254])
+def test_the_last_step_does_not_run_into_the_next_stream(stream):
+    last, first = 2**24 - 1, 0
+    with pytest.raises(ValueError, match=r"step must be in \[0, 16777216\), got 16777216"):
+        normal((1, 4), seed=0, step=2**24, stream=stream)
+    assert not torch.equal(
+        normal((1, 4), seed=0, step=last, stream=stream),
+        normal((1, 4), seed=0, step=first, stream=stream + 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("seed", "same"), [(-1, 2**64 - 1), (-(2**63), 2**63), (5, torch.tensor([5]))]
+)
+def test_seeds_are_64_bits_however_written(seed, same):
+    shape = (2, 6)
+    assert_equal(normal(shape, seed=seed, stream=0), normal(shape, seed=same, stream=0))
+
+
+def test_every_bit_of_seed_and_index_counts():
+    def first(seed, index):
+        return normal((1, 1), seed=seed, index=integers(index), stream=0).item()
+
+    seeds = {first(2**bit, 0) for bit in range(64)}
+    # The sign bit by its negative value: 2^63 is no int64.
+    indices = {first(0, 2**bit if bit < 63 else -(2**63)) for bit in range(64)}
+    assert len(seeds | indices) == 128
+
+
+# Distribution -------------------------------------------------------------------------------------
+@functools.cache
+def many_normals(seed=0):
+    """2^22 normals of 64 samples, in float64; not to be written to."""
+    return normal((64, MANY // 64), seed=seed, stream=0, dtype=torch.float64)
+
+
+def assert_standard_score(value, limit=4.5):
+    """A statistic that is standard normal under the null hypothesis."""
+    assert abs(float(value)) < limit
+
+
+def test_moments():
+    z = many_normals().flatten()
+    n = len(z)
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
+        assert_standard_score((z.pow(power).mean() - mean) / math.sqrt(variance / n))
+
+
+def test_kolmogorov_smirnov():
+    u = torch.special.ndtr(many_normals().flatten()).sort().values
+    n = len(u)
+    grid = torch.arange(n + 1, dtype=torch.float64) / n
+    distance = torch.maximum((grid[1:] - u).max(), (u - grid[:-1]).max())
+    assert distance * math.sqrt(n) < 1.95  # p = 0.001
+
+
+def test_chi_square_of_equiprobable_bins():
+    bins = 256
+    u = torch.special.ndtr(many_normals().flatten())
+    counts = (u * bins).long().bincount(minlength=bins)
+    expected = MANY / bins
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert_standard_score((chi_square - (bins - 1)) / math.sqrt(2 * (bins - 1)))
+
+
+def test_tails():
+    """Counts beyond 3, 4 and 5 in 2^24 draws."""
+    magnitudes = [
+        normal((64, MANY // 64), seed=seed, stream=0).abs() for seed in range(4)
+    ]  # float32 halves the time
+    for limit in (3.0, 4.0, 5.0):
+        count = sum(int((m > limit).sum()) for m in magnitudes)
+        expected = 4 * MANY * math.erfc(limit / math.sqrt(2))
+        assert_standard_score((count - expected) / math.sqrt(expected))
+
+
+def test_tails_are_not_cut():
+    """Beyond 5.678, where Triton's own normals end: a draw found by a search of 1.3e9."""
+    z = normal((1, 1024), seed=0, index=integers(854929), stream=0)
+    assert z[0, 957] == z.max() > 6.34
+    smallest, straight = integers(0), integers(0)
+    assert random._box_muller(smallest, straight)[0].item() == pytest.approx(
+        math.sqrt(66 * math.log(2)), rel=1e-9
+    )
+
+
+def test_uniforms():
+    u = uniform((64, 2**14), seed=0, stream=4, dtype=torch.float64)
+    n = u.numel()
+    assert_standard_score((u.mean() - 0.5) / math.sqrt(1 / 12 / n))
+    assert_standard_score((u.square().mean() - 1 / 3) / math.sqrt(4 / 45 / n))
+    counts = (u * 256).long().flatten().bincount(minlength=256)
+    chi_square = ((counts - n / 256) ** 2 / (n / 256)).sum()
+    assert_standard_score((chi_square - 255) / math.sqrt(2 * 255))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_uniforms_are_inside_0_and_1(dtype, monkeypatch):
+    u = uniform((4, 2**16), seed=0, stream=4, dtype=dtype)
+    assert u.dtype == dtype and ((u > 0) & (u < 1)).all()
+    edges = tuple(integers(w).expand(1, 1) for w in (0, 1, 2**32 - 2, 2**32 - 1))
+    monkeypatch.setattr(random, "words", lambda *args, **kwargs: edges)
+    u = uniform((1, 4), seed=0, stream=4, dtype=dtype)
+    assert ((u > 0) & (u < 1)).all()
+
+
+# Independence -------------------------------------------------------------------------------------
+def assert_uncorrelated(rows, limit=5.5):
+    """All pairs of rows, their values and their squares; about 2,000 pairs."""
+    for x in (rows, rows.square()):
+        x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+        scores = (x @ x.T) / math.sqrt(x.shape[1])
+        assert_standard_score(scores.fill_diagonal_(0).abs().max(), limit)
+
+
+def test_elements_are_independent():
+    z = many_normals()[0].clone()
+    for x in (z, (z.square() - 1) / math.sqrt(2)):
+        for lag in range(1, 65):
+            products = x[:-lag] * x[lag:]
+            assert_standard_score(products.sum() / math.sqrt(len(products)), 5)
+
+
+def test_the_two_normals_of_a_pair_are_independent():
+    cos, sin = many_normals().flatten().unflatten(0, (-1, 2)).unbind(1)
+    n = len(cos)
+    squares = (cos.square() - 1) * (sin.square() - 1) / 2
+    for products in (cos * sin, squares, cos * squares, (cos * sin).sign()):
+        scale = products.square().mean().sqrt()
+        assert_standard_score(products.sum() / (scale * math.sqrt(n)))
+    radius = (cos.square() + sin.square()) / 2  # exponential
+    assert_standard_score((radius.mean() - 1) * math.sqrt(n))
+
+
+def test_samples_are_independent():
+    near = integers(*range(32), *(2**32 * draw for draw in range(1, 33)))
+    assert_uncorrelated(normal((64, 4096), seed=0, index=near, stream=0))
+
+
+def test_steps_are_independent():
+    rows = normal((64, 4096), seed=0, index=torch.full((64,), 5), step=torch.arange(64), stream=1)
+    assert_uncorrelated(rows)
+
+
+def test_streams_and_seeds_are_independent():
+    streams = [normal((1, 4096), seed=0, stream=stream) for stream in range(32)]
+    seeds = [normal((1, 4096), seed=seed, stream=0) for seed in range(1, 33)]
+    assert_uncorrelated(torch.cat(streams + seeds))
+
+
+# Shapes and dtypes --------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (3,), (2, 1), (2, 5), (1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("draw", [normal, uniform])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_shapes_and_dtypes(draw, shape, dtype):
+    out = draw(shape, seed=1, stream=2, dtype=dtype)
+    assert out.shape == shape and out.dtype == dtype and out.is_contiguous()
+    wide = draw(shape, seed=1, stream=2, dtype=torch.float64)
+    torch.testing.assert_close(out.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_elements_count_in_logical_order():
+    """The first elements are the same in every event that has them."""
+    assert_equal(
+        normal((2, 3, 4), seed=0, stream=0).flatten(1), normal((2, 14), seed=0, stream=0)[:, :12]
+    )
+
+
+# Kernels ------------------------------------------------------------------------------------------
+@triton.jit
+def _words_kernel(
+    out_ptr, seed_ptr, index_ptr, step_ptr, QUADS: tl.constexpr, STREAM: tl.constexpr
+):
+    """One program per row: the words of QUADS quads, (rows, QUADS, 4)."""
+    row = tl.program_id(0)
+    quad = tl.arange(0, QUADS)
+    seed, index, step = tl.load(seed_ptr), tl.load(index_ptr + row), tl.load(step_ptr + row)
+    w0, w1, w2, w3 = philox_words(seed, index, step, quad.to(tl.int64), STREAM)
+    at = out_ptr + (row * QUADS + quad) * 4
+    tl.store(at, w0.to(tl.int64))
+    tl.store(at + 1, w1.to(tl.int64))
+    tl.store(at + 2, w2.to(tl.int64))
+    tl.store(at + 3, w3.to(tl.int64))
+
+
+@triton.jit
+def _normals_kernel(out_ptr, words_ptr, n, BLOCK: tl.constexpr):
+    """One program per BLOCK quads: (4, n) words to (4, n) normals."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w0 = tl.load(words_ptr + i, mask=i < n).to(tl.uint32)
+    w1 = tl.load(words_ptr + n + i, mask=i < n).to(tl.uint32)
+    w2 = tl.load(words_ptr + 2 * n + i, mask=i < n).to(tl.uint32)
+    w3 = tl.load(words_ptr + 3 * n + i, mask=i < n).to(tl.uint32)
+    z0, z1, z2, z3 = four_normals(w0, w1, w2, w3)
+    tl.store(out_ptr + i, z0, mask=i < n)
+    tl.store(out_ptr + n + i, z1, mask=i < n)
+    tl.store(out_ptr + 2 * n + i, z2, mask=i < n)
+    tl.store(out_ptr + 3 * n + i, z3, mask=i < n)
+
+
+def kernel_normals(words, device):
+    """Four normals of each column of (4, n) words, by the kernels' arithmetic."""
+    n = words.shape[1]
+    out = torch.empty(4, n, device=device)
+    block = 2**16 if device == "cpu" else 512
+    _normals_kernel[(triton.cdiv(n, block),)](
+        out, words.contiguous().to(device), n, BLOCK=block, enable_fp_fusion=True
+    )
+    return out.cpu()
+
+
+def exact_normals(words):
+    w0, w1, w2, w3 = words
+    return torch.stack([*random._box_muller(w0, w1), *random._box_muller(w2, w3)])
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("stream", [0, 1, 127, 128, 255])
+def test_words_of_a_kernel_are_those_of_the_contract(stream, device):
+    quads = 64
+    index = integers(0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 3, 2**63 - 1, -1, -(2**63))
+    step = integers(0, 1, 2**23, 2**24 - 1, 7, 8, 9, 10, 11)
+    for seed in (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -1, -(2**63)):
+        arguments = torch.tensor(seed), index, step
+        out = torch.empty(len(index), quads, 4, dtype=torch.int64, device=device)
+        _words_kernel[(len(index),)](out, *(a.to(device) for a in arguments), quads, stream)
+        expected = random.words(quads, seed=arguments[0], index=index, step=step, stream=stream)
+        assert_equal(out.cpu(), torch.stack(expected, -1))
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_normals_of_a_kernel_are_within_4_ulp(device):
+    words = contract_words(2**18 if device == "cpu" else 2**22).flatten(0, 1).T
+    exact = exact_normals(words)
+    error = in_ulp(kernel_normals(words, device), exact)
+    assert error.max() <= 4
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_normals_of_a_kernel_at_the_edges(device):
+    """Ends of the range, sqrt(1/2), powers of two, borders of quadrants; every pair of them."""
+    borders = [0, 2**32, 0xB504F334, *(2**k for k in range(32)), *(k * 2**29 for k in range(8))]
+    edges = {b + d for b in borders for d in range(-3, 4) if 0 <= b + d < 2**32}
+    w, v = torch.tensor(list(itertools.product(sorted(edges), repeat=2))).T
+    words = torch.stack([w, v, v, w])
+    exact = exact_normals(words)
+    z = kernel_normals(words, device)
+    assert in_ulp(z, exact).max() <= 4
+    assert 6.76 < z.abs().max() < 6.77
