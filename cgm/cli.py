@@ -62,7 +62,7 @@ class TrainOptions(Generic[_Model, _Training]):
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/FAMILY-DATA)"),
     ] = None
     # Continue the run in that folder.
-    resume: bool = False
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
     # cpu, cuda or cuda:N.
     device: Annotated[
         str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: cuda if present)")
@@ -114,8 +114,11 @@ def _without_data_fields(model_config: type) -> type:
     hints = typing.get_type_hints(model_config)
 
     class Options(model_config):  # type: ignore[valid-type, misc]
+        __doc__ = model_config.__doc__
         __annotations__ = {
-            name: tyro.conf.Suppress[hint] for name, hint in hints.items() if name in DATA_FIELDS
+            name: tyro.conf.Suppress[hint]  # type: ignore[misc, valid-type]
+            for name, hint in hints.items()
+            if name in DATA_FIELDS
         }
 
         def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ def _load_data(options: TrainOptions) -> "Dataset":
     for name, value in values.items():
         if value != getattr(TrainOptions, name):
             raise ValueError(f"--{name} belongs to --data; a task has its own pictures")
+    assert options.task is not None
     return load_task(options.task)
 
 
@@ -247,7 +251,7 @@ def _sample(argv: Sequence[str]) -> None:
     print(f"{options.out}: {samples.shape[1]} x {samples.shape[0]} samples{cut}")
 
 
-def _draw(model: "Model", cond: "Tensor | None", options: Any, solver: dict[str, Any]) -> "Tensor":
+def _draw(model: Any, cond: "Tensor | None", options: Any, solver: dict[str, Any]) -> "Tensor":
     """Samples (n, rows, *event) on the CPU, in batches of draws."""
     import torch
     from rich.console import Console
@@ -471,8 +475,9 @@ def _demo(argv: Sequence[str]) -> None:
 def _first(argv: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
     """The first argument, which decides what options there are, and the rest."""
     if not argv or argv[0].startswith("-"):
-        print(f"usage: {usage}")
-        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+        helped = bool(argv) and argv[0] in ("-h", "--help")
+        print(f"usage: {usage}", file=sys.stdout if helped else sys.stderr)
+        raise SystemExit(0 if helped else 2)
     return argv[0], argv[1:]
 
 
@@ -513,7 +518,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code.
 
-    0: done; 2: something that the user gave does not fit, one line on stderr says what; 130: Ctrl-C.
+    0: done. 2: something that the user gave does not fit; stderr says what. 130: Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -48,7 +48,7 @@ def picture_grid(
                 f"groups must hold (columns, {rows}, 1 or 3, H, W), got "
                 f"{tuple(pictures.shape)} for {header!r}"
             )
-    if rows == 0 or row_labels and len(row_labels) != rows:
+    if rows == 0 or (row_labels and len(row_labels) != rows):
         raise ValueError(f"row_labels must be {rows} > 0 or none, got {len(row_labels)}")
 
     def text_width(text: str) -> int:

@@ -160,15 +160,14 @@ def train(
             rate = learning_rate(config, run.step)
             run.train_step(rate)
             step = run.step
+            # Looking at a loss waits for the device: on a GPU only when there is a line to write.
+            if step % config.log_every == 0 or run.device.type == "cpu":
+                run.check(out)
             if on_step is not None:
                 on_step(step, run.average)
             stop = bool(interrupted) and step < config.steps
             saving = stop or step % config.save_every == 0 or step == config.steps
-            # Fetching a loss waits for the device: on a GPU only when there is a line to write.
-            logging = saving or step % config.log_every == 0
-            if logging or run.device.type == "cpu":
-                run.check(out)
-            if logging:
+            if saving or step % config.log_every == 0:
                 values = run.fetch_means()
                 display.line(step, values[0])
                 log.write([step, log.seconds + display.seconds, rate, *values])
@@ -309,7 +308,8 @@ class _Run:
         return means
 
     def save(self, out: Path) -> None:
-        """Writes the state to resume from, then the model to use."""
+        """Writes the state to resume from, then the model to use; never one that is not finite."""
+        self.check(out)
         tensors = {f"weights/{name}": t for name, t in self.model.state_dict().items()}
         tensors |= {f"average/{name}": t for name, t in self.average.named_parameters()}
         for phase, name, parameter in self._named_parameters():

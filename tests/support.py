@@ -70,6 +70,10 @@ class Sample:
     def replace(self, **inputs: Any) -> "Sample":
         return dataclasses.replace(self, inputs={**self.inputs, **inputs})
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Sample":
+        """The same call with every tensor replaced."""
+        return self.replace(**{name: function(t) for name, t in self.tensors.items()})
+
     def run(self) -> tuple[Tensor, ...]:
         """What is returned and what is written; self.inputs stay as they are."""
         return self.call(copy.deepcopy(self.inputs))
@@ -163,8 +167,12 @@ class OpCall:
         def widen(value):
             return torch.float64 if isinstance(value, torch.dtype) else value
 
-        call = self.map(lambda t: t.double() if t.is_floating_point() else t)
+        call = self.map(_wide)
         return dataclasses.replace(call, args=tuple(map(widen, call.args)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 class _Recorder(TorchDispatchMode):
@@ -258,6 +266,16 @@ def assert_kernels_agree(call: OpCall, actual: Sequence[Tensor]) -> None:
     assert_accurate(actual, plain, on_cpu.wide().run())
 
 
+def assert_kernels_are_accurate(sample: Sample, device: str) -> None:
+    """A whole public function with its kernels against plain PyTorch, within the error budget."""
+    with kernels(device):
+        actual = sample.run()
+    on_cpu = sample.map(Tensor.cpu)
+    with float32_normals():
+        plain = on_cpu.run()
+    assert_accurate(actual, plain, on_cpu.map(_wide).run())
+
+
 def assert_accurate(
     actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]
 ) -> None:
@@ -305,6 +323,18 @@ def float32_normals() -> Iterator[None]:
         yield
 
 
+def normal_of(element: Tensor, *, seed: int, index: int, step: int, stream: int) -> Tensor:
+    """The float64 normals of any elements of one sample, straight from the contract."""
+    counter = (element // 4, index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF, stream * 2**24 + step)
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    counter, key = (
+        tuple(torch.as_tensor(word).expand_as(element) for word in words) for words in (counter, key)
+    )
+    w0, w1, w2, w3 = random.philox4x32(counter, key)
+    four = torch.stack([*random._box_muller(w0, w1), *random._box_muller(w2, w3)], -1)
+    return four.gather(-1, (element % 4)[..., None])[..., 0]
+
+
 # Comparisons --------------------------------------------------------------------------------------
 def in_ulp(actual: Tensor, exact: Tensor) -> Tensor:
     """|actual - exact| in units of the last place of the float32 nearest to exact (float64)."""
@@ -317,14 +347,14 @@ def assert_equal(actual: Any, expected: Any, *, equal_nan: bool = False) -> None
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=equal_nan)
 
 
-def assert_refused(sample: Sample, error: type[Exception], *words: str) -> None:
-    """The call raises this error, its message has these words, and nothing is written."""
+def assert_refused(sample: Sample, error: type[Exception], argument: str, *words: str) -> None:
+    """The call raises this error, its message is about the argument, and nothing is written."""
     inputs = copy.deepcopy(sample.inputs)
     with pytest.raises(error) as raised:
         sample.call(inputs)
     assert type(raised.value) is error
-    for word in words:
-        assert word in str(raised.value)
+    message = str(raised.value)
+    assert message.startswith(f"{argument} ") and all(word in message for word in words), message
     for name, tensor in sample.tensors.items():
         if tensor.device.type != "meta":
             assert_equal(memory_of(inputs[name]), memory_of(tensor), equal_nan=True)

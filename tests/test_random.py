@@ -11,7 +11,7 @@ from cgkernels import random
 from cgkernels._triton import tl, triton
 from cgkernels.device import four_normals, philox_words
 from cgkernels.random import normal, philox4x32, uniform
-from tests.support import KERNEL_DEVICES, assert_equal, in_ulp
+from tests.support import KERNEL_DEVICES, assert_equal, in_ulp, normal_of
 
 # Random123's kat_vectors: counter, key, words of philox4x32 with 10 rounds.
 KNOWN_ANSWERS = {
@@ -29,6 +29,7 @@ KNOWN_ANSWERS = {
 }
 
 MANY = 2**22
+DOUBLE = torch.float64
 
 
 def integers(*values):
@@ -53,26 +54,24 @@ def test_known_answers_of_random123(name):
     assert [int(w) for w in words] == list(expected)
 
 
-def test_the_counter_is_that_of_the_contract():
-    seed, index, step, stream, quad = -(2**62) + 12345, 2**40 * 3 + 7, 2**24 - 2, 200, 5
-    key = (integers(seed & 0xFFFFFFFF), integers((seed >> 32) & 0xFFFFFFFF))
-    counter = (quad, index & 0xFFFFFFFF, index >> 32, stream * 2**24 + step)
-    expected = torch.stack(philox4x32(tuple(map(integers, counter)), key), -1)
-    words = contract_words(quad + 1, seed=seed, index=(index,), step=step, stream=stream)
-    assert_equal(words[0, quad], expected[0])
+@pytest.mark.parametrize("seed", [3, -(2**62) + 12345])
+@pytest.mark.parametrize("index", [0, 2**40 * 3 + 7, -5])
+def test_the_counter_is_that_of_the_contract(seed, index):
+    element, step, stream = torch.arange(21), 2**24 - 2, 200
+    z = normal((1, 21), seed=seed, index=integers(index), step=step, stream=stream, dtype=DOUBLE)
+    assert_equal(z[0], normal_of(element, seed=seed, index=index, step=step, stream=stream))
 
 
 def test_normals_of_the_contract_never_change():
     """Written down once: saved seeds must give the same pictures in every later version."""
-    z = normal((2, 5), seed=2026, index=integers(3, 2**32 + 3), step=9, stream=1,
-               dtype=torch.float64)  # fmt: skip
+    z = normal((2, 5), seed=2026, index=integers(3, 2**32 + 3), step=9, stream=1, dtype=DOUBLE)
     expected = [
         [-1.5589512676778678, -1.1830922400030317, 0.8353035691360128, 0.6933915406743729,
          -1.2557653764560064],
         [-0.18175648777437334, -0.03790097741950315, -0.037536158561527914, 1.2919237445781244,
          1.2735033844046426],
     ]  # fmt: skip
-    torch.testing.assert_close(z, torch.tensor(expected, dtype=z.dtype), rtol=1e-14, atol=0)
+    torch.testing.assert_close(z, torch.tensor(expected, dtype=DOUBLE), rtol=1e-14, atol=0)
 
 
 def test_no_two_numbers_share_a_counter():
@@ -259,14 +258,14 @@ def test_elements_count_in_logical_order():
 # Kernels ------------------------------------------------------------------------------------------
 @triton.jit
 def _words_kernel(
-    out_ptr, seed_ptr, index_ptr, step_ptr, QUADS: tl.constexpr, STREAM: tl.constexpr
+    out_ptr, seed_ptr, index_ptr, step_ptr, first, QUADS: tl.constexpr, STREAM: tl.constexpr
 ):
-    """One program per row: the words of QUADS quads, (rows, QUADS, 4)."""
+    """One program per row: the words of quads first .. first + QUADS - 1, (rows, QUADS, 4)."""
     row = tl.program_id(0)
-    quad = tl.arange(0, QUADS)
+    lane = tl.arange(0, QUADS)
     seed, index, step = tl.load(seed_ptr), tl.load(index_ptr + row), tl.load(step_ptr + row)
-    w0, w1, w2, w3 = philox_words(seed, index, step, quad.to(tl.int64), STREAM)
-    at = out_ptr + (row * QUADS + quad) * 4
+    w0, w1, w2, w3 = philox_words(seed, index, step, first + lane, STREAM)
+    at = out_ptr + (row * QUADS + lane) * 4
     tl.store(at, w0.to(tl.int64))
     tl.store(at + 1, w1.to(tl.int64))
     tl.store(at + 2, w2.to(tl.int64))
@@ -305,17 +304,24 @@ def exact_normals(words):
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("first", [0, 2**29, 2**32 - 64])
 @pytest.mark.parametrize("stream", [0, 1, 127, 128, 255])
-def test_words_of_a_kernel_are_those_of_the_contract(stream, device):
-    quads = 64
+def test_words_of_a_kernel_are_those_of_the_contract(stream, first, device):
     index = integers(0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 3, 2**63 - 1, -1, -(2**63))
     step = integers(0, 1, 2**23, 2**24 - 1, 7, 8, 9, 10, 11)
-    for seed in (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -1, -(2**63)):
-        arguments = torch.tensor(seed), index, step
-        out = torch.empty(len(index), quads, 4, dtype=torch.int64, device=device)
-        _words_kernel[(len(index),)](out, *(a.to(device) for a in arguments), quads, stream)
-        expected = random.words(quads, seed=arguments[0], index=index, step=step, stream=stream)
-        assert_equal(out.cpu(), torch.stack(expected, -1))
+    quad = torch.arange(64) + first
+    for seed in (1, 2**32 - 1, 2**63 - 1, -1, -(2**63)):
+        arguments = [t.to(device) for t in (torch.tensor(seed), index, step)]
+        out = torch.empty(len(index), 64, 4, dtype=torch.int64, device=device)
+        _words_kernel[(len(index),)](out, *arguments, first, QUADS=64, STREAM=stream)
+        counter = (
+            quad.expand(len(index), 64),
+            (index & 0xFFFFFFFF)[:, None],
+            ((index >> 32) & 0xFFFFFFFF)[:, None],
+            (stream * 2**24 + step)[:, None],
+        )
+        key = torch.tensor(seed & 0xFFFFFFFF), torch.tensor((seed >> 32) & 0xFFFFFFFF)
+        assert_equal(out.cpu(), torch.stack(philox4x32(counter, key), -1))
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

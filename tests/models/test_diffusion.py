@@ -71,15 +71,12 @@ def test_loss_is_that_of_the_formula():
     torch.testing.assert_close(m.loss(y, seed=8)["total"], expected)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_learns_four_pictures(prediction):
-    config = dataclasses.replace(
-        KINDS["class"], prediction=prediction, num_classes=4, cond_dropout=0.0, channels=16
-    )
+def test_learns_four_pictures():
+    config = dataclasses.replace(KINDS["class"], num_classes=4, cond_dropout=0.0, channels=16)
     m = make_model(ConditionalDiffusion, config, seed=1)
     y, cond = torch.sign(pictures(4)), torch.arange(4)
-    optimizer = torch.optim.Adam(m.parameters(), lr=3e-3)
-    for step in range(250):
+    optimizer = torch.optim.Adam(m.parameters(), lr=5e-3)
+    for step in range(120):
         index = torch.arange(32) + 32 * step
         loss = m.loss(y.repeat(8, 1, 1, 1), cond=cond.repeat(8), seed=1, index=index)
         optimizer.zero_grad()
@@ -197,7 +194,7 @@ def test_exact_denoiser_of_gaussian_data_gives_its_moments():
     config = DiffusionConfig(event_shape=(1, 2, 2), channels=8, heads=2, blocks=1, patch=1)
     m = model(config)
     mu = torch.tensor([[0.5, -0.5], [0.0, 0.25]])
-    s = torch.tensor([[0.1, 0.2], [0.3, 0.05]])
+    s = torch.tensor([[0.3, 0.2], [0.5, 0.25]])
     timesteps = m.noise_table
 
     class Exact(torch.nn.Module):
@@ -213,8 +210,8 @@ def test_exact_denoiser_of_gaussian_data_gives_its_moments():
 
     m.unet = Exact()
     for options in ({"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "dpmpp_2m"}):
-        y = m.sample(20_000, steps=50, clip=False, **options)
-        assert (y.mean(0)[0] - mu).abs().max() < 4 * 0.3 / math.sqrt(20_000) + 2e-3, options
+        y = m.sample(8_000, steps=200, clip=False, **options)
+        assert (y.mean(0)[0] - mu).abs().max() < 4 * 0.5 / math.sqrt(8_000) + 2e-3, options
         assert ((y.std(0)[0] / s) - 1).abs().max() < 0.05, options
 
 

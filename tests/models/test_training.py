@@ -338,7 +338,7 @@ def test_stops_before_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(FloatingPointError, match=f"phase first is not finite at step {bad_step};"):
         run(tmp_path / "run", config, toy_data(y), model, on_step=keep)
     tensors, info = state(tmp_path / "run")
-    assert info["step"] == bad_step - 1
+    assert info["step"] == bad_step - 1 and len(weights) == bad_step
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[bad_step - 1][name])
         assert torch.equal(parameter, tensors[f"weights/{name}"])

@@ -7,9 +7,23 @@ import pytest
 import torch
 
 from cgkernels import guided_step, guided_step_
+from cgkernels.library import OPS
 from cgkernels.ops import guided_step as op
 from cgkernels.random import normal
-from tests.support import Sample, assert_equal, assert_refused, normals
+from tests.support import (
+    FLOATS,
+    KERNEL_DEVICES,
+    OpCall,
+    Sample,
+    assert_equal,
+    assert_kernels_are_accurate,
+    assert_refused,
+    in_ulp,
+    kernel_results,
+    kernels,
+    normal_of,
+    normals,
+)
 
 LAUNCHERS = {
     "guided_step_fwd": op._launch_fwd,
@@ -355,3 +369,183 @@ def test_wrong_arguments_in_place(error, words, changed):
     assert_refused(call.replace(**changed), error, *words)
 
 
+# Kernels ------------------------------------------------------------------------------------------
+ALL = ("x", "cond", "uncond", "log_variance", "h1", "h2")
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("numel", [1, 127, 128, 129, 1023, 1024, 1025, 2 * 1024 + 7])
+def test_sizes_around_a_block(numel, dtype, device):
+    options = {
+        "table": make_table(device=device, noise=True),
+        "step": torch.tensor([3, 0], device=device),
+        "scale": torch.tensor([1.5, 4.0], device=device),
+        "seed": 1,
+        "return_x0": True,
+    }
+    data = inputs(*ALL, batch=2, shape=(numel,), dtype=dtype, device=device)
+    assert_kernels_are_accurate(Sample("", guided_step, {**data, **options}), device)
+
+
+def mixed_layouts(device, dtype=torch.bfloat16):
+    """x, cond, uncond, h1 and h2 in five layouts, float32 and another dtype."""
+    wide = normals(3, 7, 4, 6, device=device, seed=5)
+    last = wide.contiguous(memory_format=torch.channels_last)
+    return {
+        "x": last[:, 2:5],
+        "cond": wide[:, 1:4].to(dtype),
+        "uncond": wide.to(dtype).transpose(2, 3).contiguous().transpose(2, 3)[:, 4:],
+        "h1": wide[:, ::3],
+        "h2": last[:1, :3].expand(3, 3, 4, 6),
+    }
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_mixed_layouts_and_dtypes(device):
+    options = {"table": make_table(device=device, noise=True), "step": 2, "scale": 3.0, "seed": 1}
+    data = mixed_layouts(device)
+    assert_kernels_are_accurate(Sample("", guided_step, {**data, **options}), device)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slices", "transposed"])
+def test_in_place_kernels_are_the_functional_ones(layout, device):
+    """On parts of persistent buffers, too; of transposed ones, which take copies."""
+    data = inputs("x", "cond", "uncond", "h1", "h2", device=device)
+    options = {"table": make_table(device=device, noise=True), "step": 1, "scale": 2.0, "seed": 3}
+    with kernels(device):
+        expected, x0 = guided_step(**data, **options, return_x0=True)
+    h1 = data["h1"].clone()
+    buffer = normals(6, 5, 4, 4, device=device, seed=9)
+    if layout == "channels_last":
+        buffer = buffer.contiguous(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        buffer = buffer.transpose(2, 3)
+    if layout != "contiguous":
+        before = buffer.clone()
+        before[:, :3] = expected.repeat(2, 1, 1, 1)
+        x, twin = buffer[:3, :3], buffer[3:, :3]
+        x.copy_(data["x"])
+        data["x"] = x
+    else:
+        twin = torch.empty_like(data["x"])
+    with kernels(device, order_seed=1):
+        guided_step_(**data, **options, twin=twin)
+    results = [data["x"], twin, data["h1"], data["h2"]]
+    assert_equal(results, [expected, expected, x0, h1])
+    if layout != "contiguous":
+        assert_equal(buffer, before)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_kernels_take_guidance_in_every_form(device):
+    """One doubled batch or two pointers; scales and steps shared or of each row."""
+    data = inputs("x", "cond", "uncond", device=device)
+    table = make_table(device=device, noise=True)
+    doubled = {"x": data["x"], "cond": torch.cat([data["uncond"], data["cond"]])}
+    twos = torch.full((3,), 2, device=device)
+    with kernels(device):
+        expected = guided_step(**data, table=table, step=2, scale=2.0, seed=1)
+        assert_equal(guided_step(**doubled, table=table, step=2, scale=2.0, seed=1), expected)
+        for step, scale in ((twos, 2.0), (twos[0], twos[0].float()), (2, twos.float())):
+            assert_equal(guided_step(**data, table=table, step=step, scale=scale, seed=1), expected)
+    assert_kernels_are_accurate(
+        Sample("", guided_step, {**data, "table": table, "step": 2, "scale": 2.0, "seed": 1}), device
+    )
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_a_sample_has_one_result(device):
+    """Alone, in a batch, permuted, with its own step and scale; its noise in any memory format."""
+    data = inputs("x", "cond", "uncond", "h1", batch=4, shape=(3, 20, 21), device=device)
+    index = torch.tensor([7, 2**35, 0, 1], device=device)
+    step = torch.tensor([0, 1, 3, 2], device=device)
+    scale = torch.tensor([1.0, 2.0, 3.0, -1.0], device=device)
+    table = make_table(device=device, noise=True)
+    only_noise = torch.zeros_like(table)
+    only_noise[:, 7] = 1
+
+    def run(rows, table, format=torch.contiguous_format):
+        some = {name: t[rows].contiguous(memory_format=format) for name, t in data.items()}
+        numbers = {"index": index[rows], "step": step[rows], "scale": scale[rows]}
+        with kernels(device):
+            return guided_step(**some, **numbers, table=table, seed=5)
+
+    whole = run([0, 1, 2, 3], table)
+    for rows in ([2], [3, 0], [3, 2, 1, 0]):
+        assert_equal(run(rows, table), whole[rows])
+    noise = run([0, 1, 2, 3], only_noise)
+    assert_equal(run([2, 1], only_noise, torch.channels_last), noise[[2, 1]])
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("outside", [-1, 4, 2**40])
+def test_a_step_outside_the_table_is_not_a_number(outside, device):
+    """On a GPU nobody can refuse it without waiting; it must not look like a result."""
+    data = inputs("x", "cond", device=device)
+    step = torch.tensor([1, outside, 3], device=device)
+    table = make_table(device=device)
+    with kernels(device):
+        good = guided_step(**data, table=table, step=step.clamp(0, 3))
+    args = (*data.values(), None, table, step, torch.ones(3, device=device))
+    out, x0 = kernel_results(OpCall(OPS["guided_step_fwd"], (*args, *[None] * 5, True)))
+    assert out[1].isnan().all() and x0[1].isnan().all()
+    assert_equal(out[::2], good[::2])
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_kernels_keep_what_is_not_a_number(device):
+    data = inputs("x", "cond", device=device)
+    data["x"][1, 0, 0, 0] = torch.nan
+    with kernels(device):
+        results = guided_step(**data, table=make_table(device=device), step=1, return_x0=True)
+    for value in results:
+        assert value.isnan().nonzero().tolist() == [[1, 0, 0, 0]]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(1, 2**31 + 1031), (5, 2**29 + 1), (3, 2, 2**14, 2**15)])
+def test_more_than_2_31_elements(shape):
+    if torch.cuda.get_device_properties(0).total_memory < 20 * 2**30:
+        pytest.skip("needs 20 GB")
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+    cond = torch.empty_like(x).normal_()
+    options = {"table": make_table(device="cuda"), "step": 1}
+    tails = [t.flatten(1)[-1:, -4000:].clone() for t in (x, cond)]
+    expected = guided_step(*tails, **options)
+    assert_equal(guided_step(x, cond, **options).flatten(1)[-1:, -4000:], expected)
+    only_noise = one_row(b5=1.0).cuda()
+    guided_step_(x, cond, table=only_noise, step=0, seed=6)
+    element = torch.arange(x[0].numel() - 4000, x[0].numel())
+    exact = normal_of(element, seed=6, index=shape[0] - 1, step=0, stream=1)
+    torch.testing.assert_close(x.flatten(1)[-1, -4000:].cpu().double(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.cuda
+def test_a_loop_in_a_graph_is_the_eager_loop():
+    """Replays follow the seed tensor, and the whole loop waits for nothing."""
+    table, seed = make_table(8, device="cuda", noise=True), torch.tensor(1, device="cuda")
+    data = inputs("x", "cond", "uncond", "h1", "h2", device="cuda")
+    start = {name: t.clone() for name, t in data.items()}
+
+    def loop(seed):
+        for name in ("x", "h1", "h2"):
+            data[name].copy_(start[name])
+        for step in range(8):
+            guided_step_(**data, table=table, step=step, scale=2.0, seed=seed)
+
+    loop(seed)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loop(seed)
+    for value in (1, 2, -3):
+        seed.fill_(value)
+        graph.replay()
+        replayed = data["x"].clone()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loop(value)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_equal(data["x"], replayed)

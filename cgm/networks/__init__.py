@@ -1,0 +1,1 @@
+"""Networks, one per file: parameters and a forward pass, no losses."""
