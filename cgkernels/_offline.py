@@ -10,6 +10,7 @@ Triton is not installed.
 
 import contextlib
 import functools
+import math
 import pathlib
 import re
 import subprocess
@@ -82,8 +83,8 @@ def problems(compiled: list[KernelReport], launch: Launch) -> list[str]:
 
     launch.vector_bits is a promise about the main accesses: those through a block of pointers with
     at least that many bits for every thread. Scalars (a seed, a coefficient) and blocks too small
-    to give each thread a full vector (a bias, partial sums) are set aside: of the instructions of
-    their width, as many as they need. All other loads and stores of each kernel must be at least
+    to give each thread a full vector (a bias, partial sums) are set aside: as many instructions as
+    they need, of their width. All other loads and stores of each kernel must be at least
     vector_bits wide, and in one kernel at least there must be some. Bulk copies (TMA) are wide.
 
     launch.dot asks that one kernel at least uses the matrix instruction of the architecture.
@@ -150,13 +151,11 @@ def _read(kernel: Any, grid: tuple[int, ...], vector_bits: int) -> KernelReport:
     meta = kernel.metadata
     arch = meta.target.arch
     threads = 32 * meta.num_warps
-    small: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
+    small: dict[str, list[tuple[int, int]]] = {"load": [], "store": []}  # (bits, how many a thread)
     for op, shape, element in _POINTER_ACCESS.findall(kernel.asm["ttgir"]):
-        elements, bits = 1, max(8, int(element))
-        for n in shape.split("x")[:-1]:
-            elements *= int(n)
+        elements, bits = math.prod(map(int, shape.split("x")[:-1])), max(8, int(element))
         if elements * bits < threads * vector_bits:
-            small["store" if op == "tt.store" else "load"][bits] += -(-elements // threads)
+            small["store" if op == "tt.store" else "load"].append((bits, -(-elements // threads)))
     opcodes = Counter({op: n for op, n in instructions.items() if "MMA" in op.split(".")[0]})
     return KernelReport(
         kernel=meta.name,
@@ -199,15 +198,24 @@ def _count(instructions: Counter[str], *opcodes: str) -> int:
     return sum(n for op, n in instructions.items() if op.split(".")[0] in opcodes)
 
 
-def _narrowest(instructions: Counter[str], opcodes: tuple[str, ...], small: Counter[int]) -> int:
+def _narrowest(
+    instructions: Counter[str], opcodes: tuple[str, ...], small: list[tuple[int, int]]
+) -> int:
     """Bits of the narrowest of these instructions that no small access accounts for; else 0."""
     widths: Counter[int] = Counter()
     for instruction, n in instructions.items():
         opcode, *modifiers = instruction.split(".")
         if opcode in opcodes:
             widths[_width(opcode, modifiers)] += n
-    split = max(0, small[64] - widths[64])  # 64-bit scalars used, and therefore loaded, in halves
-    return min(widths - small - Counter({32: 2 * split}), default=0)
+    for bits, count in small:
+        # Together, one by one, or where 64 bits are used in halves, or one half only, by 32.
+        for width, n in (
+            (bits * count, 1), (bits, count), (32, bits * count // 32), (32, count)
+        ):  # fmt: skip
+            if widths[width] >= n:
+                widths[width] -= n
+                break
+    return min(+widths, default=0)
 
 
 def _width(opcode: str, modifiers: list[str]) -> int:

@@ -65,10 +65,10 @@ def check_same_device(**tensors: Tensor) -> None:
             )
 
 
-def check_no_grad(why: str, **tensors: Tensor | None) -> None:
+def check_no_grad(why: str, **values: object) -> None:
     """Raise if a gradient is asked for where there is none."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires grad, but {why}")
 
 

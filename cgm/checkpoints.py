@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from importlib import metadata as packages
@@ -151,6 +152,14 @@ def shipped(name: str) -> Path:
     return folder / name
 
 
+def store_halved(source: str | Path, out: str | Path) -> None:
+    """Writes a checkpoint again with its weights in float16, as the shipped ones are stored."""
+    info = read_config(source)
+    ours = ("format", "family", "config", "versions")
+    metadata = {name: value for name, value in info.items() if name not in ours}
+    save_model(out, load_model(source), metadata, dtype=torch.float16)
+
+
 # Files --------------------------------------------------------------------------------------------
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Writes tensors and information (JSON types) as one file, the same bytes each time."""
@@ -206,3 +215,9 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> int:
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return crc
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m cgm.checkpoints SOURCE OUT   (the same model in float16)")
+    store_halved(sys.argv[1], sys.argv[2])

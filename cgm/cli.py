@@ -77,18 +77,14 @@ def _train(argv: Sequence[str]) -> None:
     family, rest = _first(
         argv,
         "cgm train FAMILY [OPTIONS]\n\n"
-        f"FAMILY is one of {', '.join(families)}. cgm train FAMILY --help lists its options.",
+        f"FAMILY is one of {', '.join(families)}.\ncgm train FAMILY --help lists its options.",
     )
     if family not in families:
         raise ValueError(f"FAMILY must be one of {', '.join(families)}, got {family!r}")
     model_class = family_class(family)
     model_config = config_class(model_class)
-    model_options = _without_data_fields(model_config)
-    options: Any = tyro.cli(
-        TrainOptions[model_options, TrainingConfig],  # type: ignore[valid-type]
-        prog=f"cgm train {family}",
-        args=rest,
-    )
+    configs = _without_data_fields(model_config), TrainingConfig
+    options = _parse(TrainOptions, *configs, prog=f"cgm train {family}", args=rest)
     device = _device(options.device)
     dataset = _load_data(options)
     if not dataset.paired:
@@ -109,8 +105,7 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _without_data_fields(model_config: type) -> type:
-    """The config as tyro shall see it: complete, but not checked, once the data are known."""
-
+    """The config as flags, not checked: that waits for the data, whose fields are no flags."""
     hints = typing.get_type_hints(model_config)
 
     class Options(model_config):  # type: ignore[valid-type, misc]
@@ -194,61 +189,63 @@ class _Conditions:
 
 
 def _sample(argv: Sequence[str]) -> None:
-    import torch
-
     from cgm.checkpoints import load_model, read_config, write_tensors
     from cgm.families import family_class
-    from cgm.plots import as_pictures, picture_grid
 
     checkpoint, rest = _first(
         argv,
         "cgm sample CHECKPOINT [OPTIONS]\n\n"
         "CHECKPOINT is the folder of a run, or the name of a shipped checkpoint: "
-        f"{', '.join(_shipped())}. cgm sample CHECKPOINT --help lists its options.",
+        f"{', '.join(_shipped())}.\ncgm sample CHECKPOINT --help lists its options.",
     )
     path = _find_checkpoint(checkpoint)
     info = read_config(path)
     model_class = family_class(info["family"])
     if not hasattr(model_class, "sample"):
         raise ValueError(f"{path}: is a {info['family']}, which draws nothing")
-    solver_class = _solver_class(model_class)
-    options: Any = tyro.cli(
-        SampleOptions[solver_class],  # type: ignore[valid-type]
-        prog=f"cgm sample {shlex.quote(checkpoint)}",
-        args=rest,
-    )
+    prog = f"cgm sample {shlex.quote(checkpoint)}"
+    options = _parse(SampleOptions, _solver_class(model_class), prog=prog, args=rest)
     if options.n < 1:
         raise ValueError(f"--n must be at least 1, got {options.n}")
     _check_target("--out", options.out, ".png")
     if options.save_array is not None:
         _check_target("--save-array", options.save_array, ".safetensors")
-    device = _device(options.device)
-    model = load_model(path, device)
-    given = _conditions(model.config, info.get("data", {}), options)
+    model = load_model(path, _device(options.device))
+    data = info.get("data", {})
+    given = _conditions(model.config, data, options)
     solver = dataclasses.asdict(options.solver)
     samples = _draw(model, given.cond, options, solver)
-
     if options.save_array is not None:
         tensors = {"samples": samples} | ({} if given.cond is None else {"cond": given.cond})
         what = {"checkpoint": checkpoint, "seed": options.seed, "index": options.index, **solver}
         write_tensors(options.save_array, tensors, what)
-        print(f"{options.save_array}: {tuple(samples.shape)}")
+        print(f"{options.save_array}: samples {tuple(samples.shape)}")
+    _write_picture(options.out, samples, given, stacked=_task_of(data) == "complete")
+    cut = f"; the picture has the first {_SHOWN}" if max(samples.shape[:2]) > _SHOWN else ""
+    print(f"{options.out}: {samples.shape[0]} draws for each of {samples.shape[1]}{cut}")
+
+
+def _write_picture(file: Path, samples: "Tensor", given: _Conditions, *, stacked: bool) -> None:
+    """A row for each condition: the condition, if it is a picture, its samples, the real one."""
+    import torch
+
+    from cgm.plots import as_pictures, picture_grid
+
     shown = samples[:_SHOWN, :_SHOWN]
-    cond = given.cond[:_SHOWN] if given.cond is not None and given.cond.dim() == 4 else None
-    stacked = _task_of(info.get("data", {})) == "complete"
+    if given.cond is None:  # one condition: its draws fill rows of eight
+        wide = min(8, len(shown))
+        white = torch.ones(-len(shown) % wide, *shown.shape[1:])
+        rows = torch.cat([shown, white]).unflatten(0, (-1, wide))[:, :, 0]
+        picture_grid(file, [("", rows.transpose(0, 1))])
+        return
+    cond = given.cond[:_SHOWN] if given.cond.dim() == 4 else None
     groups = [("samples", as_pictures(shown, cond, stacked=stacked))]
     if cond is not None:
         groups.insert(0, ("condition", as_pictures(cond)[None]))
     if given.real is not None:
         real = as_pictures(given.real[:_SHOWN], cond, stacked=stacked)
         groups.append(("real", real[None]))
-    if given.cond is None:  # draws of one condition fill several rows
-        wide = min(8, len(shown))
-        white = torch.ones(-len(shown) % wide, *shown.shape[1:])
-        groups = [("", torch.cat([shown, white]).unflatten(0, (-1, wide))[:, :, 0].transpose(0, 1))]
-    picture_grid(options.out, groups, row_labels=given.labels[:_SHOWN])
-    cut = f", the first {_SHOWN} of each" if max(samples.shape[:2]) > _SHOWN else ""
-    print(f"{options.out}: {samples.shape[1]} x {samples.shape[0]} samples{cut}")
+    picture_grid(file, groups, row_labels=given.labels[:_SHOWN])
 
 
 def _draw(model: Any, cond: "Tensor | None", options: Any, solver: dict[str, Any]) -> "Tensor":
@@ -266,13 +263,14 @@ def _draw(model: Any, cond: "Tensor | None", options: Any, solver: dict[str, Any
         for first in range(0, options.n, at_once):
             status.update(f"drawing, {first} of {options.n} for each of {rows}")
             count = min(at_once, options.n - first)
-            numbers = {"seed": options.seed}
             if cond is None:
                 index = options.index + torch.arange(first, first + count) * 2**32
-                part = model.sample(count, index=index, **numbers, **solver)[:, None]
+                part = model.sample(count, seed=options.seed, index=index, **solver)[:, None]
             else:
                 index = options.index + torch.arange(rows) + first * 2**32
-                part = model.sample(count, cond=cond.to(device), index=index, **numbers, **solver)
+                part = model.sample(
+                    count, cond=cond.to(device), seed=options.seed, index=index, **solver
+                )
             parts.append(part.cpu())
     return torch.cat(parts)
 
@@ -315,8 +313,8 @@ def _class_conditions(num_classes: int, names: Sequence[str], asked: Sequence[st
     import torch
 
     names = list(names) or [str(i) for i in range(num_classes)]
-    ids = []
-    for name in asked or [str(i) for i in range(min(10, num_classes))]:
+    ids = [] if asked else list(range(min(10, num_classes)))
+    for name in asked:
         if name in names:
             ids.append(names.index(name))
         elif name.isdecimal() and int(name) < num_classes:
@@ -402,7 +400,7 @@ class InfoOptions:
 
 
 def _info(argv: Sequence[str]) -> None:
-    tyro.cli(InfoOptions, prog="cgm info", args=argv)
+    _parse(InfoOptions, prog="cgm info", args=argv)
     import platform
     from importlib import metadata
 
@@ -465,7 +463,7 @@ class DemoOptions:
 
 
 def _demo(argv: Sequence[str]) -> None:
-    options = tyro.cli(DemoOptions, prog="cgm demo", args=argv)
+    options = _parse(DemoOptions, prog="cgm demo", args=argv)
     from cgm.demo import demo
 
     demo(options.out, device=_device(options.device))
@@ -479,6 +477,11 @@ def _first(argv: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
         print(f"usage: {usage}", file=sys.stdout if helped else sys.stderr)
         raise SystemExit(0 if helped else 2)
     return argv[0], argv[1:]
+
+
+def _parse(options: Any, *configs: type, prog: str, args: Sequence[str]) -> Any:
+    """The options, with these configs for the parameters of their class."""
+    return tyro.cli(options[configs] if configs else options, prog=prog, args=args)
 
 
 def _device(name: str | None) -> "torch.device":
@@ -527,6 +530,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         _first(argv, _usage())
         raise ValueError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {argv[0]!r}")
+    except SystemExit as stop:  # after help, or what tyro says of a flag
+        return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         print(f"cgm: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130

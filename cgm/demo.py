@@ -7,7 +7,8 @@ one before; the first batches are drawn twice, in plain PyTorch and by this libr
 import contextlib
 import statistics
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ _SHOWN = 8  # of each class in the picture
 _VISIBLE = 1 / 255
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
-    """Samples (draws, classes, C, H, W), and what drawing them showed."""
+    """Samples (draws, classes, C, H, W) in [-1, 1], and what drawing them showed."""
 
     samples: Tensor
-    rates: dict[str, list[float]] = field(default_factory=dict)  # samples per second of each batch
-    difference: float = 0.0  # largest between the two ways, of pictures in [-1, 1]
+    rates: dict[str, list[float]]  # samples per second, of each batch in each way
+    difference: float  # largest between the two ways
 
 
 def demo(
@@ -89,7 +90,9 @@ def demo(
     return measured
 
 
-def _measure(model: Any, seconds: float, samples: int, timed: int, say: Any) -> Measured:
+def _measure(
+    model: Any, seconds: float, samples: int, timed: int, say: Callable[[str], None]
+) -> Measured:
     """Batches in the order plain, library, library, plain, ...; then the library's alone."""
     cond = torch.arange(len(CLASS_NAMES), device=next(model.parameters()).device)
 
@@ -108,7 +111,8 @@ def _measure(model: Any, seconds: float, samples: int, timed: int, say: Any) -> 
     begin = last = time.perf_counter()
     longest = 0.0
     parts: list[Tensor] = []
-    measured = Measured(torch.empty(0), {PLAIN: [], LIBRARY: []})
+    rates: dict[str, list[float]] = {PLAIN: [], LIBRARY: []}
+    difference = 0.0
     total = -(-samples // (_DRAWS * len(cond)))
     while len(parts) < total and (len(parts) < 2 or last + longest - begin < seconds):
         number = len(parts)
@@ -117,15 +121,14 @@ def _measure(model: Any, seconds: float, samples: int, timed: int, say: Any) -> 
         drawn = {}
         for way in ways if number < timed else (LIBRARY,):
             drawn[way], rate = draw(way, number)
-            measured.rates[way].append(rate)
+            rates[way].append(rate)
         if PLAIN in drawn:
-            difference = (drawn[PLAIN] - drawn[LIBRARY]).abs().max().item()
-            measured.difference = max(measured.difference, difference)
+            differs = (drawn[PLAIN] - drawn[LIBRARY]).abs().max().item()
+            difference = max(difference, differs)
         parts.append(drawn[LIBRARY])
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
-    measured.samples = torch.cat(parts)
-    return measured
+    return Measured(torch.cat(parts), rates, difference)
 
 
 def _print(console: Console, measured: Measured, device: torch.device) -> None:

@@ -56,7 +56,7 @@ def class_accuracy(pictures: Tensor, labels: Tensor) -> float:
         model(part).argmax(1) == truth
         for part, truth in zip(pictures.split(500), labels.cpu().split(500), strict=True)
     ]
-    return torch.cat(right).float().mean().item()
+    return torch.cat(right).double().mean().item()
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def _axpy(out_ptr, x_ptr, a_ptr, row_ptr, part_ptr, n, stride, BLOCK: tl.constex
     """One program per BLOCK elements: out = a x + row, and their sum; x with a stride."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(row_ptr + tl.load(part_ptr).to(tl.int64))
-    a = tl.load(a_ptr + tl.arange(0, 32))
+    a = tl.load(a_ptr + tl.arange(0, 256))
     y = tl.sum(a) * tl.load(x_ptr + i * stride, mask=i < n).to(tl.float32) + row
     tl.store(out_ptr + i, y.to(out_ptr.dtype.element_ty), mask=i < n)
     tl.store(part_ptr + tl.program_id(0), tl.sum(y))

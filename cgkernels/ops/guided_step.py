@@ -595,10 +595,10 @@ def _checked(x, cond, uncond, table, step, scale, log_variance, h1, h2, seed, in
         check_shape(name, tensor, shape)
     check_same_device(x=x, cond=cond, table=table, **given)
     check_table(table, len(TABLE_COLUMNS))
-    check_no_grad("guided_step has no gradient for it; use reference()", table=table,
-                  log_variance=log_variance)  # fmt: skip
-    if isinstance(scale, Tensor):
-        check_no_grad("guided_step has no gradient for it; use reference()", scale=scale)
+    check_no_grad(
+        "guided_step has no gradient for it; use reference()",
+        table=table, log_variance=log_variance, scale=scale,
+    )  # fmt: skip
     step = as_step("step", step, rows, x.device, table.shape[0])
     scale = as_row_values("scale", scale, rows, x)
     if seed is not None:

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgkernels.random import uniform
+from cgkernels.random import STREAM_AUGMENTATION, uniform
 from cgm.families import Model
-
-STREAM_AUGMENTATION = 9  # of the noise contract
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class ClassifierConfig:
     # Number of classes.
     num_classes: int = 10
     # Width of each block, multiples of 8.
-    channels: tuple[int, ...] = (24, 48, 96)
+    channels: tuple[int, ...] = (24, 48, 72, 72)
     # Number of blocks, from the first, that halve the resolution.
     pools: int = 2
     # Side of the grid that the last features are averaged to.
@@ -37,7 +35,7 @@ class ClassifierConfig:
     # Share of the target that is spread over all classes.
     label_smoothing: float = 0.1
     # Training pictures are shifted by up to this many pixels each way.
-    shift: int = 2
+    shift: int = 1
     # Training pictures are mirrored with probability one half.
     mirror: bool = True
 

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from cgm import checkpoints
-from cgm.checkpoints import load_model, read_config, read_tensors, save_model, write_tensors
+from cgm.checkpoints import (
+    load_model,
+    read_config,
+    read_tensors,
+    save_model,
+    store_halved,
+    write_tensors,
+)
 from cgm.diffusion import DiffusionConfig
 from cgm.families import FAMILIES, config_class, config_from_dict, family_class, make_model
 from tests.models.test_training import Inner, Toy, ToyConfig
@@ -305,3 +312,13 @@ def test_families(name):
     model_class = family_class(name)
     assert model_class.family == name
     assert dataclasses.is_dataclass(config_class(model_class))
+
+
+def test_stored_halved(tmp_path):
+    """The command that makes the checkpoints which ship: float16, and all else as it was."""
+    save_model(tmp_path / "run", toy(), {"data": {"name": "toy"}})
+    store_halved(tmp_path / "run", tmp_path / "half")
+    assert read_config(tmp_path / "half") == read_config(tmp_path / "run")
+    half = load_model(tmp_path / "half").state_dict()
+    for name, tensor in load_model(tmp_path / "run").named_parameters():
+        assert torch.equal(half[name], tensor.half().float())

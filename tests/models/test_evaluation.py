@@ -1,7 +1,7 @@
 """The classifier that generated pictures are judged by: shipped, small, right, and made again."""
 
 import dataclasses
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -55,11 +55,11 @@ def test_recipe_gives_the_same_bytes_each_time(tmp_path):
     assert files[0] == files[1]
 
 
-def test_command_line_says_what_it_needs():
-    result = subprocess.run(
-        [sys.executable, "-m", "cgm.evaluation"], capture_output=True, text=True
-    )
-    assert result.returncode == 1 and result.stderr == "usage: python -m cgm.evaluation FOLDER\n"
+@pytest.mark.filterwarnings("ignore:'cgm.evaluation' found in sys.modules:RuntimeWarning")
+def test_command_line_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cgm.evaluation"])
+    with pytest.raises(SystemExit, match=r"^usage: python -m cgm\.evaluation FOLDER$"):
+        runpy.run_module("cgm.evaluation", run_name="__main__")
 
 
 # The network --------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""The demo, with a model too small to draw anything, and once as it ships."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import cgm.demo
+import cgm.evaluation
+from cgkernels.library import using_reference
+from cgm.checkpoints import load_model, save_model
+from cgm.cli import main
+from cgm.demo import LIBRARY, PLAIN, SOLVER, demo
+from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
+from cgm.families import make_model
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    config = DiffusionConfig(
+        cond_kind="class", num_classes=10, channels=8, heads=2, multipliers=(1,), blocks=1, patch=4
+    )
+    monkeypatch.setitem(cgm.demo.SOLVER, "steps", 3)
+    save_model(tmp_path / "tiny", make_model(ConditionalDiffusion, config))
+    monkeypatch.setattr(cgm.demo, "shipped", lambda name: tmp_path / "tiny")
+    monkeypatch.setattr(cgm.demo, "class_accuracy", lambda pictures, labels: 0.25)
+    monkeypatch.setattr(cgm.demo, "held_out_accuracy", lambda: 0.75)
+    return load_model(tmp_path / "tiny")
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Way and steps of each call of sample."""
+    calls = []
+    sample = ConditionalDiffusion.sample
+
+    def recorded(self, *args, **kwargs):
+        calls.append((PLAIN if using_reference() else LIBRARY, kwargs["steps"]))
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(ConditionalDiffusion, "sample", recorded)
+    return calls
+
+
+def test_draws_are_measured_in_turn_and_numbered_on(tiny, ways, tmp_path):
+    text = io.StringIO()
+    measured = demo(tmp_path, samples=150, timed=2, console=Console(file=text))
+    warm_up, drawn = ways[:2], ways[2:]
+    assert {way for way, _ in warm_up} == {PLAIN, LIBRARY}
+    order = [PLAIN, LIBRARY, LIBRARY, PLAIN, LIBRARY]
+    assert drawn == [(way, 3) for way in order]
+    assert len(measured.rates[PLAIN]) == 2 and len(measured.rates[LIBRARY]) == 3
+    assert measured.difference == 0  # on a CPU they are the same operations
+    expected = tiny.sample(15, cond=torch.arange(10), seed=0, **SOLVER)
+    # Round-off: the network saw other batches.
+    torch.testing.assert_close(measured.samples, expected, rtol=0, atol=1e-3)
+    for words in ("CPU", PLAIN, LIBRARY, "25.0% of 150 drawn", "75.0% of 1000 real", "0.0e+00"):
+        assert words in text.getvalue()
+    assert Image.open(tmp_path / "demo.png").height > 10 * 28
+
+
+def test_time_limits_the_draws(tiny, ways, tmp_path):
+    measured = demo(tmp_path, seconds=0.0, console=Console(file=io.StringIO()))
+    assert [len(rates) for rates in measured.rates.values()] == [2, 2]
+    assert measured.samples.shape == (10, 10, 1, 28, 28)
+
+
+def test_visible_differences_are_no_result(tiny, tmp_path, monkeypatch):
+    sample = ConditionalDiffusion.sample
+
+    def wrong(self, *args, **kwargs):
+        return sample(self, *args, **kwargs) + 0.01 * using_reference()
+
+    monkeypatch.setattr(ConditionalDiffusion, "sample", wrong)
+    with pytest.raises(RuntimeError, match=r"differ by 0\.01"):
+        demo(tmp_path, seconds=0.0, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "demo.png").exists()
+
+
+def test_command(tiny, tmp_path, monkeypatch, capsys):
+    whole = cgm.demo.demo
+    monkeypatch.setattr(cgm.demo, "demo", lambda *args, **kw: whole(*args, seconds=0.0, **kw))
+    assert main(["demo", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "Samples per second" in out and "demo.png" in out
+    assert re.search(rf"{LIBRARY}\s*│\s*[\d.e+]+\s*│\s*[\d.e+]+\s*│\s*[\d.e+]+\s*│\s*2 ", out)
+
+
+@pytest.mark.slow
+def test_shipped_model_draws_clothes(tmp_path):
+    measured = demo(tmp_path, seconds=0.0, console=Console(file=io.StringIO()))
+    labels = torch.arange(10).repeat(len(measured.samples))
+    assert cgm.evaluation.class_accuracy(measured.samples.flatten(0, 1), labels) > 0.8
+    assert Path(tmp_path / "demo.png").exists()
