@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             writer = csv.DictWriter(file, fields)
             writer.writeheader()
             writer.writerows(rows)
-    print(f"\n{len(rows)} kernels, Triton {triton.__version__}, {len(failures)} problems")
+    print(f"\n{len(rows)} kernels, Triton {triton.__version__}, problems: {len(failures)}")
     for failure in failures:
         print("PROBLEM", failure)
     return 1 if failures else 0

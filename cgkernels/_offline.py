@@ -209,9 +209,7 @@ def _narrowest(
             widths[_width(opcode, modifiers)] += n
     for bits, count in small:
         # Together, one by one, or where 64 bits are used in halves, or one half only, by 32.
-        for width, n in (
-            (bits * count, 1), (bits, count), (32, bits * count // 32), (32, count)
-        ):  # fmt: skip
+        for width, n in ((bits * count, 1), (bits, count), (32, bits * count // 32), (32, count)):
             if widths[width] >= n:
                 widths[width] -= n
                 break

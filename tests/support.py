@@ -106,9 +106,13 @@ def op_modules() -> list[types.ModuleType]:
 def every_sample(**only: Any) -> list[Any]:
     """Parameters (module, label) for pytest: all samples of all ops, or those with a property."""
     return [
-        pytest.param(module, sample.label, id=f"{module.__name__[15:]}: {sample.label}")
+        pytest.param(
+            module,
+            sample.label,
+            id=f"{module.__name__.removeprefix('tests.ops.test_')}: {sample.label}",
+        )
         for module in op_modules()
-        for sample in module.samples(torch.float32, "cpu")
+        for sample in module.samples(torch.float32, torch.device("cpu"))
         if all(bool(getattr(sample, name)) == value for name, value in only.items())
     ]
 
@@ -181,11 +185,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in OPS.values():
-            full = [
-                args[i] if i < len(args) else argument.default_value
-                for i, argument in enumerate(func._schema.arguments)
-            ]
-            detached = tree_map_only(Tensor, Tensor.detach, tuple(full))
+            detached = tree_map_only(Tensor, Tensor.detach, args)
             self.calls.append(OpCall(func, copy.deepcopy(detached)))
         return func(*args, **(kwargs or {}))
 
@@ -322,10 +322,8 @@ def normal_of(element: Tensor, *, seed: int, index: int, step: int, stream: int)
     """The float64 normals of any elements of one sample, straight from the contract."""
     counter = (element // 4, index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF, stream * 2**24 + step)
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    counter, key = (
-        tuple(torch.as_tensor(word).expand_as(element) for word in words) for words in (counter, key)
-    )
-    w0, w1, w2, w3 = random.philox4x32(counter, key)
+    words = [torch.as_tensor(word).expand_as(element) for word in (*counter, *key)]
+    w0, w1, w2, w3 = random.philox4x32(tuple(words[:4]), tuple(words[4:]))
     four = torch.stack([*random._box_muller(w0, w1), *random._box_muller(w2, w3)], -1)
     return four.gather(-1, (element % 4)[..., None])[..., 0]
 
@@ -333,8 +331,8 @@ def normal_of(element: Tensor, *, seed: int, index: int, step: int, stream: int)
 # Comparisons --------------------------------------------------------------------------------------
 def in_ulp(actual: Tensor, exact: Tensor) -> Tensor:
     """|actual - exact| in units of the last place of the float32 nearest to exact (float64)."""
-    exponent = torch.frexp(exact.float())[1]
-    return (actual.cpu().double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
+    ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact.float())[1] - 24)
+    return (actual.cpu().double() - exact).abs() / ulp
 
 
 def assert_equal(actual: Any, expected: Any, *, equal_nan: bool = False) -> None:

@@ -70,6 +70,21 @@ def test_kernels(module, label, dtype, device):
         assert_equal(kernel_results(call, order_seed=2), results)
 
 
+@pytest.mark.cuda
+@samples
+def test_nothing_waits_for_the_device(module, label):
+    """As a loop that is captured in a CUDA graph requires."""
+    sample = sample_of(module, label, device="cuda")
+    sample.run()  # compiles
+    inputs = copy.deepcopy(sample.inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample.call(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # torch.compile and torch.export -------------------------------------------------------------------
 @samples
 def test_compiles_to_one_graph(module, label):
@@ -158,9 +173,7 @@ def test_reference_agrees(module, label, dtype):
     sample = sample_of(module, label, dtype)
     exact = sample_of(module, label, torch.float64)
     # The float64 sample has other values: those of this one count, as they were rounded.
-    exact = exact.replace(
-        **{n: t.to(exact.tensors[n].dtype) for n, t in sample.tensors.items()}
-    )
+    exact = exact.replace(**{n: t.to(exact.tensors[n].dtype) for n, t in sample.tensors.items()})
     results = sample.run()
     with cgkernels.reference():
         plain, true = sample.run(), exact.run()

@@ -155,7 +155,7 @@ def command(*arguments, **environment):
 def test_the_command_prints_and_writes_a_table(tmp_path):
     done = command("philox_normal", "--arch", "90", "--csv", str(tmp_path / "table.csv"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"Triton {triton.__version__}, 0 problems" in done.stdout
+    assert f"Triton {triton.__version__}, problems: 0" in done.stdout
     with open(tmp_path / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert f"\n{len(rows)} kernels" in done.stdout
@@ -173,7 +173,7 @@ def test_the_command_reports_problems_and_goes_on(monkeypatch, capsys):
     monkeypatch.setitem(LAUNCHES, "toy", launches)
     assert main(["toy", "--arch", "90"]) == 1
     output = capsys.readouterr().out
-    assert "\n2 kernels" in output and "2 problems" in output
+    assert "\n2 kernels" in output and "problems: 2" in output
     assert "PROBLEM toy, bad, sm_90: does not compile: CompilationError" in output
     assert "PROBLEM toy, narrow, sm_90: _axpy: loads of 32 bits, 128 promised" in output
 

@@ -397,9 +397,7 @@ def _cpu_inplace(x, cond, uncond, table, step, scale, log_variance, h1, h2, seed
 
 
 def _fake_bwd(dout, dx0, x, cond, uncond, table, step, scale, h1, h2):
-    return tuple(
-        x.new_empty(0) if t is None else empty_rows(t) for t in (x, cond, uncond, h1, h2)
-    )
+    return tuple(x.new_empty(0) if t is None else empty_rows(t) for t in (x, cond, uncond, h1, h2))
 
 
 def _cpu_bwd(dout, dx0, x, cond, uncond, table, step, scale, h1, h2):
@@ -570,11 +568,11 @@ def guided_step_(
     for name, tensor in (("x", x), ("h1", h1), ("h2", h2), ("twin", twin)):
         if tensor is not None and _overlaps_itself(tensor):
             raise ValueError(f"{name} is written to: it must not be expanded, call .clone() first")
-    if using_reference():
-        _cpu_inplace(*args, twin)
-    else:
+    run: Callable[..., None] = _cpu_inplace
+    if not using_reference():
         refuse_forward_mode()
-        _inplace(*args, twin)
+        run = _inplace
+    run(*args, twin)
     return x
 
 

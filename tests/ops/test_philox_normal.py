@@ -71,6 +71,7 @@ def test_the_device_is_that_of_the_tensors_given():
 
 INT64 = torch.zeros(3, dtype=torch.int64)
 META = torch.zeros(3, dtype=torch.int64, device="meta")
+LAST = torch.channels_last
 
 
 @pytest.mark.parametrize(
@@ -106,10 +107,10 @@ META = torch.zeros(3, dtype=torch.int64, device="meta")
         (ValueError, ("stream", "True"), {"stream": True}),
         (ValueError, ("stream", "1.0"), {"stream": 1.0}),
         (TypeError, ("dtype", "int32"), {"dtype": torch.int32}),
-        (ValueError, ("memory_format", "4-D"), {"memory_format": torch.channels_last, "shape": (3, 7)}),
+        (ValueError, ("memory_format", "4-D"), {"memory_format": LAST, "shape": (3, 7)}),
         (ValueError, ("memory_format",), {"memory_format": torch.preserve_format}),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(error, words, changed):
     plain = next(samples(torch.float32, torch.device("cpu")))
     assert_refused(plain.replace(**changed), error, *words)
