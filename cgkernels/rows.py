@@ -5,6 +5,7 @@ A kernel walks the elements of each sample (row) in the order of memory and numb
 """
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -71,22 +72,23 @@ def row_layout(*tensors: Tensor | None) -> Layout:
     return Layout(channels * pixels, channels, pixels, channels_last, dense)
 
 
-def row_block(numel: int) -> dict[str, int]:
+def row_block(numel: int, dense: bool) -> dict[str, int]:
     """Block size and warps of an elementwise kernel over rows of this many elements.
 
-    1024 elements by four warps are eight a thread: one 128-bit access in 16-bit dtypes, two in
-    float32. Short rows take the next power of two, so that few lanes are masked off.
+    Dense rows: 1024 elements by four warps are eight a thread, one 128-bit access in 16-bit dtypes,
+    two in float32. Else each element of each tensor has an address of its own: four a thread, or
+    registers spill. Short rows take the next power of two, so that few lanes are masked off.
     """
-    block = 1024
+    block = 1024 if dense else 512
     while block > 128 and block >= 2 * numel:
         block //= 2
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+    return {"BLOCK": block, "num_warps": max(1, block // (256 if dense else 128))}
 
 
 def row_launch(*tensors: Tensor | None) -> tuple[tuple[int], dict[str, Any]]:
     """Grid, sizes and switches of an elementwise kernel over the rows of these tensors."""
     layout = row_layout(*tensors)
-    config = row_block(layout.numel)
+    config = row_block(layout.numel, layout.dense)
     blocks = triton.cdiv(layout.numel, config["BLOCK"])
     rows = next(t.shape[0] for t in tensors if t is not None)
     return (rows * blocks,), {
@@ -113,3 +115,17 @@ def in_strides_of(like: Tensor, value: Tensor) -> Tensor:
     """The value in the strides that `empty_rows` gives, which is what a fake states."""
     out = empty_rows(like)
     return value if value.stride() == out.stride() else out.copy_(value)
+
+
+def meta_samples(rows: int = 16) -> Iterator[tuple[str, Tensor, int]]:
+    """Meta tensors for every dtype and layout that makes a difference to a kernel over rows.
+
+    Yields (name, tensor, width in bits that its loads and stores must reach).
+    """
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.empty(rows, 4, 64, 64, dtype=dtype, device="meta")
+        wide = torch.empty(rows, 7, 64, 64, dtype=dtype, device="meta")
+        last = torch.channels_last
+        yield f"contiguous {dtype}", x, 128
+        yield f"channels_last {dtype}", x.contiguous(memory_format=last), 128
+        yield f"strided {dtype}", wide.contiguous(memory_format=last)[:, :4], 0

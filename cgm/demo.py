@@ -28,7 +28,7 @@ CHECKPOINT = "class_to_image_diffusion"
 SOLVER: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}
 PLAIN, LIBRARY = "plain PyTorch", "this library"
 _SEED = 0
-_DRAWS = 5  # of each class in a batch
+_DRAWS = 2  # of each class in a batch
 _SHOWN = 8  # of each class in the picture
 # Half a level of a picture with 256 of them: what is below cannot be seen or saved.
 _VISIBLE = 1 / 255
@@ -49,13 +49,13 @@ def demo(
     device: torch.device | str = "cpu",
     seconds: float = 40.0,
     samples: int = 500,
-    timed: int = 4,
+    timed: int = 6,
     console: Console | None = None,
 ) -> Measured:
     """Writes out/demo.png and prints the table.
 
-    seconds: time for drawing; no batch is begun that might not end in it, except for the first
-    two, each drawn in both ways, which the comparison needs. samples: to draw and judge, at most.
+    seconds: time for drawing; no batch is begun that might not end in it, except for those that
+    the picture needs, of which two are drawn in both ways. samples: to draw and judge, at most.
     timed: batches to draw in both ways.
 
     Raises RuntimeError if the two ways draw visibly different pictures.
@@ -114,12 +114,15 @@ def _measure(
     rates: dict[str, list[float]] = {PLAIN: [], LIBRARY: []}
     difference = 0.0
     total = -(-samples // (_DRAWS * len(cond)))
-    while len(parts) < total and (len(parts) < 2 or last + longest - begin < seconds):
+    while len(parts) < total:
         number = len(parts)
+        late = last + longest - begin > seconds
+        if late and number * _DRAWS >= _SHOWN:
+            break
         say(f"drawing, {number * _DRAWS * len(cond)} of {samples} pictures")
         ways = (PLAIN, LIBRARY) if number % 2 == 0 else (LIBRARY, PLAIN)
         drawn = {}
-        for way in ways if number < timed else (LIBRARY,):
+        for way in ways if number < (2 if late else timed) else (LIBRARY,):
             drawn[way], rate = draw(way, number)
             rates[way].append(rate)
         if PLAIN in drawn:
@@ -138,7 +141,7 @@ def _print(console: Console, measured: Measured, device: torch.device) -> None:
         else f"the CPU (threads: {torch.get_num_threads()})"
     )
     table = Table(title=f"Samples per second on {where}")
-    for column in ("", "median", "lowest", "highest", "batches"):
+    for column in ("", "median", "lowest", "highest", "batches of 20"):
         table.add_column(column, justify="right" if column else "left")
     compared = len(measured.rates[PLAIN])
     for way in (PLAIN, LIBRARY):

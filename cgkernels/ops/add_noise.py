@@ -40,6 +40,7 @@ from cgkernels.library import Launch, define_op, needs_function, using_reference
 from cgkernels.rows import (
     empty_rows,
     in_strides_of,
+    meta_samples,
     row_launch,
     with_row_strides,
     with_strides,
@@ -144,36 +145,22 @@ def _launch_bwd(dx_t, dtarget, table, t, target):
 
 def _launches() -> Iterator[Launch]:
     table, t, seed, index = _meta_numbers(16)
-    for dtype, x in _meta_inputs():
-        for target in TARGETS:
-            yield Launch(
-                f"{target} {dtype} {'x'.join(map(str, x.stride()))}",
-                partial(_launch_fwd, x, table, t, seed, index, target),
-                128,
-            )
+    for name, x, bits in meta_samples():
+        for target in TARGETS if name == "contiguous torch.float32" else ("v",):
+            run = partial(_launch_fwd, x, table, t, seed, index, target)
+            yield Launch(f"{target} {name}", run, bits)
 
 
 def _bwd_launches() -> Iterator[Launch]:
     table, t, *_ = _meta_numbers(16)
-    for dtype, x in _meta_inputs():
-        yield Launch(
-            f"v {dtype} {'x'.join(map(str, x.stride()))}",
-            partial(_launch_bwd, x, x, table, t, "v"),
-            128,
-        )
+    for name, x, bits in meta_samples():
+        yield Launch(f"v {name}", partial(_launch_bwd, x, x, table, t, "v"), bits)
 
 
 def _meta_numbers(rows):
     """table, t, seed, index as the public function makes them."""
     integers = [torch.empty(s, dtype=torch.int64, device="meta") for s in (rows, (), rows)]
     return torch.empty(1000, 2, device="meta"), *integers
-
-
-def _meta_inputs():
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.empty(16, 4, 64, 64, dtype=dtype, device="meta")
-        yield dtype, x
-        yield dtype, x.contiguous(memory_format=torch.channels_last)
 
 
 # 4. Registration ----------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from cgkernels.library import Launch, define_op, needs_function, using_reference
 from cgkernels.rows import (
     empty_rows,
     in_strides_of,
+    meta_samples,
     row_launch,
     with_row_strides,
     with_strides,
@@ -183,29 +184,24 @@ def _launch_bwd(dloss, pred, x0, table, t, seed, index, weight, target):
 
 
 def _launches() -> Iterator[Launch]:
-    for name, args in _meta_inputs():
-        yield Launch(name, partial(_launch_fwd, *args))
+    for name, args, bits in _meta_inputs():
+        yield Launch(name, partial(_launch_fwd, *args), bits)
 
 
 def _bwd_launches() -> Iterator[Launch]:
     dloss = torch.empty(16, device="meta")
-    for name, args in _meta_inputs():
-        yield Launch(name, partial(_launch_bwd, dloss, *args), 128)
+    for name, args, bits in _meta_inputs():
+        yield Launch(name, partial(_launch_bwd, dloss, *args), bits)
 
 
 def _meta_inputs():
     index = torch.empty(16, dtype=torch.int64, device="meta")
     seed = torch.empty((), dtype=torch.int64, device="meta")
     table, weight = torch.empty(1000, 2, device="meta"), torch.empty(16, device="meta")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        pred = torch.empty(16, 4, 64, 64, dtype=dtype, device="meta")
-        last = pred.contiguous(memory_format=torch.channels_last)
-        for target in TARGETS:
-            yield (
-                f"{target} {dtype}",
-                (pred, pred, table, index, seed, index, weight, target),
-            )
-        yield f"channels_last {dtype}", (last, last, table, index, seed, index, weight, "v")
+    for name, x, bits in meta_samples():
+        for target in TARGETS if name == "contiguous torch.float32" else ("v",):
+            args = (x, x, table, index, seed, index, weight, target)
+            yield f"{target} {name}", args, bits
 
 
 # 4. Registration ----------------------------------------------------------------------------------

@@ -340,9 +340,12 @@ def _launches() -> Iterator[Launch]:
         yield Launch(f"in place, twin {dtype}", launch(part, t, t, noise=True, twin=part), 128)
         yield Launch(f"in place, shift {dtype}", launch(part, t, t, h1=t, h2=t, twin=part), 128)
         yield Launch(f"channels_last {dtype}", launch(last, last, last, noise=True), 128)
-        yield Launch(f"strided {dtype}", launch(last_part, t, t, noise=True, twin=last_part))
+        everything = {"v": t, "h1": t, "h2": t, "noise": True, "twin": last_part}
+        yield Launch(f"strided, everything {dtype}", launch(last_part, t, t, **everything))
     half, wide = _meta(shape, torch.bfloat16), _meta(shape, torch.float32)
     yield Launch("float32 state, bfloat16 network", launch(wide, half, half, noise=True), 128)
+    huge = _meta((1, 4, 2**15, 2**15), torch.bfloat16)  # positions of 64 bits
+    yield Launch("2^32 elements a row", launch(huge, huge, huge, noise=True), 128)
     small = _meta((16, 1, 5, 5), torch.float32)
     yield Launch("short rows", launch(small, small, small, noise=True))
 
