@@ -31,6 +31,7 @@ from cgm.families import FAMILIES, Model, config_class, config_from_dict, family
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_SHIPPED = Path(str(resources.files("cgm"))) / "data" / "checkpoints"
 _HEADER = "cgm"  # key of our entry in the metadata of a safetensors file
 
 
@@ -145,11 +146,14 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) ->
 
 def shipped(name: str) -> Path:
     """Folder of a checkpoint that ships with the package."""
-    folder = Path(str(resources.files("cgm"))) / "data" / "checkpoints"
-    names = sorted(p.name for p in folder.glob("*") if p.is_dir())
-    if name not in names:
-        raise ValueError(f"name must be one of {', '.join(names)}, got {name!r}")
-    return folder / name
+    if name not in shipped_names():
+        raise ValueError(f"name must be one of {', '.join(shipped_names())}, got {name!r}")
+    return _SHIPPED / name
+
+
+def shipped_names() -> list[str]:
+    """The checkpoints that ship with the package."""
+    return sorted(path.name for path in _SHIPPED.glob("*") if path.is_dir())
 
 
 def store_halved(source: str | Path, out: str | Path) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cgm.data import Dataset
-    from cgm.families import Model
 
 # Fields of a model's config that follow from the data; they are no flags.
 DATA_FIELDS = ("event_shape", "cond_kind", "cond_shape", "num_classes")
@@ -73,7 +72,7 @@ def _train(argv: Sequence[str]) -> None:
     from cgm.families import FAMILIES, config_class, family_class, make_model
     from cgm.training import TrainingConfig, TrainingInterrupted, train
 
-    families = [name for name in FAMILIES if hasattr(family_class(name), "sample")]
+    families = [name for name in FAMILIES if hasattr(family_class(name), "sampling_config")]
     family, rest = _first(
         argv,
         "cgm train FAMILY [OPTIONS]\n\n"
@@ -189,22 +188,22 @@ class _Conditions:
 
 
 def _sample(argv: Sequence[str]) -> None:
-    from cgm.checkpoints import load_model, read_config, write_tensors
+    from cgm.checkpoints import load_model, read_config, shipped_names, write_tensors
     from cgm.families import family_class
 
     checkpoint, rest = _first(
         argv,
         "cgm sample CHECKPOINT [OPTIONS]\n\n"
         "CHECKPOINT is the folder of a run, or the name of a shipped checkpoint: "
-        f"{', '.join(_shipped())}.\ncgm sample CHECKPOINT --help lists its options.",
+        f"{', '.join(shipped_names())}.\ncgm sample CHECKPOINT --help lists its options.",
     )
     path = _find_checkpoint(checkpoint)
     info = read_config(path)
     model_class = family_class(info["family"])
-    if not hasattr(model_class, "sample"):
+    if not hasattr(model_class, "sampling_config"):
         raise ValueError(f"{path}: is a {info['family']}, which draws nothing")
     prog = f"cgm sample {shlex.quote(checkpoint)}"
-    options = _parse(SampleOptions, _solver_class(model_class), prog=prog, args=rest)
+    options = _parse(SampleOptions, model_class.sampling_config, prog=prog, args=rest)
     if options.n < 1:
         raise ValueError(f"--n must be at least 1, got {options.n}")
     _check_target("--out", options.out, ".png")
@@ -333,15 +332,15 @@ def _picture_conditions(path: Path, shape: Sequence[int]) -> _Conditions:
     import torch
 
     from cgm.data import to_float
-    from cgm.data.folders import _decode, _files
+    from cgm.data.folders import picture_files, read_picture
 
-    files = _files(path) if path.is_dir() else [path]
+    files = picture_files(path) if path.is_dir() else [path]
     channels, height, width = shape
     if channels not in (1, 3):
         raise ValueError(f"--cond must not be given: no picture has {channels} channels")
     pictures = []
     for file in files:
-        picture = _decode(file, channels)
+        picture = read_picture(file, channels)
         if picture.size != (width, height):
             raise ValueError(
                 f"{file}: must be {width} x {height} pixels, got {picture.width} x {picture.height}"
@@ -361,28 +360,16 @@ def _task_of(data: dict[str, Any]) -> str | None:
     return name if same else None
 
 
-def _solver_class(model_class: "type[Model]") -> type:
-    """The options of a family's `sample`: the SamplingConfig of its module."""
-    return sys.modules[model_class.__module__].SamplingConfig
-
-
 def _find_checkpoint(name: str) -> Path:
-    from cgm.checkpoints import shipped
+    from cgm.checkpoints import shipped, shipped_names
 
     if Path(name).is_dir():
         return Path(name)
-    if name in _shipped():
+    if name in shipped_names():
         return shipped(name)
     raise ValueError(
-        f"CHECKPOINT must be a folder, or one of {', '.join(_shipped())}; got {name!r}"
+        f"CHECKPOINT must be a folder, or one of {', '.join(shipped_names())}; got {name!r}"
     )
-
-
-def _shipped() -> list[str]:
-    from importlib import resources
-
-    folder = Path(str(resources.files("cgm"))) / "data" / "checkpoints"
-    return sorted(p.name for p in folder.glob("*") if p.is_dir())
 
 
 def _check_target(flag: str, file: Path, suffix: str) -> None:
@@ -411,6 +398,7 @@ def _info(argv: Sequence[str]) -> None:
     import cgkernels  # noqa: F401  (registers the ops)
     from cgkernels._triton import HAS_TRITON, triton
     from cgkernels.library import OPS
+    from cgm.checkpoints import shipped_names
 
     cuda = torch.cuda.is_available()
     table = Table(show_header=False, box=None)
@@ -427,7 +415,7 @@ def _info(argv: Sequence[str]) -> None:
         major, minor = torch.cuda.get_device_capability(number)
         name = torch.cuda.get_device_name(number)
         table.add_row(f"GPU {number}", f"{name}, compute capability {major}.{minor}")
-    table.add_row("checkpoints", ", ".join(_shipped()) or "none")
+    table.add_row("checkpoints", ", ".join(shipped_names()) or "none")
     console = Console()
     console.print(table)
 

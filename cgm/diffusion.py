@@ -76,6 +76,16 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if len(self.event_shape) != 3 or min(self.event_shape) < 1:
             raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
+        for name in ("channels", "blocks", "heads", "patch", "timesteps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be positive, got {self.multipliers}")
+        if not 0 <= self.attention_levels <= len(self.multipliers):
+            raise ValueError(
+                f"attention_levels must be from 0 to {len(self.multipliers)}, the number of "
+                f"multipliers, got {self.attention_levels}"
+            )
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
                 f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
@@ -122,6 +132,7 @@ class ConditionalDiffusion(Model):
     """Diffusion model of p(y | cond); `loss` and `sample` follow the protocol of all families."""
 
     family: ClassVar[str] = "diffusion"
+    sampling_config: ClassVar[type[SamplingConfig]] = SamplingConfig
 
     noise_table: Tensor  # (T, 2): alpha_t, sigma_t
     loss_weights: Tensor  # (T,)

@@ -24,6 +24,7 @@ class Model(nn.Module):
     family: ClassVar[str]  # its name in FAMILIES
     phases: ClassVar[tuple[str, ...]] = ("model",)  # of one training step, in this order
     config: Any  # frozen dataclass; also the annotation of the constructor's argument `config`
+    sampling_config: ClassVar[type[Any]]  # frozen dataclass: the solver options of `sample`
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         """The parameters that a phase updates; no parameter is in two phases."""

@@ -6,6 +6,8 @@ pytest -m offline                        every launch compiled for every archite
 pytest -m cuda                           on a GPU
 """
 
+import signal
+
 import hypothesis
 import pytest
 import torch
@@ -32,6 +34,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A suite started in the background inherits an ignored SIGINT; the tests of Ctrl-C need it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--ghost"):
         from tests.interpreter import GhostReplay
 

@@ -67,7 +67,7 @@ def load_folder(
 
 def _load_pairs(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
     def halves(file: Path) -> np.ndarray:
-        picture = _decode(file, channels)
+        picture = read_picture(file, channels)
         width, height = picture.size
         if width % 2:
             raise ValueError(f"{file}: two pictures side by side need an even width, got {width}")
@@ -76,7 +76,7 @@ def _load_pairs(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
         right = picture.crop((half, 0, width, height))
         return np.stack([_planes(left, size), _planes(right, size)])
 
-    a, b = _read_all(halves, _files(path), (2, channels, size, size)).unbind(1)
+    a, b = _read_all(halves, picture_files(path), (2, channels, size, size)).unbind(1)
     return a, b
 
 
@@ -88,7 +88,7 @@ def _load_two(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{file}: no picture of that name in {other}")
 
     def both(stem: str) -> np.ndarray:
-        left, right = _decode(a[stem], channels), _decode(b[stem], channels)
+        left, right = read_picture(a[stem], channels), read_picture(b[stem], channels)
         if left.size != right.size:
             raise ValueError(
                 f"{a[stem]} is {left.width} x {left.height} pixels, but its partner {b[stem]} is "
@@ -101,7 +101,7 @@ def _load_two(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _load_unpaired(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
-    a, b = (_load_plain(_files(folder), size, channels) for folder in _sides(path))
+    a, b = (_load_plain(picture_files(folder), size, channels) for folder in _sides(path))
     return a, b
 
 
@@ -110,7 +110,7 @@ def _load_classes(path: Path, size: int, channels: int) -> Dataset:
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise ValueError(f"{path}: no class folders in it")
-    files = [_files(folder) for folder in folders]
+    files = [picture_files(folder) for folder in folders]
     y = _load_plain([file for group in files for file in group], size, channels)
     counts = torch.tensor([len(group) for group in files])
     labels = torch.arange(len(folders)).repeat_interleave(counts)
@@ -120,7 +120,7 @@ def _load_classes(path: Path, size: int, channels: int) -> Dataset:
 
 def _load_plain(files: list[Path], size: int, channels: int) -> Tensor:
     shape = (channels, size, size)
-    return _read_all(lambda file: _planes(_decode(file, channels), size), files, shape)
+    return _read_all(lambda file: _planes(read_picture(file, channels), size), files, shape)
 
 
 def _read_all(
@@ -144,7 +144,7 @@ def _sides(path: Path) -> tuple[Path, Path]:
     return path.with_name(path.name + "A"), path.with_name(path.name + "B")
 
 
-def _files(folder: Path) -> list[Path]:
+def picture_files(folder: Path) -> list[Path]:
     _check_folder(folder)
     files = sorted(
         file
@@ -158,14 +158,14 @@ def _files(folder: Path) -> list[Path]:
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for file in _files(folder):
+    for file in picture_files(folder):
         if file.stem in files:
             raise ValueError(f"{file}: {files[file.stem].name} beside it has the same name")
         files[file.stem] = file
     return files
 
 
-def _decode(file: Path, channels: int) -> Image.Image:
+def read_picture(file: Path, channels: int) -> Image.Image:
     """The whole picture, upright, in mode L or RGB."""
     try:
         with Image.open(file, formats=_FORMATS) as opened:
