@@ -31,7 +31,7 @@ STREAM_CONDITION_DROPOUT = 4
 STREAM_LANGEVIN = 5
 STREAM_LATENTS = 6
 STREAM_DROPOUT = 7
-STREAM_DATA = 8  # data sets: the order of an epoch, colours, partners
+STREAM_DATA = 8  # data sets: the order of an epoch, partners
 STREAM_AUGMENTATION = 9
 
 _MASK = 0xFFFFFFFF

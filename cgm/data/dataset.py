@@ -9,7 +9,7 @@ from torch import Tensor
 from cgkernels.random import STREAM_DATA, uniform
 
 # What the data draw, one step number of their stream each.
-STEP_ORDER, STEP_COLOUR, STEP_PARTNER = 0, 1, 2
+STEP_ORDER, STEP_PARTNER = 0, 1
 
 CondKind = Literal["none", "class", "image", "tokens"]
 
@@ -97,7 +97,7 @@ class Dataset:
         if self.cond is None:
             return {"y": y, "cond": None}
         if not self.paired:
-            rows = (row_uniform(rows, 0, epoch, STEP_PARTNER) * len(self.cond)).long()
+            rows = (_row_uniform(rows, 0, epoch, STEP_PARTNER) * len(self.cond)).long()
         cond = self.cond[rows]
         return {"y": y, "cond": to_float(cond) if self.cond_kind == "image" else cond}
 
@@ -109,7 +109,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """
     if n < 0 or epoch < 0:
         raise ValueError(f"n and epoch must not be negative, got {n} and {epoch}")
-    return row_uniform(torch.arange(n), seed, epoch, STEP_ORDER).argsort(stable=True)
+    return _row_uniform(torch.arange(n), seed, epoch, STEP_ORDER).argsort(stable=True)
 
 
 def to_float(pictures: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def to_float(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures
 
 
-def row_uniform(rows: Tensor, seed: int, epoch: int, step: int) -> Tensor:
+def _row_uniform(rows: Tensor, seed: int, epoch: int, step: int) -> Tensor:
     """One float64 uniform per row, a function of (row, seed, epoch) and of the use, step."""
     return uniform(
         (len(rows),),
