@@ -40,10 +40,10 @@ def check_float(**tensors: Tensor) -> None:
 
 
 def check_table(table: Tensor, columns: int) -> None:
-    """Raise unless table is a non-empty float32 (S, columns) table; float64 passes on the CPU."""
+    """Raise unless table is a non-empty float32 (rows, columns); float64 passes on the CPU."""
     if table.dim() != 2 or table.shape[1] != columns or table.shape[0] == 0:
         raise ValueError(
-            f"table must have shape (S, {columns}) with S > 0, got {tuple(table.shape)}"
+            f"table must have shape (rows, {columns}) with rows > 0, got {tuple(table.shape)}"
         )
     if table.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"table must be float32 (float64 on the CPU), got {table.dtype}")

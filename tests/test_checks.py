@@ -46,7 +46,7 @@ def test_float64_is_for_the_cpu():
 
 @pytest.mark.parametrize("shape", [(12,), (3, 11), (0, 12), (1, 3, 12)])
 def test_tables_of_wrong_shape(shape):
-    with refused(ValueError, r"^table must have shape \(S, 12\) with S > 0, got"):
+    with refused(ValueError, r"^table must have shape \(rows, 12\) with rows > 0, got"):
         checks.check_table(torch.zeros(shape), 12)
 
 

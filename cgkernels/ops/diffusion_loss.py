@@ -5,7 +5,8 @@ time in registers costs less than storing and reading it.
 
 Shapes   pred, x0: (B, *event); table (T, 2) = (alpha, sigma); t, weight, loss: (B,).
 Dtypes   float32, float16, bfloat16 (float64 on CPU), pred and x0 mixed as they come; float32
-         inside; the loss is float32. Its sum has an order fixed by the event's size alone.
+         inside; the loss is float32. The order of its sum depends on the event's size and memory
+         format alone.
 Backward in pred, x0: once by kernel, twice by differentiating diffusion_loss_bwd_ref.
 Source   DDPM arXiv:2006.11239 eq. 14; v: arXiv:2202.00512; weights: arXiv:2303.09556.
 """

@@ -140,7 +140,7 @@ WRONG = [
     (ValueError, ("pred", "cpu", "meta"), {"pred": X0.to("meta")}),
     (TypeError, ("table", "NoneType"), {"table": None}),
     (TypeError, ("table", "float16"), {"table": TABLE.half()}),
-    (ValueError, ("table", "(S, 2)", "(5, 1)"), {"table": TABLE[:, :1]}),
+    (ValueError, ("table", "(rows, 2)", "(5, 1)"), {"table": TABLE[:, :1]}),
     (ValueError, ("table", "(0, 2)"), {"table": TABLE[:0]}),
     (ValueError, ("table", "cpu", "meta"), {"table": TABLE.to("meta")}),
     (ValueError, ("table", "requires grad"), {"table": TABLE.clone().requires_grad_()}),
