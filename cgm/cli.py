@@ -188,14 +188,14 @@ class _Conditions:
 
 
 def _sample(argv: Sequence[str]) -> None:
-    from cgm.checkpoints import load_model, read_config, shipped_names, write_tensors
+    from cgm.checkpoints import load_model, read_config, write_tensors
     from cgm.families import family_class
 
     checkpoint, rest = _first(
         argv,
         "cgm sample CHECKPOINT [OPTIONS]\n\n"
         "CHECKPOINT is the folder of a run, or the name of a shipped checkpoint: "
-        f"{', '.join(shipped_names())}.\ncgm sample CHECKPOINT --help lists its options.",
+        f"{', '.join(_drawable())}.\ncgm sample CHECKPOINT --help lists its options.",
     )
     path = _find_checkpoint(checkpoint)
     info = read_config(path)
@@ -361,15 +361,26 @@ def _task_of(data: dict[str, Any]) -> str | None:
 
 
 def _find_checkpoint(name: str) -> Path:
-    from cgm.checkpoints import shipped, shipped_names
+    from cgm.checkpoints import shipped
 
     if Path(name).is_dir():
         return Path(name)
-    if name in shipped_names():
+    if name in _drawable():
         return shipped(name)
     raise ValueError(
-        f"CHECKPOINT must be a folder, or one of {', '.join(shipped_names())}; got {name!r}"
+        f"CHECKPOINT must be a folder, or one of {', '.join(_drawable())}; got {name!r}"
     )
+
+
+def _drawable() -> list[str]:
+    """The shipped checkpoints that can be drawn from."""
+    from cgm.checkpoints import read_config, shipped, shipped_names
+    from cgm.families import family_class
+
+    families = {
+        name: family_class(read_config(shipped(name))["family"]) for name in shipped_names()
+    }
+    return [name for name, family in families.items() if hasattr(family, "sampling_config")]
 
 
 def _check_target(flag: str, file: Path, suffix: str) -> None:

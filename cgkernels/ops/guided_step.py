@@ -568,9 +568,17 @@ def guided_step_(
         "guided_step_ writes in place; use guided_step",
         x=x, cond=cond, uncond=uncond, h1=h1, h2=h2, twin=twin,
     )  # fmt: skip
-    for name, tensor in (("x", x), ("h1", h1), ("h2", h2), ("twin", twin)):
-        if tensor is not None and _overlaps_itself(tensor):
+    written = [
+        (name, tensor)
+        for name, tensor in (("x", x), ("h1", h1), ("h2", h2), ("twin", twin))
+        if tensor is not None
+    ]
+    for number, (name, tensor) in enumerate(written):
+        if _overlaps_itself(tensor):
             raise ValueError(f"{name} is written to: it must not be expanded, call .clone() first")
+        for other, earlier in written[:number]:
+            if tensor is earlier:
+                raise ValueError(f"{name} must not be the same tensor as {other}: both are written")
     run: Callable[..., None] = _cpu_inplace
     if not using_reference():
         refuse_forward_mode()
