@@ -117,14 +117,14 @@ def in_strides_of(like: Tensor, value: Tensor) -> Tensor:
     return value if value.stride() == out.stride() else out.copy_(value)
 
 
-def meta_samples(rows: int = 16) -> Iterator[tuple[str, Tensor, int]]:
-    """Meta tensors for every dtype and layout that makes a difference to a kernel over rows.
+def meta_samples() -> Iterator[tuple[str, Tensor, int]]:
+    """Meta tensors (16, 4, 64, 64) of each dtype and layout that makes a difference to a kernel.
 
     Yields (name, tensor, width in bits that its loads and stores must reach).
     """
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.empty(rows, 4, 64, 64, dtype=dtype, device="meta")
-        wide = torch.empty(rows, 7, 64, 64, dtype=dtype, device="meta")
+        x = torch.empty(16, 4, 64, 64, dtype=dtype, device="meta")
+        wide = torch.empty(16, 7, 64, 64, dtype=dtype, device="meta")
         last = torch.channels_last
         yield f"contiguous {dtype}", x, 128
         yield f"channels_last {dtype}", x.contiguous(memory_format=last), 128

@@ -26,7 +26,7 @@ from cgkernels.random import (
 )
 from cgm.families import Model
 from cgm.networks.unet import KeysValues, UNet
-from cgm.samplers import make_schedule, make_table
+from cgm.samplers import make_schedule, make_table, x0_coefficients
 
 
 # Config -------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class ConditionalDiffusion(Model):
 
     noise_table: Tensor  # (T, 2): alpha_t, sigma_t
     loss_weights: Tensor  # (T,)
-    bound_table: Tensor  # (T, 4), with a learned variance
+    bound_table: Tensor  # (T, 6), with a learned variance
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class ConditionalDiffusion(Model):
         self.register_buffer("noise_table", self.schedule.training_table(), persistent=False)
         self.register_buffer("loss_weights", weights, persistent=False)
         if config.learned_variance:
-            bound = _bound_table(self.schedule.alphas_cumprod)
+            bound = _bound_table(self.schedule.alphas_cumprod, config.prediction)
             self.register_buffer("bound_table", bound, persistent=False)
 
     # Loss -----------------------------------------------------------------------------------------
@@ -222,13 +222,8 @@ class ConditionalDiffusion(Model):
         arXiv:2102.09672, section 3.1.
         """
         y, x_t, prediction, v = (a.float() for a in (y, x_t, prediction, v))
-        columns = torch.cat([self.noise_table, self.bound_table], 1)[t].T[..., None, None, None]
-        alpha, sigma, from_y, from_x, log_small, log_large = columns
-        y_hat = {
-            "epsilon": lambda: (x_t - sigma * prediction) / alpha,
-            "x0": lambda: prediction,
-            "v": lambda: alpha * x_t - sigma * prediction,
-        }[self.config.prediction]().clamp(-1, 1)
+        a0, a1, from_y, from_x, log_small, log_large = self.bound_table[t].T[..., None, None, None]
+        y_hat = (a0 * x_t + a1 * prediction).clamp(-1, 1)
         log_variance = log_small + (v + 1) / 2 * (log_large - log_small)
         distance = from_y * (y - y_hat)  # between the two means
         mean = from_y * y_hat + from_x * x_t
@@ -389,6 +384,7 @@ class _Run:
         self.unet, self.options, self.learned = model.unet, options, learned
         self.channels = config.event_shape[0]
         self.guided = options.guidance != 1
+        self.scale = torch.full((), float(options.guidance), device=device)
         self.index = index
         self.seed = seed
         self.table = plan.table.float().to(device)
@@ -448,7 +444,7 @@ class _Run:
             out[:, : self.channels],
             table=self.table,
             step=self.counter[0],
-            scale=self.options.guidance,
+            scale=self.scale,
             log_variance=out[-rows:, self.channels :] if self.learned else None,
             h1=self.history,
             seed=self.noise_seed,
@@ -483,14 +479,18 @@ def _sampling_config(solver: dict[str, Any]) -> SamplingConfig:
 
 
 # Learned variance ---------------------------------------------------------------------------------
-def _bound_table(levels: np.ndarray) -> Tensor:
-    """(T, 4) float32, of q(x_{t-1} | x_t, y): factors of y and x_t, log beta~ and log beta."""
+def _bound_table(levels: np.ndarray, prediction: str) -> Tensor:
+    """(T, 6) float32: y = a0 x_t + a1 prediction; of q(x_{t-1} | x_t, y) factors and logarithms.
+
+    The last four are the factors of y and of x_t in its mean, log beta~ and log beta.
+    """
     before = np.append(1.0, levels[:-1])
     beta = 1 - levels / before
     small = (1 - before) / (1 - levels) * beta
     if len(small) > 1:
         small[0] = small[1]  # it is 0, and its step is the discretised likelihood
     columns = (
+        *x0_coefficients(prediction, np.sqrt(levels), np.sqrt(1 - levels)),
         np.sqrt(before) * beta / (1 - levels),
         np.sqrt(levels / before) * (1 - before) / (1 - levels),
         np.log(small),

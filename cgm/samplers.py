@@ -251,7 +251,7 @@ def make_table(
 
     table = np.zeros((steps, 12))
     a0, a1, b0, b1, b2, _, b4, b5, clip_min, clip_max, log_var_min, log_var_max = table.T
-    a0[:], a1[:] = _x0_from(prediction, alpha, sigma)
+    a0[:], a1[:] = x0_coefficients(prediction, alpha, sigma)
     clip_min[:], clip_max[:] = clip or (-np.inf, np.inf)
     if sampler == "ddim" and not clipped_epsilon:
         c0, c1 = _epsilon_from(prediction, alpha, sigma)
@@ -325,7 +325,7 @@ def _levels(
     return now, np.append(now[1:], final)
 
 
-def _x0_from(prediction: str, alpha: _Array, sigma: _Array) -> tuple[_Array, _Array]:
+def x0_coefficients(prediction: str, alpha: _Array, sigma: _Array) -> tuple[_Array, _Array]:
     """(c0, c1) of x0 = c0 x + c1 e for the network's output e."""
     if prediction == "epsilon":
         return 1 / alpha, -sigma / alpha

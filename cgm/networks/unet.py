@@ -142,16 +142,14 @@ class UNet(nn.Module):
         self.classes = nn.Embedding(num_classes + 1, film) if num_classes else None
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=0.02)
-        self.vocabulary = vocabulary
         if vocabulary:
             crosses = [s["cross"] for s in self._stages() if "cross" in s]
             if not crosses:
                 raise ValueError("attention_levels must be positive where tokens are the condition")
-            size = hidden
-            self.tokens = nn.Embedding(vocabulary + 1, size)
-            self.positions = nn.Parameter(torch.randn(token_length, size) * 0.02)
-            self.token_norm = nn.LayerNorm(size)
-            self.key_value = nn.Linear(size, sum(2 * c.query.out_channels for c in crosses))
+            self.tokens = nn.Embedding(vocabulary + 1, hidden)
+            self.positions = nn.Parameter(torch.randn(token_length, hidden) * 0.02)
+            self.token_norm = nn.LayerNorm(hidden)
+            self.key_value = nn.Linear(hidden, sum(2 * c.query.out_channels for c in crosses))
             self.cross_heads = [(c.heads, 2 * c.query.out_channels) for c in crosses]
 
     def _stages(self):
