@@ -71,7 +71,8 @@ class UNet(nn.Module):
 
     Args:
         in_channels, out_channels: of x and of the result.
-        channels: width at full resolution; multipliers: times this at each level, halved in size.
+        channels: width at full resolution, even and at least 4.
+        multipliers: times this at each level, which halves the size.
         blocks: residual blocks a level.
         attention_levels: self-attention in this many of the lowest levels.
         heads: of all attentions.
@@ -97,6 +98,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         widths = [channels * m for m in multipliers]
+        if channels < 4 or channels % 2:
+            raise ValueError(f"channels must be even and at least 4, got {channels}")
         if any(w % heads for w in widths):
             raise ValueError(f"heads must divide the widths {widths}, got {heads}")
         self.patch = patch

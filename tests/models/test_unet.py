@@ -82,7 +82,13 @@ def test_time_film_of_all_steps_at_once_equals_one_by_one():
 
 
 @pytest.mark.parametrize(
-    "changes, name", [({"heads": 3}, "heads"), ({"vocabulary": 4, "attention_levels": 0}, "levels")]
+    "changes, name",
+    [
+        ({"heads": 3}, "heads"),
+        ({"channels": 2}, "channels"),
+        ({"channels": 7, "heads": 7}, "channels"),
+        ({"vocabulary": 4, "attention_levels": 0}, "levels"),
+    ],
 )
 def test_impossible_networks(changes, name):
     with pytest.raises(ValueError, match=name):
