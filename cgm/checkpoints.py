@@ -156,6 +156,14 @@ def shipped_names() -> list[str]:
     return sorted(path.name for path in _SHIPPED.glob("*") if path.is_dir())
 
 
+def drawable_names() -> list[str]:
+    """The shipped checkpoints that can be drawn from."""
+    families = {
+        name: family_class(read_config(shipped(name))["family"]) for name in shipped_names()
+    }
+    return [name for name, family in families.items() if hasattr(family, "sampling_config")]
+
+
 def store_halved(source: str | Path, out: str | Path) -> None:
     """Writes a checkpoint again with its weights in float16, as the shipped ones are stored."""
     info = read_config(source)

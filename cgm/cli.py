@@ -84,7 +84,7 @@ def _train(argv: Sequence[str]) -> None:
     model_config = config_class(model_class)
     configs = _without_data_fields(model_config), TrainingConfig
     options = _parse(TrainOptions, *configs, prog=f"cgm train {family}", args=rest)
-    device = _device(options.device)
+    device = find_device(options.device)
     dataset = _load_data(options)
     if not dataset.paired:
         raise ValueError(f"--layout must be another one: {family} learns from pairs, got unpaired")
@@ -188,14 +188,14 @@ class _Conditions:
 
 
 def _sample(argv: Sequence[str]) -> None:
-    from cgm.checkpoints import load_model, read_config, write_tensors
+    from cgm.checkpoints import drawable_names, load_model, read_config, write_tensors
     from cgm.families import family_class
 
     checkpoint, rest = _first(
         argv,
         "cgm sample CHECKPOINT [OPTIONS]\n\n"
         "CHECKPOINT is the folder of a run, or the name of a shipped checkpoint: "
-        f"{', '.join(_drawable())}.\ncgm sample CHECKPOINT --help lists its options.",
+        f"{', '.join(drawable_names())}.\ncgm sample CHECKPOINT --help lists its options.",
     )
     path = _find_checkpoint(checkpoint)
     info = read_config(path)
@@ -209,7 +209,7 @@ def _sample(argv: Sequence[str]) -> None:
     _check_target("--out", options.out, ".png")
     if options.save_array is not None:
         _check_target("--save-array", options.save_array, ".safetensors")
-    model = load_model(path, _device(options.device))
+    model = load_model(path, find_device(options.device))
     data = info.get("data", {})
     given = _conditions(model.config, data, options)
     solver = dataclasses.asdict(options.solver)
@@ -361,26 +361,15 @@ def _task_of(data: dict[str, Any]) -> str | None:
 
 
 def _find_checkpoint(name: str) -> Path:
-    from cgm.checkpoints import shipped
+    from cgm.checkpoints import drawable_names, shipped
 
     if Path(name).is_dir():
         return Path(name)
-    if name in _drawable():
+    if name in drawable_names():
         return shipped(name)
     raise ValueError(
-        f"CHECKPOINT must be a folder, or one of {', '.join(_drawable())}; got {name!r}"
+        f"CHECKPOINT must be a folder, or one of {', '.join(drawable_names())}; got {name!r}"
     )
-
-
-def _drawable() -> list[str]:
-    """The shipped checkpoints that can be drawn from."""
-    from cgm.checkpoints import read_config, shipped, shipped_names
-    from cgm.families import family_class
-
-    families = {
-        name: family_class(read_config(shipped(name))["family"]) for name in shipped_names()
-    }
-    return [name for name, family in families.items() if hasattr(family, "sampling_config")]
 
 
 def _check_target(flag: str, file: Path, suffix: str) -> None:
@@ -465,7 +454,52 @@ def _demo(argv: Sequence[str]) -> None:
     options = _parse(DemoOptions, prog="cgm demo", args=argv)
     from cgm.demo import demo
 
-    demo(options.out, device=_device(options.device))
+    demo(options.out, device=find_device(options.device))
+
+
+# cgm bench ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class BenchOptions:
+    """Samples per second of the shipped models: fused, in plain PyTorch, and compiled.
+
+    Prints a table; writes bench.csv and bench.png. The ways take turns, and must draw the same
+    samples before they are timed. torch.compile takes up to minutes for its first call.
+    """
+
+    # Models to time, by name.
+    models: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")
+    ] = ()
+    # Ways to run them: fused, plain, compiled.
+    ways: Annotated[tuple[str, ...], tyro.conf.arg(metavar="WAY ...")] = (
+        "fused",
+        "plain",
+        "compiled",
+    )
+    # Samples drawn by one call.
+    rows: int = 16
+    # Seconds of timing for each way.
+    seconds: float = 2.0
+    # Folder for bench.csv and bench.png.
+    out: Path = Path(".")
+    # cpu, cuda or cuda:N.
+    device: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: cuda if present)")
+    ] = None
+
+
+def _bench(argv: Sequence[str]) -> None:
+    options = _parse(BenchOptions, prog="cgm bench", args=argv)
+    from cgm.bench import bench
+
+    bench(
+        options.out,
+        device=find_device(options.device),
+        models=options.models,
+        ways=options.ways,
+        rows=options.rows,
+        seconds=options.seconds,
+    )
 
 
 # cgm ----------------------------------------------------------------------------------------------
@@ -483,7 +517,8 @@ def _parse(options: Any, *configs: type, prog: str, args: Sequence[str]) -> Any:
     return tyro.cli(options[configs] if configs else options, prog=prog, args=args)
 
 
-def _device(name: str | None) -> "torch.device":
+def find_device(name: str | None) -> "torch.device":
+    """The device of a flag --device; ValueError if it is not here."""
     import torch
 
     if name is None:
@@ -513,6 +548,7 @@ COMMANDS = {
     "train": Command(_train, "FAMILY", "train a model on a task or on your own pictures"),
     "sample": Command(_sample, "CHECKPOINT", "draw from a trained model, or from a shipped one"),
     "demo": Command(_demo, "", "draw clothes; how fast and how good they come, in a minute"),
+    "bench": Command(_bench, "", "samples per second: fused, plain and compiled"),
     "info": Command(_info, "", "versions, GPU, how each op runs here, shipped checkpoints"),
 }
 

@@ -384,10 +384,12 @@ class _Run:
         self.unet, self.options, self.learned = model.unet, options, learned
         self.channels = config.event_shape[0]
         self.guided = options.guidance != 1
-        self.scale = torch.full((), float(options.guidance), device=device)
+        # The state of a float64 model is float64, of any other float32.
+        dtype = torch.float64 if model.noise_table.dtype == torch.float64 else torch.float32
+        self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
         self.index = index
         self.seed = seed
-        self.table = plan.table.float().to(device)
+        self.table = plan.table.to(device, dtype)
         self.noise_seed = self.seed if plan.stochastic else None
         self.initial_scale = plan.initial_scale
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
@@ -407,7 +409,7 @@ class _Run:
         self.context = None if context is None else [(k[order], v[order]) for k, v in context]
         total = rows * (1 + self.guided)
         self.cond_film = self.time.new_zeros(1, self.time.shape[1]) if film is None else film
-        state = torch.empty(total, *config.event_shape, device=device)
+        state = torch.empty(total, *config.event_shape, dtype=dtype, device=device)
         self.input = state if picture is None else torch.cat([state, picture], 1)
         self.x = self.input[:rows, : self.channels]
         self.twin = self.input[rows:, : self.channels] if self.guided else None
@@ -426,7 +428,11 @@ class _Run:
 
     def _start(self) -> None:
         z = cgkernels.philox_normal(
-            tuple(self.x.shape), seed=self.seed, index=self.index, stream=STREAM_INITIAL
+            tuple(self.x.shape),
+            seed=self.seed,
+            index=self.index,
+            stream=STREAM_INITIAL,
+            dtype=self.x.dtype,
         )
         self.x.copy_(z * self.initial_scale)
         if self.twin is not None:

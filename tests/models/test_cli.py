@@ -73,7 +73,7 @@ def test_help_lists_the_commands_without_torch():
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("[]")
-    for command in ("train FAMILY", "sample CHECKPOINT", "demo", "info"):
+    for command in ("train FAMILY", "sample CHECKPOINT", "demo", "bench", "info"):
         assert f"cgm {command} " in out.stdout
 
 
@@ -100,6 +100,7 @@ def comments(options):
         ("sample CHECKPOINT --help", "", cli.SampleOptions),
         ("sample CHECKPOINT --help", "", SamplingConfig),
         ("demo --help", "", cli.DemoOptions),
+        ("bench --help", "", cli.BenchOptions),
     ],
 )
 def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, options):
@@ -275,7 +276,7 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("paint", "COMMAND must be one of train, sample, demo, info, got 'paint'"),
+        ("paint", "COMMAND must be one of train, sample, demo, bench, info, got 'paint'"),
         ("train autoencoder", "FAMILY must be one of diffusion, got 'autoencoder'"),
         ("train classifier", "FAMILY must be one of diffusion, got 'classifier'"),
         ("train diffusion --out {new}", "one of --task and --data"),
@@ -316,6 +317,9 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
         ("sample {complete} --out {png} --rows 1 --cond {tmp}", "one of --rows and --cond"),
         ("sample {complete} --out {png} --cond {tmp}/corrupt/b.png", "b.png: cannot be read"),
         ("demo --out {tmp}/nothing", "out must be a folder"),
+        ("bench --out {tmp}/nothing", "out must be a folder"),
+        ("bench --ways slow --out {new}", "ways must be of fused, plain, compiled, got 'slow'"),
+        ("bench --device cuda:99", "--device must be one that is here"),
     ],
 )
 def test_user_errors(cgm, tmp_path, trained, line, words):

@@ -1,0 +1,664 @@
+"""What is measured: every op and every reference model, declared once for all doors.
+
+A case is a call of ours on random inputs of a shape that a known model has, with the bytes that it
+must move, the operations that it must do, and the other ways to compute the same. To add an op to
+the benchmarks is to add its cases here.
+
+Plain PyTorch is what one would write without this library: noise comes from PyTorch's own
+generator, whose draws depend on the batch and on the device, and which is cheaper than ours on a
+CPU. That a sample depends on its seed and index alone is part of what ours is timed for.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import cgkernels
+from benchmarks.records import OURS, version_of
+from benchmarks.timing import Call, input_sets, name_of
+from cgkernels.testing import assert_within_budget
+from cgm.bench import MODES, SOLVERS, compiled_copy, conditions, model_call
+from cgm.checkpoints import drawable_names, load_model, shipped
+from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
+from cgm.families import make_model
+from cgm.samplers import make_schedule, make_table
+
+Inputs = dict[str, Any]
+COMPILED = {"default": "compile", **{mode: f"compile-{mode}" for mode in MODES[1:]}}
+_LEAST_VALUES = 256  # what the error budget needs to be a judgement
+_ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index alone
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute a case: a call for each set of inputs.
+
+    needs: the package that it comes from; cuda: it makes sense on CUDA only.
+    """
+
+    build: Callable[[Sequence[Inputs]], list[Call]]
+    needs: str = ""
+    cuda: bool = False
+
+    def missing(self, device: torch.device) -> str:
+        """Why it cannot run here; empty if it can."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return "not installed"
+        return "needs CUDA" if self.cuda and device.type != "cuda" else ""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a sweep of growth varies, its value, and the exponent that time may grow with."""
+
+    name: str
+    value: int
+    limit: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call on inputs of one shape and dtype.
+
+    suite: ops, models or growth. name: of the op or model; variant: what it does, "" for all of it.
+    size, label: the shape in one word, and in words with the model that it comes from. inputs:
+    random ones of a seed. gate: raises AssertionError unless ours is right on these. nbytes, flops:
+    the least that must be moved and done. items: samples (ops: elements) a call. source: the module
+    that defines it. rank: cases of a lower one run first. extent: of a sweep of growth. rotate:
+    calls must take turns on several inputs, lest they find their own in the cache.
+    """
+
+    suite: str
+    name: str
+    variant: str
+    size: str
+    label: str
+    dtype: torch.dtype
+    inputs: Callable[[int, torch.device], Inputs]
+    gate: Callable[[Sequence[Inputs]], None]
+    providers: Mapping[str, Provider]
+    nbytes: int
+    flops: int
+    items: int
+    source: str
+    rank: int = 0
+    extent: Extent | None = None
+    rotate: bool = True
+
+    @property
+    def version(self) -> str:
+        """Hash of the code behind it."""
+        return version_of(self.source)
+
+    def sets(self, device: torch.device) -> list[Inputs]:
+        """Random inputs, as many sets as calls must rotate through."""
+        first = self.inputs(0, device)
+        nbytes = sum(v.nbytes for v in first.values() if isinstance(v, Tensor))
+        count = input_sets(nbytes, device) if self.rotate else 1
+        return [first, *(self.inputs(seed, device) for seed in range(1, count))]
+
+    def __str__(self) -> str:
+        parts = (self.name, self.variant, self.size, name_of(self.dtype))
+        return " ".join(part for part in parts if part)
+
+
+# Shapes -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Size:
+    """Samples of one shape (B, C, H, W), and where they are met."""
+
+    shape: tuple[int, int, int, int]
+    model: str
+    cpu: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} {self.shape}"
+
+
+SIZES = {
+    "fashion": Size((20, 1, 28, 28), "the shipped model", cpu=True),
+    "cifar10": Size((64, 3, 32, 32), "DDPM U-Net on CIFAR-10", cpu=True),
+    "sd15": Size((8, 4, 64, 64), "Stable Diffusion 1.5 latents"),
+    "sdxl": Size((8, 4, 128, 128), "Stable Diffusion XL latents"),
+    "adm256": Size((32, 3, 256, 256), "ADM on ImageNet 256"),
+    "pixels512": Size((32, 3, 512, 512), "pixels at 512, for bandwidth"),
+}
+
+
+# Ops ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class OpCase:
+    """How an op is measured, for any size: passes over the samples, operations an element.
+
+    make: inputs of a shape, dtype, generator and device. ours and plain take them by keyword.
+    finish: what of the result is judged and timed, where that is more (a backward).
+    """
+
+    variant: str
+    make: Callable[[tuple[int, ...], torch.dtype, torch.Generator, torch.device], Inputs]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]
+    passes: int
+    flops: int
+    finish: Callable[[Any, Inputs], Any] = lambda result, inputs: result
+    peers: Callable[[], dict[str, Provider]] = dict
+
+
+def _normal(shape, dtype, generator, device):
+    """Drawn on the CPU, so that a seed gives the same inputs everywhere."""
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _numbers(generator, device, rows):
+    seed = torch.randint(2**62, (1,), generator=generator).to(device)
+    return {"seed": seed, "index": torch.arange(rows, device=device)}
+
+
+@cache
+def _step_table(sampler: str) -> Tensor:
+    return make_table(sampler, make_schedule("scaled_linear"), steps=50, clip=(-1, 1)).table
+
+
+def _step_inputs(sampler, shape, dtype, generator, device, *, in_place=False):
+    """A state, and the outputs of a network for a doubled batch, in the middle of sampling."""
+    made: Inputs = {
+        "x": _normal(shape, dtype, generator, device),
+        "outputs": _normal((2 * shape[0], *shape[1:]), dtype, generator, device),
+        "table": _step_table(sampler).to(device, torch.float32),
+        "step": torch.tensor(25, device=device),
+        "scale": torch.tensor(7.5, device=device),
+    }
+    if sampler == "ddpm":
+        made |= _numbers(generator, device, shape[0])
+    if in_place:
+        made["twin"] = torch.empty_like(made["x"])
+        made["h1"] = _normal(shape, dtype, generator, device)
+    return made
+
+
+def _step(x, outputs, **options):
+    return cgkernels.guided_step(x, outputs, **options)
+
+
+def _step_in_place(x, outputs, **options):
+    cgkernels.guided_step_(x, outputs, **options)
+    return x, options["twin"], options["h1"]
+
+
+def _plain_step(x, outputs, table, step, scale, seed=None, index=None):
+    uncond, cond = outputs.chunk(2)
+    a0, a1, b0, b1, _, _, b4, b5, low, high, _, _ = (
+        table.index_select(0, step[None])[0].to(x.dtype).unbind()
+    )
+    e = uncond + scale.to(x.dtype) * (cond - uncond)
+    x0 = torch.clamp(a0 * x + a1 * e, low, high)
+    out = b0 * x + b1 * x0 + b4 * e
+    return out if seed is None else out + b5 * torch.randn_like(x)
+
+
+def _plain_step_in_place(x, outputs, table, step, scale, twin, h1):
+    uncond, cond = outputs.chunk(2)
+    a0, a1, b0, b1, b2, _, b4, _, low, high, _, _ = (
+        table.index_select(0, step[None])[0].to(x.dtype).unbind()
+    )
+    e = uncond + scale.to(x.dtype) * (cond - uncond)
+    x0 = torch.clamp(a0 * x + a1 * e, low, high)
+    x.copy_(b0 * x + b1 * x0 + b2 * h1 + b4 * e)
+    twin.copy_(x)
+    h1.copy_(x0)
+    return x, twin, h1
+
+
+def _diffusers_step(sampler: str) -> dict[str, Provider]:
+    def build(sets: Sequence[Inputs]) -> list[Call]:
+        import diffusers
+
+        kind = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}[sampler]
+        scheduler = getattr(diffusers, kind)(
+            beta_schedule="scaled_linear", beta_start=8.5e-4, beta_end=0.012, clip_sample=True
+        )
+        scheduler.set_timesteps(50, device=sets[0]["x"].device)
+        t = scheduler.timesteps[25]
+
+        def step(x, outputs, scale, **rest):
+            uncond, cond = outputs.chunk(2)
+            e = uncond + scale.to(x.dtype) * (cond - uncond)
+            return scheduler.step(e, t, x, return_dict=False)[0]
+
+        return [partial(step, **inputs) for inputs in sets]
+
+    return {"diffusers": Provider(build, needs="diffusers")}
+
+
+def _noise_inputs(shape, dtype, generator, device):
+    rows = shape[0]
+    return {
+        "x0": _normal(shape, dtype, generator, device),
+        "table": make_schedule("linear").training_table().to(device),
+        "t": torch.randint(1000, (rows,), generator=generator).to(device),
+        "target": "v",
+        **_numbers(generator, device, rows),
+    }
+
+
+def _coefficients(x, table, t):
+    return (c.view(-1, *(1,) * (x.dim() - 1)) for c in table[t].to(x.dtype).unbind(1))
+
+
+def _plain_add_noise(x0, table, t, target, seed, index):
+    alpha, sigma = _coefficients(x0, table, t)
+    z = torch.randn_like(x0)
+    return alpha * x0 + sigma * z, alpha * z - sigma * x0
+
+
+def _diffusers_noise() -> dict[str, Provider]:
+    def build(sets: Sequence[Inputs]) -> list[Call]:
+        import diffusers
+
+        scheduler = diffusers.DDPMScheduler()
+
+        def add(x0, t, **rest):
+            z = torch.randn_like(x0)
+            return scheduler.add_noise(x0, z, t), scheduler.get_velocity(x0, z, t)
+
+        return [partial(add, **inputs) for inputs in sets]
+
+    return {"diffusers": Provider(build, needs="diffusers")}
+
+
+def _loss_inputs(shape, dtype, generator, device, *, backward=False):
+    pred = _normal(shape, dtype, generator, device).requires_grad_(backward)
+    return {"pred": pred, **_noise_inputs(shape, dtype, generator, device)}
+
+
+def _plain_loss(pred, x0, table, t, target, seed, index):
+    """As trainers write it, with the noise that was drawn for the network's input kept: z again."""
+    alpha, sigma = _coefficients(x0, table, t)
+    goal = alpha * torch.randn_like(x0) - sigma * x0
+    return (pred - goal).float().square().flatten(1).mean(1)
+
+
+def _gradient(loss, inputs):
+    return loss.detach(), *torch.autograd.grad(loss.sum(), inputs["pred"])
+
+
+def _noise_only_inputs(shape, dtype, generator, device):
+    return {"like": torch.empty(shape, dtype=dtype, device=device)} | _numbers(
+        generator, device, shape[0]
+    )
+
+
+def _noise(like, seed, index):
+    return cgkernels.philox_normal(tuple(like.shape), seed=seed, index=index, dtype=like.dtype)
+
+
+OP_CASES: dict[str, list[OpCase]] = {
+    "guided_step": [
+        OpCase("ddim", partial(_step_inputs, "ddim"), _step, _plain_step, 4, 13,
+               peers=partial(_diffusers_step, "ddim")),
+        OpCase("ddpm", partial(_step_inputs, "ddpm"), _step, _plain_step, 4, 21,
+               peers=partial(_diffusers_step, "ddpm")),
+        OpCase("in place, dpmpp_2m", partial(_step_inputs, "dpmpp_2m", in_place=True),
+               _step_in_place, _plain_step_in_place, 7, 15),
+    ],
+    "add_noise": [
+        OpCase("v", _noise_inputs, cgkernels.add_noise, _plain_add_noise, 3, 12,
+               peers=_diffusers_noise),
+    ],
+    "diffusion_loss": [
+        OpCase("v", _loss_inputs, cgkernels.diffusion_loss, _plain_loss, 2, 12),
+        OpCase("v, forward and backward", partial(_loss_inputs, backward=True),
+               cgkernels.diffusion_loss, _plain_loss, 3, 15, finish=_gradient),
+    ],
+    "philox_normal": [
+        OpCase("", _noise_only_inputs, _noise, lambda like, **_: torch.randn_like(like), 1, 6),
+    ],
+}  # fmt: skip
+
+
+def _op_case(
+    suite: str, name: str, op: OpCase, size: str, shape: tuple[int, ...], label: str,
+    dtype: torch.dtype, rank: int, extent: Extent | None = None,
+) -> Case:  # fmt: skip
+    numel = math.prod(shape)
+
+    def inputs(seed: int, device: torch.device) -> Inputs:
+        return op.make(shape, dtype, torch.Generator().manual_seed(seed), device)
+
+    def build(function: Callable[..., Any], sets: Sequence[Inputs]) -> list[Call]:
+        return [lambda i=i: op.finish(function(**i), i) for i in sets]  # type: ignore[misc]
+
+    def compiled(mode: str, sets: Sequence[Inputs]) -> list[Call]:
+        return build(torch.compile(op.plain, mode=mode, dynamic=False), sets)
+
+    providers = {
+        OURS: Provider(partial(build, op.ours)),
+        "eager": Provider(partial(build, op.plain)),
+    }
+    for mode, provider in COMPILED.items():
+        providers[provider] = Provider(partial(compiled, mode), cuda=mode != "default")
+    return Case(
+        suite, name, op.variant, size, label, dtype, inputs,
+        partial(_gate, op, inputs), providers | op.peers(),
+        nbytes=op.passes * numel * dtype.itemsize, flops=op.flops * numel, items=numel,
+        source=f"cgkernels.ops.{name}", rank=rank, extent=extent,
+    )  # fmt: skip
+
+
+def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
+    """Ours on these inputs against float64, all sets together where one gives few values."""
+    results: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+    sets, extra = list(sets), 0
+    while True:
+        for given in sets:
+            results.append(
+                (
+                    _outputs(op, op.ours, _fresh(given)),
+                    _outputs(op, _plainly(op.ours), _fresh(given)),
+                    _outputs(op, _plainly(op.ours), _fresh(given, torch.float64)),
+                )
+            )
+        fewest = min(sum(r[0][i].numel() for r in results) for i in range(len(results[0][0])))
+        if fewest >= _LEAST_VALUES:
+            break
+        extra += 1
+        sets = [make(10_000 + extra, _device_of(sets[0]))]
+    for of_output in range(len(results[0][0])):
+        assert_within_budget(*([r[i][of_output] for r in results] for i in range(3)))
+
+
+def _outputs(op: OpCase, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    result = op.finish(function(**inputs), inputs)
+    return [t.detach() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(**inputs: Any) -> Any:
+        with cgkernels.reference():
+            return function(**inputs)
+
+    return call
+
+
+def _fresh(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """Copies; in float64 on the CPU, where alone the references take it."""
+    made = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            copy = value.detach().clone()
+            if dtype is not None:
+                copy = copy.cpu().to(dtype if copy.is_floating_point() else copy.dtype)
+            value = copy.requires_grad_(value.requires_grad)
+        made[name] = value
+    return made
+
+
+def _device_of(inputs: Inputs) -> torch.device:
+    return next(v.device for v in inputs.values() if isinstance(v, Tensor))
+
+
+# Models -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Batch:
+    """How many samples are drawn at once."""
+
+    rows: int
+    what: str
+    cpu: bool = False
+
+
+BATCHES = {
+    "few": Batch(4, "a few samples", cpu=True),
+    "demo": Batch(20, "a batch of the demo"),
+    "many": Batch(512, "a batch that fills the GPU"),
+}
+
+
+def _model_case(
+    suite: str, name: str, variant: str, size: str, label: str, rows: int, rank: int,
+    make: Callable[[torch.device], Any], solver: dict[str, Any], extent: Extent | None = None,
+) -> Case:  # fmt: skip
+    model = make(torch.device("cpu"))
+
+    def inputs(seed: int, device: torch.device) -> Inputs:
+        model = make(device)
+        return {"model": model, "cond": conditions(model, rows, seed), "rows": rows, "seed": seed}
+
+    def build(way: str, sets: Sequence[Inputs]) -> list[Call]:
+        return [model_call(way=way, **given, **solver) for given in sets]
+
+    def compiled(mode: str, sets: Sequence[Inputs]) -> list[Call]:
+        twin = compiled_copy(sets[0]["model"], mode)
+        return build("compiled", [{**given, "model": twin} for given in sets])
+
+    def gate(sets: Sequence[Inputs]) -> None:
+        for given in sets:
+            _judge_model(given["model"], given["cond"], rows, given["seed"], solver)
+
+    providers = {
+        OURS: Provider(partial(build, "fused")),
+        "eager": Provider(partial(build, "plain")),
+    }
+    for mode, provider in COMPILED.items():
+        providers[provider] = Provider(partial(compiled, mode), cuda=mode != "default")
+    weights = sum(p.nbytes for p in model.parameters())
+    samples = 4 * rows * math.prod(model.config.event_shape)
+    return Case(
+        suite, name, variant, size, label, torch.float32, inputs, gate,
+        providers | _PEER_LOOPS.get(model.family, lambda solver: {})(solver),
+        nbytes=weights + samples, flops=rows * _flops_of_one(model, solver), items=rows,
+        source=type(model).__module__, rank=rank, extent=extent, rotate=False,
+    )  # fmt: skip
+
+
+@cache
+def _shipped_model(name: str, device: torch.device) -> Any:
+    return load_model(shipped(name), device)
+
+
+def _flops_of_one(model: Any, solver: dict[str, Any]) -> int:
+    """Of the matrix products and convolutions of one sample, counted by drawing it."""
+    draw = model_call(model, "plain", conditions(model, 1), rows=1, **solver)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        draw()
+    return counter.get_total_flops()
+
+
+def _judge_model(
+    model: Any, cond: Tensor | None, rows: int, seed: int, solver: dict[str, Any]
+) -> None:
+    """The first samples of ours against the same model in float64: a sample is alone in its row."""
+    judged = min(rows, _ROWS_JUDGED)
+    first = None if cond is None else cond[:judged]
+    ours = model_call(model, "fused", cond, rows=rows, seed=seed, **solver)()
+    plain = model_call(model, "plain", first, rows=judged, seed=seed, **solver)()
+    wide = copy.deepcopy(model).cpu().double()
+    first = None if first is None else first.cpu()
+    exact = model_call(wide, "plain", first, rows=judged, seed=seed, **solver)()
+    assert_within_budget(ours[:judged].cpu(), plain.cpu(), exact)
+
+
+def _diffusers_loop(solver: dict[str, Any]) -> dict[str, Provider]:
+    """The loop of a diffusers pipeline around our U-Net: its scheduler, guidance by a double batch.
+
+    For DPM-Solver++ 2M and class conditions, which is what the shipped model is drawn with.
+    """
+
+    def build(sets: Sequence[Inputs]) -> list[Call]:
+        import diffusers
+
+        def draw(model, cond, rows, seed):
+            device, levels = cond.device, model.schedule.alphas_cumprod
+            scheduler = diffusers.DPMSolverMultistepScheduler(
+                trained_betas=1 - levels / numpy.append(1.0, levels[:-1]),
+                prediction_type="v_prediction",
+                timestep_spacing="trailing",
+            )
+            scheduler.set_timesteps(solver["steps"], device=device)
+            generator = torch.Generator(device).manual_seed(seed)
+            x = torch.randn(rows, *model.config.event_shape, generator=generator, device=device)
+            unet, null = model.unet, torch.full_like(cond, model.config.num_classes)
+            classes = unet.class_film(torch.cat([null, cond]))
+            for t in scheduler.timesteps:
+                film = unet.time_film(t[None]) + classes
+                uncond, guided = unet(torch.cat([x, x]), film).chunk(2)
+                e = uncond + solver["guidance"] * (guided - uncond)
+                x = scheduler.step(e, t, x, return_dict=False)[0]
+            return x
+
+        return [partial(torch.no_grad()(draw), **given) for given in sets]
+
+    fits = solver.get("sampler") == "dpmpp_2m"
+    return {"diffusers": Provider(build, needs="diffusers")} if fits else {}
+
+
+_PEER_LOOPS: dict[str, Callable[[dict[str, Any]], dict[str, Provider]]] = {
+    "diffusion": _diffusers_loop
+}
+
+
+# Growth -------------------------------------------------------------------------------------------
+def _growth_cases(device: torch.device) -> Iterator[Case]:
+    """Sweeps over sizes, of ours alone: nothing may grow faster than its work does."""
+    cuda = device.type == "cuda"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    for name, variants in OP_CASES.items():
+        for op, rows in product(
+            variants, (64, 128, 256, 512, 1024) if cuda else (4, 8, 16, 32, 64)
+        ):
+            shape = (rows, 4, 64, 64)
+            extent = Extent("elements", math.prod(shape), 1.0)
+            yield _op_case("growth", name, op, f"b{rows}", shape, "latents", dtype, 0, extent)
+    for name in drawable_names():
+        make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
+        for rows in (64, 128, 256, 512) if cuda else (4, 8, 16, 32):
+            yield _model_case(
+                "growth", name, "", f"b{rows}", f"{rows} samples", rows, 0,
+                make, solver | {"steps": 2}, Extent("batch", rows, 1.0),
+            )  # fmt: skip
+        for steps in (8, 16, 32, 64) if cuda else (4, 8, 16, 32):
+            yield _model_case(
+                "growth", name, "", f"s{steps}", f"{steps} steps", 4, 0,
+                make, solver | {"steps": steps}, Extent("steps", steps, 1.0),
+            )  # fmt: skip
+    for side in (32, 64, 128, 256) if cuda else (16, 32, 64, 128):
+        # Attention of the lowest resolution is quadratic in the pixels, the rest is linear.
+        yield _model_case(
+            "growth", "untrained_diffusion", "", f"side{side}", f"(1, {side}, {side})", 2, 0,
+            partial(_untrained, side), {"sampler": "ddim", "steps": 2},
+            Extent("pixels", side**2, 2.0),
+        )  # fmt: skip
+
+
+@cache
+def _untrained(side: int, device: torch.device) -> Any:
+    config = DiffusionConfig(event_shape=(1, side, side))
+    return make_model(ConditionalDiffusion, config).to(device).eval()
+
+
+# All of them --------------------------------------------------------------------------------------
+SUITES = ("ops", "models", "growth")
+
+
+def cases(suite: str, device: torch.device) -> list[Case]:
+    """The cases of a suite for a device, the most important first; "all" is ops and models."""
+    if suite == "growth":
+        return [
+            dataclasses.replace(case, providers={OURS: case.providers[OURS]})
+            for case in _growth_cases(device)
+        ]
+    found = []
+    if suite in ("ops", "all"):
+        found += list(_op_cases(device))
+    if suite in ("models", "all"):
+        found += list(_model_cases(device))
+    return sorted(found, key=lambda case: case.rank)
+
+
+def _op_cases(device: torch.device) -> Iterator[Case]:
+    cuda = device.type == "cuda"
+    dtypes = (
+        (torch.bfloat16, torch.float32, torch.float16) if cuda else (torch.float32, torch.bfloat16)
+    )
+    sizes = [name for name, size in SIZES.items() if cuda or size.cpu]
+    if cuda:  # what one looks at first: a size between launch and bandwidth, and a large one
+        sizes.sort(key=lambda name: name not in ("sd15", "adm256"))
+    for (i, size), (j, dtype) in product(enumerate(sizes), enumerate(dtypes)):
+        for name, variants in OP_CASES.items():
+            for op in variants:
+                shape, label = SIZES[size].shape, SIZES[size].label
+                yield _op_case("ops", name, op, size, shape, label, dtype, i + 2 * j)
+
+
+def _model_cases(device: torch.device) -> Iterator[Case]:
+    sizes = [name for name, batch in BATCHES.items() if device.type == "cuda" or batch.cpu]
+    for name in drawable_names():
+        make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
+        for rank, size in enumerate(sizes):
+            batch = BATCHES[size]
+            yield _model_case(
+                "models", name, "", size, f"{batch.what}, {batch.rows}", batch.rows, rank,
+                make, solver,
+            )  # fmt: skip
+
+
+def select(
+    suite: str,
+    device: torch.device,
+    *,
+    names: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    providers: Sequence[str] = (),
+) -> list[Case]:
+    """The cases that fit every list that is not empty, with these providers.
+
+    Raises:
+        ValueError: a suite, name, size, dtype or provider that none of the cases has.
+    """
+    if suite not in (*SUITES, "all"):
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}, all, got {suite!r}")
+    found = cases(suite, device)
+    for what, asked, value in (
+        ("names", names, lambda case: [case.name]),
+        ("sizes", sizes, lambda case: [case.size]),
+        ("dtypes", dtypes, lambda case: [name_of(case.dtype)]),
+        ("providers", providers, lambda case: list(case.providers)),
+    ):
+        known = list(dict.fromkeys(v for case in found for v in value(case)))
+        for name in asked:
+            if name not in known:
+                raise ValueError(
+                    f"{what} must be of {', '.join(known)} for suite {suite} on {device.type}, "
+                    f"got {name!r}"
+                )
+    found = [
+        case
+        for case in found
+        if (not names or case.name in names)
+        and (not sizes or case.size in sizes)
+        and (not dtypes or name_of(case.dtype) in dtypes)
+    ]
+    if not found:
+        raise ValueError(f"no case of suite {suite} has these names, sizes and dtypes together")
+    if providers:
+        found = [
+            dataclasses.replace(
+                case, providers={n: p for n, p in case.providers.items() if n in providers}
+            )
+            for case in found
+        ]
+    return found
