@@ -5,15 +5,21 @@ Importing this package needs no GPU and no Triton: every op also runs as plain P
 
 from cgkernels.library import reference
 from cgkernels.ops.add_noise import add_noise
+from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
+from cgkernels.ops.norm_linear import norm_linear
 from cgkernels.ops.philox_normal import philox_normal
+from cgkernels.ops.sample_logits import sample_logits
 
 __all__ = [
     "add_noise",
+    "decode_attention",
     "diffusion_loss",
     "guided_step",
     "guided_step_",
+    "norm_linear",
     "philox_normal",
     "reference",
+    "sample_logits",
 ]

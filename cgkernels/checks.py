@@ -117,9 +117,14 @@ def as_index(index: Tensor | None, rows: int, device: torch.device | str | None)
 
 
 def as_step(
-    name: str, step: int | Tensor, rows: int, device: torch.device | str | None, limit: int
+    name: str,
+    step: int | Tensor,
+    rows: int,
+    device: torch.device | str | None,
+    limit: int,
+    least: int = 0,
 ) -> Tensor:
-    """A step or timestep in [0, limit) as an int64 tensor (B,); a shared one is expanded."""
+    """A step or timestep in [least, limit) as an int64 tensor (B,); a shared one is expanded."""
     if isinstance(step, Tensor):
         if step.dtype not in _INTEGERS:
             raise TypeError(f"{name} must be an int or an integer tensor, got {step.dtype}")
@@ -129,14 +134,42 @@ def as_step(
             raise ValueError(f"{name} must be on {device}, got {step.device}")
         if readable(step) and step.numel():
             low, high = (int(v) for v in step.aminmax())
-            if low < 0 or high >= limit:
-                raise ValueError(f"{name} must be in [0, {limit}), got values from {low} to {high}")
+            if low < least or high >= limit:
+                raise ValueError(
+                    f"{name} must be in [{least}, {limit}), got values from {low} to {high}"
+                )
         return step.to(torch.int64).expand(rows)
     if isinstance(step, bool) or not isinstance(step, int | torch.SymInt):
         raise TypeError(f"{name} must be an int or an integer tensor, got {step!r}")
-    if not 0 <= step < limit:
-        raise ValueError(f"{name} must be in [0, {limit}), got {step}")
+    if not least <= step < limit:
+        raise ValueError(f"{name} must be in [{least}, {limit}), got {step}")
     return torch.full((), step, dtype=torch.int64, device=device).expand(rows)
+
+
+def check_integers(
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, low: int, high: int
+) -> None:
+    """Raise unless int32 or int64 of this shape on this device, in [low, high] where readable."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_described(tensor)}")
+    check_shape(name, tensor, shape)
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if readable(tensor) and tensor.numel():
+        least, most = (int(v) for v in tensor.aminmax())
+        if least < low or most > high:
+            raise ValueError(
+                f"{name} must be in [{low}, {high}], got values from {least} to {most}"
+            )
+
+
+def check_writable(**tensors: Tensor) -> None:
+    """Raise where two elements of a tensor share memory: writing them has no defined result."""
+    for name, tensor in tensors.items():
+        if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{name} must not be expanded, it is written; got strides {tensor.stride()}"
+            )
 
 
 def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> Tensor:

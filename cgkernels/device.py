@@ -100,6 +100,56 @@ def normal_at(seed, index, step, element, STREAM: tl.constexpr):
 
 
 @triton.jit
+def exponential_of(w):
+    """-ln u of a word, in the bits of `random.exponential`; launch with enable_fp_fusion=False.
+
+    As in `_radius`, but every product and sum is rounded for itself, as plain PyTorch rounds them.
+    """
+    near_one = w >= 0xB504F334
+    value = w.to(tl.float32) + 0.5
+    bits = value.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    distance = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    x = tl.where(near_one, -distance, mantissa - 1.0)
+    k = tl.where(near_one, 0, 32 - exponent).to(tl.float32)
+    p = x * -0.07859611511230469 + 0.12881647050380707
+    p = p * x - 0.13128754496574402
+    p = p * x + 0.14181192219257355
+    p = p * x - 0.16624553501605988
+    p = p * x + 0.2000228613615036
+    p = p * x - 0.25000810623168945
+    p = p * x + 0.33333316445350647
+    log_m = x * x * (p * x - 0.5) + x
+    return k * 0.693145751953125 + (k * 1.4286068203094172e-06 - log_m)
+
+
+@triton.jit
+def exponential_block(seed, index, step, first, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Exponentials of elements first .. first + BLOCK - 1, one Philox per four; 4 divides first."""
+    quad = first // 4 + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = philox_words(seed, index, step, quad, STREAM)
+    return exponential_of(tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK))
+
+
+@triton.jit
+def exp_of(x):
+    """e^x for x <= 0 in the bits of `random.exp_of`; launch with enable_fp_fusion=False.
+
+    x = n ln 2 + r, and e^r = 1 + r + r^2 P(r); below 2^-126 it is 0.
+    """
+    x = tl.maximum(x, -88.0)
+    n = tl.floor(x * 1.4426950216293335 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.4286068203094172e-06
+    p = r * 0.0013814539415761828 + 0.00836874544620514
+    p = p * r + 0.04166838899254799
+    p = p * r + 0.1666652113199234
+    p = p * r + 0.4999999403953552
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return (r * r * p + r + 1.0) * power
+
+
+@triton.jit
 def block_of_row(blocks, numel, BLOCK: tl.constexpr):
     """Row, first position, positions and mask of this program, one of `blocks` in a row."""
     program = tl.program_id(0)
@@ -164,3 +214,22 @@ def target_coefficients(alpha, sigma, TARGET: tl.constexpr):
     else:  # flow
         p0, p1 = alpha * 0 - 1, alpha * 0 + 1
     return p0, p1
+
+
+@triton.jit
+def tanh(x):
+    """tanh in float32, with full relative precision near zero.
+
+    Below 0.4 the series of Taylor, whose next term is under 4e-9 of the sum.
+    """
+    square = x * x
+    p = tl.fma(square, 0.003592128036572481, -0.008863235529902197)
+    p = tl.fma(square, p, 0.021869488536155203)
+    p = tl.fma(square, p, -0.05396825396825397)
+    p = tl.fma(square, p, 0.13333333333333333)
+    p = tl.fma(square, p, -0.3333333333333333)
+    small = tl.fma(x * square, p, x)
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - decay) / (1.0 + decay)
+    large = tl.where(x < 0, -large, large)
+    return tl.where(tl.abs(x) < 0.4, small, large)

@@ -1,15 +1,17 @@
-"""The noise contract in plain PyTorch: counter-based uniforms and normals.
+"""The noise contract in plain PyTorch: counter-based uniforms, normals and exponentials.
 
     (w0, w1, w2, w3) = Philox4x32-10(key = seed, counter = (element // 4, index low, index high, c))
     c = 2^24 stream + step
     u = (w + 0.5) 2^-32,    normals = (r cos, r sin) of r = sqrt(-2 ln u), angle = 2 pi u'
     with (u, u') from (w0, w1) for elements 4q, 4q + 1 and from (w2, w3) for 4q + 2, 4q + 3.
+    exponentials = -ln u, of one word each.
 
 seed is a 64-bit number; index the 64-bit number of the sample, row + 2^32 draw; element counts
 within one sample in logical (C, H, W) order, whatever the memory layout. A number therefore depends
 on (seed, index, step, stream, element) and on nothing else: not on the batch, the device, the
 memory format or the dtype, which only rounds it. `device.py` computes the same words in a kernel
-and normals within 4 ulp of these, which are computed in float64 and rounded to float32.
+and normals within 4 ulp of these, which are computed in float64 and rounded to float32. Float32
+exponentials decide which token is drawn: they are the same bits everywhere.
 
 Source   Philox: J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
          Box, Muller, "A note on the generation of random normal deviates", 1958.
@@ -107,6 +109,72 @@ def normal(
     if dtype != torch.float64:
         z = z.float()  # half types round the float32 value, as a kernel does
     return z.to(dtype).reshape(shape).contiguous()
+
+
+def exponential(
+    shape: tuple[int, ...],
+    *,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    step: int | Tensor = 0,
+    stream: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard exponentials -ln u of shape (B, *event); float32 or float64, arguments as `normal`.
+
+    They lie in [2^-33, 22.9], and keep their full relative precision at the small end, where u is
+    next to 1. -ln of one is a Gumbel variable.
+    """
+    numbers, n = _words_of(shape, seed, index, step, stream, device)
+    w = torch.stack(numbers, -1).flatten(1)[:, :n]
+    if dtype == torch.float64:
+        e = -((w.double() + 0.5) * 2.0**-32).log()
+    else:
+        e = _exponential_float32(w)
+    return e.reshape(shape).contiguous()
+
+
+def _exponential_float32(w: Tensor) -> Tensor:
+    """-ln u within 3 ulp. Each operation is rounded for itself, so that all devices agree.
+
+    u = m 2^-k with m in [sqrt(1/2), sqrt(2)), and ln m = x - x^2 / 2 + x^3 P(x) at x = m - 1, where
+    for k = 0 x is taken from the distance to 2^32, which float32 holds and w near 2^32 does not.
+    """
+    near_one = w >= 0xB504F334  # u >= sqrt(1/2)
+    bits = (w.float() + 0.5).view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    mantissa = (bits - (exponent << 23)).view(torch.float32)
+    distance = ((w ^ _MASK).float() + 0.5) * 2.0**-32
+    x = torch.where(near_one, -distance, mantissa - 1)
+    k = torch.where(near_one, 0, 32 - exponent).float()
+    p = torch.full_like(x, -0.07859611511230469)
+    for coefficient in (
+        0.12881647050380707, -0.13128754496574402, 0.14181192219257355, -0.16624553501605988,
+        0.2000228613615036, -0.25000810623168945, 0.33333316445350647, -0.5,
+    ):  # fmt: skip
+        p = p * x + coefficient
+    log_m = x * x * p + x
+    return k * 0.693145751953125 + (k * 1.4286068203094172e-06 - log_m)
+
+
+def exp_of(x: Tensor) -> Tensor:
+    """e^x for x <= 0. In float32 within 1 ulp, and the same bits on all devices.
+
+    x = n ln 2 + r, and e^r = 1 + r + r^2 P(r); below 2^-126 it is 0.
+    """
+    if x.dtype == torch.float64:
+        return x.exp()
+    x = x.clamp(min=-88)
+    n = (x * 1.4426950216293335 + 0.5).floor()
+    r = (x - n * 0.693145751953125) - n * 1.4286068203094172e-06
+    p = torch.full_like(r, 0.0013814539415761828)
+    for coefficient in (
+        0.00836874544620514, 0.04166838899254799, 0.1666652113199234, 0.4999999403953552
+    ):  # fmt: skip
+        p = p * r + coefficient
+    power = ((n.int() + 127) << 23).view(torch.float32)
+    return (r * r * p + r + 1) * power
 
 
 def _words_of(shape, seed, index, step, stream, device):

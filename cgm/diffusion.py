@@ -9,7 +9,7 @@ Source   DDPM arXiv:2006.11239; v prediction arXiv:2202.00512; classifier-free g
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,7 +24,8 @@ from cgkernels.random import (
     STREAM_TRAINING,
     uniform,
 )
-from cgm.families import Model
+from cgm.families import Model, numbered, solver_options
+from cgm.graphs import captured
 from cgm.networks.unet import KeysValues, UNet
 from cgm.samplers import make_schedule, make_table, x0_coefficients
 
@@ -264,40 +265,26 @@ class ConditionalDiffusion(Model):
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
         """
-        options = _sampling_config(solver)
+        options = solver_options(SamplingConfig, solver)
+        if not math.isfinite(options.guidance):
+            raise ValueError(f"guidance must be finite, got {options.guidance}")
         config, device = self.config, self.noise_table.device
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
-            raise ValueError(f"n must be None or an int of at least 0, got {n!r}")
+        rows, shape, index = numbered(n, cond, index, device)
         if cond is None:
             if config.cond_kind != "none" and config.cond_dropout == 0:
                 raise ValueError("cond must be given: this model was trained without dropping it")
             if options.guidance != 1:
                 raise ValueError(f"guidance must be 1 without cond, got {options.guidance}")
-            if n is None:
-                raise ValueError("n must be given without cond")
-            rows, shape = n, [n]
         else:
-            rows = cond.shape[0]
             self._check_cond(cond, rows)
             if options.guidance != 1 and config.cond_dropout == 0:
                 raise ValueError(
                     "guidance must be 1: this model was trained without dropping its condition"
                 )
-            shape = [rows] if n is None else [n, rows]
-        if index is None:
-            index = torch.arange(rows, device=device)
-            index = index * 2**32 if cond is None else index
-        elif not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(f"index must be an int64 tensor, got {index!r}")
-        else:
-            check_shape("index", index, (rows,))
-        if cond is not None and n is not None:
-            draws = torch.arange(n, device=device)[:, None] * 2**32
-            index = (draws + index.to(device)).flatten()
         elements = (*shape, *config.event_shape)
         if index.numel() == 0:
             return torch.empty(elements, device=device)
-        run = _Run(self, cond, index.to(device), as_seed(seed, device)[0], options)
+        run = _Run(self, cond, index, as_seed(seed, device)[0], options)
         return run.solve().reshape(elements)
 
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
@@ -420,7 +407,7 @@ class _Run:
         step: Callable[[], None] = self._step
         if self.options.graph and self.index.is_cuda:
             self._start()
-            step = _captured(self._step)
+            step = captured(self._step)
         self._start()
         for _ in range(self.options.steps):
             step()
@@ -458,30 +445,6 @@ class _Run:
             twin=self.twin,
         )
         self.counter.add_(1)
-
-
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph; it is run once before, so that its kernels are compiled."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def _sampling_config(solver: dict[str, Any]) -> SamplingConfig:
-    known = [field.name for field in fields(SamplingConfig)]
-    for name in solver:
-        if name not in known:
-            raise TypeError(f"{name} is no option of sample; it has {', '.join(known)}")
-    options = SamplingConfig(**solver)
-    if not math.isfinite(options.guidance):
-        raise ValueError(f"guidance must be finite, got {options.guidance}")
-    return options
 
 
 # Learned variance ---------------------------------------------------------------------------------

@@ -3,13 +3,18 @@
 import dataclasses
 import pkgutil
 import typing
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cgkernels.checks import check_shape
+
+_Options = TypeVar("_Options")
+
 # Resolved on use: reading one checkpoint imports one family.
 FAMILIES = {
+    "autoregressive": "cgm.autoregressive:ConditionalTransformer",
     "classifier": "cgm.networks.classifier:Classifier",
     "diffusion": "cgm.diffusion:ConditionalDiffusion",
 }
@@ -84,3 +89,44 @@ def _from_json(hint: Any, value: Any) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+# What every `sample` does with its arguments ------------------------------------------------------
+def solver_options(cls: type[_Options], solver: dict[str, Any]) -> _Options:
+    """The solver options of `sample` as their dataclass; TypeError for one that it has not."""
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in solver:
+        if name not in known:
+            raise TypeError(f"{name} is no option of sample; it has {', '.join(known)}")
+    return cls(**solver)
+
+
+def numbered(
+    n: int | None, cond: Tensor | None, index: Tensor | None, device: torch.device
+) -> tuple[int, list[int], Tensor]:
+    """Rows of conditions, leading shape of the result, and the number of each sample, (samples,).
+
+    Sample (draw, row) has the number of its condition + 2^32 draw; without cond draws alone are
+    numbered. Samples of one draw stand together.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
+        raise ValueError(f"n must be None or an int of at least 0, got {n!r}")
+    if cond is None:
+        if n is None:
+            raise ValueError("n must be given without cond")
+        rows, shape = n, [n]
+    else:
+        rows = cond.shape[0]
+        shape = [rows] if n is None else [n, rows]
+    if index is None:
+        index = torch.arange(rows, device=device)
+        index = index * 2**32 if cond is None else index
+    elif not isinstance(index, Tensor) or index.dtype != torch.int64:
+        raise TypeError(f"index must be an int64 tensor, got {index!r}")
+    else:
+        check_shape("index", index, (rows,))
+    index = index.to(device)
+    if cond is not None and n is not None:
+        draws = torch.arange(n, device=device)[:, None] * 2**32
+        index = (draws + index).flatten()
+    return rows, shape, index

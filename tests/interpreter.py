@@ -195,15 +195,17 @@ def sanitize(*, order_seed: int | None = None, reads: bool = True) -> Iterator[N
     bounds   each active lane of each load, store and atomic lies inside one of the tensor
              arguments, between its first and its last element;
     writes   no two programs store different bits to one address;
-    reads    no program loads an address that another program stores.
+    reads    no program loads an address that another program stores, unless it stored the same
+             there itself, or the store came before an acquire-release atomic of the other program
+             whose address its own atomic found afterwards (as where the last program merges).
 
     Args:
         order_seed: run the programs of each launch in a shuffled order; the result must not change.
-        reads: False for kernels in which the last program merges what others stored.
+        reads: False for kernels whose programs read what others stored, in any order.
 
     Not seen: an access that lands inside another argument, or in the gaps of a strided one
     (`cgkernels.testing.guarded` finds those that write or spoil a value); races inside one program,
-    between accesses of different width, or with atomics; memory ordering.
+    between accesses of different width, or with atomics.
     """
     _require_interpreter()
     watch = _Watch(reads, order_seed)
@@ -229,6 +231,16 @@ class _Watch:
         self.reads, self.order_seed = reads, order_seed
         self.order: np.ndarray | None = None
         self.grid, self.program = (1, 1, 1), (0, 0, 0)
+        self._forget()
+
+    def _forget(self):
+        """Start a launch. A program's stretch between two of its atomics is a phase."""
+        self.loads: list = []
+        self.stores: list = []
+        self.phase = 0  # the present one, numbered through the launch
+        self.known: set[int] = set()  # phases whose stores the program may read
+        self.may_read = [self.known]  # of each phase
+        self.released: dict[int, set[int]] = {}  # phases that an atomic on an address ended
 
     def wrappers(self) -> Iterator[tuple[type, str, Callable]]:
         yield GridExecutor, "__call__", self._wrap_launch
@@ -243,7 +255,7 @@ class _Watch:
         def launch(executor, *args, **kwargs):
             self.kernel = executor.fn.__name__
             self._set_spans([*zip(executor.arg_names, args, strict=False), *kwargs.items()])
-            self.loads, self.stores = [], []
+            self._forget()
             original(executor, *args, **kwargs)
             self._check_races()
 
@@ -264,6 +276,8 @@ class _Watch:
                 shuffled = self.order[np.ravel_multi_index(program, self.grid)]
                 program = tuple(int(i) for i in np.unravel_index(shuffled, self.grid))
             self.program = program
+            self.known = set()
+            self._next_phase()
             return original(builder, *program)
 
         return set_grid_idx
@@ -272,7 +286,8 @@ class _Watch:
         def load(builder, pointers, mask, *args, **kwargs):
             addresses = self._check_bounds(pointers, mask.data, "load")
             if self.reads:
-                self.loads.append((addresses, self._program_of(addresses)))
+                phase = np.full(addresses.size, self.phase)
+                self.loads.append((addresses, self._program_of(addresses), phase))
             return original(builder, pointers, mask, *args, **kwargs)
 
         return load
@@ -282,14 +297,17 @@ class _Watch:
             addresses = self._check_bounds(pointers, mask.data, "store")
             stored = _active(value.data, mask.data, pointers.data.shape)
             bits = stored.view(f"u{stored.itemsize}").astype(np.uint64)
-            self.stores.append((addresses, self._program_of(addresses), bits))
+            phase = np.full(addresses.size, self.phase)
+            self.stores.append((addresses, self._program_of(addresses), phase, bits))
             return original(builder, pointers, value, mask, *args, **kwargs)
 
         return store
 
     def _wrap_atomic_rmw(self, original):
         def atomic_rmw(builder, operation, pointers, value, mask, *args):
-            self._check_bounds(pointers, mask.data, "atomic")
+            addresses = self._check_bounds(pointers, mask.data, "atomic")
+            if interpreter._ir.MEM_SEMANTIC.ACQUIRE_RELEASE in args:
+                self._synchronize(addresses)
             return original(builder, operation, pointers, value, mask, *args)
 
         return atomic_rmw
@@ -300,6 +318,20 @@ class _Watch:
             return original(builder, pointers, *args)
 
         return atomic_cas
+
+    def _synchronize(self, addresses):
+        """Learn what was released at these addresses, and release what is known there."""
+        places = [self.released.setdefault(int(a), set()) for a in addresses]
+        self.known.update(*places)
+        self.known.add(self.phase)
+        for place in places:
+            place |= self.known
+        self._next_phase()
+
+    def _next_phase(self):
+        self.phase += 1
+        self.known = set(self.known)
+        self.may_read.append(self.known)
 
     def _set_spans(self, arguments):
         """Sort the byte ranges of the arguments, and join those that overlap."""
@@ -338,9 +370,9 @@ class _Watch:
     def _check_races(self):
         if not self.stores:
             return
-        address, program, bits = (np.concatenate(c) for c in zip(*self.stores, strict=True))
+        address, program, phase, bits = (np.concatenate(c) for c in zip(*self.stores, strict=True))
         order = np.lexsort((program, address))
-        address, program, bits = address[order], program[order], bits[order]
+        address, program, phase, bits = (c[order] for c in (address, program, phase, bits))
         clash = (np.diff(address) == 0) & (np.diff(program) != 0) & (bits[1:] != bits[:-1])
         if clash.any():
             i = int(np.argmax(clash))
@@ -350,17 +382,27 @@ class _Watch:
             )
         if not self.loads:
             return
-        read, reader = (np.concatenate(c) for c in zip(*self.loads, strict=True))
+        read, reader, when = (np.concatenate(c) for c in zip(*self.loads, strict=True))
         lowest = np.searchsorted(address, read, side="left")  # of the programs that store there
         highest = np.searchsorted(address, read, side="right") - 1
+        own = np.isin(_pairs(read, reader), _pairs(address, program))
         for at in (np.minimum(lowest, address.size - 1), np.maximum(highest, 0)):
-            clash = (address[at] == read) & (program[at] != reader)
+            clash = (address[at] == read) & (program[at] != reader) & ~own
+            clash[clash] = [
+                stored not in self.may_read[now]
+                for stored, now in zip(phase[at][clash], when[clash], strict=True)
+            ]
             if clash.any():
                 i = int(np.argmax(clash))
                 raise SanitizerError(
                     f"{self.kernel}: read-write race, program {reader[i]} loads what program "
                     f"{program[at[i]]} stores ({int(clash.sum())} lanes)"
                 )
+
+
+def _pairs(address, program):
+    """One number for each pair, different but by chance."""
+    return address.astype(np.uint64) * np.uint64(1_000_003) + program.astype(np.uint64)
 
 
 def _active(data, mask, shape):

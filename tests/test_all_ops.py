@@ -178,15 +178,19 @@ def test_reference_agrees(module, label, dtype):
     with cgkernels.reference():
         plain, true = sample.run(), exact.run()
     for ours, theirs, truth in zip(results, plain, true, strict=True):
-        assert_within_budget(ours, theirs, truth.double())
+        if truth.is_floating_point():
+            assert_within_budget(ours, theirs, truth.double())
+        else:
+            assert_equal((ours, theirs), (truth, truth))
 
 
 @samples
 def test_float64_stays_float64(module, label):
     results = sample_of(module, label, torch.float64).run()
-    assert {out.dtype for out in results} == {torch.float64}
+    assert {out.dtype for out in results if out.is_floating_point()} == {torch.float64}
     for out, narrow in zip(results, sample_of(module, label).run(), strict=True):
-        torch.testing.assert_close(narrow.double(), out, rtol=1e-2, atol=1e-2, equal_nan=True)
+        narrow = narrow.to(out.dtype)
+        torch.testing.assert_close(narrow, out, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 @samples

@@ -165,3 +165,26 @@ def test_values_out_of_reach_pass():
         assert checks.as_step("step", step, 2, "cuda", 4).shape == (2,)
         scale = torch.full((2,), float("nan"), device="cuda")
         assert checks.as_row_values("scale", scale, 2, scale).shape == (2,)
+
+
+def test_integers_of_a_shape_in_a_range():
+    device = torch.device("cpu")
+    for dtype in (torch.int32, torch.int64):
+        checks.check_integers("n", torch.tensor([0, 4], dtype=dtype), (2,), device, 0, 4)
+        checks.check_integers("n", torch.zeros(0, dtype=dtype), (0,), device, 0, 4)
+    for wrong in (torch.zeros(2), torch.zeros(2, dtype=torch.bool), [0, 1], 1):
+        with refused(TypeError, "n must be an int32 or int64 tensor"):
+            checks.check_integers("n", wrong, (2,), device, 0, 4)
+    for values, words in (([0, 5], "from 0 to 5"), ([-1, 2], "from -1 to 2")):
+        with refused(ValueError, rf"n must be in \[0, 4\], got values {words}"):
+            checks.check_integers("n", torch.tensor(values), (2,), device, 0, 4)
+    with refused(ValueError, r"n must have shape \(3,\)"):
+        checks.check_integers("n", torch.tensor([0, 1]), (3,), device, 0, 4)
+    with refused(ValueError, "n must be on cpu, got meta"):
+        checks.check_integers("n", torch.tensor([0, 1], device="meta"), (2,), device, 0, 4)
+
+
+def test_what_is_written_shares_no_memory_with_itself():
+    checks.check_writable(x=torch.zeros(2, 3).T, y=torch.zeros(1, 3).expand(1, 3))
+    with refused(ValueError, "x must not be expanded"):
+        checks.check_writable(x=torch.zeros(1, 3).expand(2, 3))

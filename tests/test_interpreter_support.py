@@ -160,6 +160,19 @@ def _neighbour(out_ptr, n):
 
 
 @triton.jit
+def _last_adds_up(out_ptr, part_ptr, count_ptr, LATE: tl.constexpr, SEM: tl.constexpr):
+    """Program p stores p + 1; the last to come sums what the four stored."""
+    p = tl.program_id(0)
+    if not LATE:
+        tl.store(part_ptr + p, p + 1)
+    came = tl.atomic_add(count_ptr, 1, sem=SEM)
+    if LATE:
+        tl.store(part_ptr + p, p + 1)
+    if came == 3:
+        tl.store(out_ptr, tl.sum(tl.load(part_ptr + tl.arange(0, 4)), 0))
+
+
+@triton.jit
 def _count(out_ptr, LANES: tl.constexpr):
     """Every program adds one to LANES addresses, atomically."""
     tl.atomic_add(out_ptr + tl.arange(0, LANES), 1.0)
@@ -174,6 +187,12 @@ def _copy_by_descriptor(out_ptr, x_ptr, rows, cols, BLOCK: tl.constexpr):
     out.store(at, x.load(at))
 
 
+def added_up(late=False, sem="acq_rel"):
+    part, count, out = (torch.zeros(n, dtype=torch.int32) for n in (4, 1, 1))
+    _last_adds_up[(4,)](out, part, count, late, sem)
+    return int(out) == 10
+
+
 def doubled(load_all=False, store_all=False, programs=4):
     x, out = torch.randn(100), torch.empty(100)
     _double[(programs,)](out, x, 100, load_all, store_all, 32)
@@ -184,7 +203,7 @@ def doubled(load_all=False, store_all=False, programs=4):
 def test_the_sanitizer_lets_right_kernels_pass(order_seed):
     image, copy, count = torch.randn(40, 48), torch.empty(40, 48), torch.zeros(1)
     with sanitize(order_seed=order_seed):
-        assert doubled()
+        assert doubled() and added_up()
         _copy_by_descriptor[(3, 3)](copy, image, 40, 48, 16)
         _count[(4,)](count, 1)
     assert torch.equal(copy, image) and count == 4
@@ -198,8 +217,10 @@ def test_the_sanitizer_lets_right_kernels_pass(order_seed):
         ("_count: out-of-bounds atomic", lambda: _count[(4,)](torch.zeros(2), 4)),
         ("_same_address: write-write race", lambda: _same_address[(4,)](torch.zeros(1))),
         ("_neighbour: read-write race", lambda: _neighbour[(4,)](torch.zeros(4), 4)),
+        ("_last_adds_up: read-write race", functools.partial(added_up, late=True)),
+        ("_last_adds_up: read-write race", functools.partial(added_up, sem="relaxed")),
     ],
-    ids=["load", "store", "atomic", "two writers", "reader and writer"],
+    ids=["load", "store", "atomic", "two writers", "reader and writer", "late", "unordered"],
 )
 def test_the_sanitizer_finds(finding, run):
     with pytest.raises(SanitizerError, match=finding), sanitize():

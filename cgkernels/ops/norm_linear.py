@@ -1,0 +1,524 @@
+"""A linear layer with the norm before it and what follows it, made for few rows.
+
+    out = act(norm(x) W^T + bias) + residual,   act = identity, GELU, or silu(gate) * up (SwiGLU)
+
+Shapes   x: (..., K); weight: (N, K), bias: (N,), with SwiGLU (2N, K) and (2N,), the gates first;
+         norm_weight, norm_bias: (K,); residual, out: (..., N).
+Dtypes   x and out float32, float16 or bfloat16 (float64 on CPU), the weight as x, or int8 with a
+         float32 scale for each of its rows; float32 inside. In half types norm(x) is rounded to the
+         dtype, which is what tensor cores multiply. Up to 64 rows, a row has the same bits alone or
+         in any batch.
+Backward in all but int8 weights and scales, in plain PyTorch, as often as one likes.
+Source   RMSNorm: arXiv:1910.07467; LayerNorm: arXiv:1607.06450; GELU: arXiv:1606.08415; SwiGLU:
+         arXiv:2002.05202. Derivatives from the formulas.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgkernels._triton import tl, triton
+from cgkernels.checks import check_float, check_no_grad, check_same_device, check_shape
+from cgkernels.device import tanh
+from cgkernels.library import Launch, define_op, needs_function, using_reference
+
+NORMS = (None, "rms", "layer")
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "swiglu")
+
+# More rows than this are a matrix product, which cuBLAS and MKL do better.
+FEW_ROWS = 64
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def norm_linear_ref(
+    x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps
+):
+    wide = _wide(x)
+    h = _normed_ref(x, norm_weight, norm_bias, norm, eps)
+    y = _affine_ref(F.linear(h.to(wide), weight.to(wide)), scales, bias)
+    return _added_ref(_activated_ref(y, activation), residual).to(x.dtype)
+
+
+def norm_linear_bwd_ref(
+    wanted, dout, x, weight, scales, norm_weight, norm_bias, bias, norm, activation, eps
+):
+    """Gradients of x, weight, norm_weight, norm_bias, bias where wanted, None elsewhere.
+
+    As in PyTorch, the two matrix products take the gradients rounded to x's dtype.
+    """
+    wide = _wide(x)
+    h = _normed_ref(x, norm_weight, norm_bias, norm, eps).flatten(0, -2)
+    weight = weight.to(x.dtype)
+    dy = dout.to(wide).flatten(0, -2)
+    if activation is not None:
+        y = _affine_ref(F.linear(h, weight).to(wide), scales, bias)
+        dy = _activation_bwd_ref(dy, y, activation)
+    gradients: list[Tensor | None] = [None] * 5
+    if wanted[4]:
+        gradients[4] = dy.sum(0).to(bias.dtype)
+    dy = (dy if scales is None else dy * scales).to(x.dtype)
+    if wanted[1]:
+        gradients[1] = dy.t() @ h
+    dh = (dy @ weight).to(wide)
+    if norm is None:
+        gradients[0] = dh.view(x.shape)
+        return gradients
+    standard, rstd = _standard_ref(x.flatten(0, -2), norm, eps)
+    if wanted[2]:
+        gradients[2] = (dh * standard).sum(0).to(norm_weight.dtype)
+    if wanted[3]:
+        gradients[3] = dh.sum(0).to(norm_bias.dtype)
+    if wanted[0]:
+        dx = dh if norm_weight is None else dh * norm_weight
+        along = (dx * standard).mean(-1, keepdim=True)
+        mean = dx.mean(-1, keepdim=True) if norm == "layer" else 0
+        gradients[0] = (rstd * (dx - mean - along * standard)).to(x.dtype).view(x.shape)
+    return gradients
+
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _standard_ref(x, norm, eps):
+    """x with a mean square (of the distance from the mean) of 1, and the factor that made it so."""
+    x = x.to(_wide(x))
+    if norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * rstd, rstd
+
+
+def _normed_ref(x, norm_weight, norm_bias, norm, eps):
+    if norm is None:
+        return x
+    h, _ = _standard_ref(x, norm, eps)
+    h = h if norm_weight is None else h * norm_weight
+    h = h if norm_bias is None else h + norm_bias
+    return h.to(x.dtype)
+
+
+def _affine_ref(y, scales, bias):
+    """Scale and bias of a product that is at least float32."""
+    y = y if scales is None else y * scales.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _activated_ref(y, activation):
+    if activation == "swiglu":
+        gate, up = y.chunk(2, -1)
+        return F.silu(gate) * up
+    if activation is None:
+        return y
+    return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _added_ref(y, residual):
+    return y if residual is None else y + residual.to(y.dtype)
+
+
+def _activation_bwd_ref(dout, y, activation):
+    if activation == "swiglu":
+        gate, up = y.chunk(2, -1)
+        s = gate.sigmoid()
+        return torch.cat([dout * up * s * (1 + gate * (1 - s)), dout * gate * s], -1)
+    if activation == "gelu":
+        density = torch.exp(-0.5 * y.square()) / math.sqrt(2 * math.pi)
+        return dout * (0.5 * (1 + torch.erf(y / math.sqrt(2))) + y * density)
+    c = math.sqrt(2 / math.pi)
+    t = torch.tanh(c * (y + 0.044715 * y**3))
+    slope = c * (1 + 3 * 0.044715 * y.square())
+    return dout * 0.5 * (1 + t + y * (1 - t.square()) * slope)
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _finish(
+    out_ptr, scales_ptr, bias_ptr, residual_ptr, residual_stride, y, row, there, first, channels,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scale, bias, activation and residual of a tile of products, and its store."""
+    line, good, channel = _lines(first, channels, ACTIVATION, BLOCK_N)
+    if scales_ptr is not None:
+        y = y * tl.load(scales_ptr + line, mask=good, other=0.0)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + line, mask=good, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == 1:  # gelu
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == 2:  # gelu_tanh
+        y = 0.5 * y * (1.0 + tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
+    elif ACTIVATION == 3:  # swiglu
+        gate, up = tl.split(y.reshape(16, BLOCK_N // 2, 2))
+        y = gate * tl.sigmoid(gate) * up
+    mask = there[:, None] & (channel < channels)[None, :]
+    row = row.to(tl.int64)[:, None]
+    if residual_ptr is not None:
+        at = residual_ptr + row * residual_stride + channel[None, :]
+        y += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    at = out_ptr + row * channels + channel[None, :]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lines(first, channels, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of the weight in a tile, which of them exist, and the channels that come of them.
+
+    With swiglu gate and up of a channel are neighbours in the tile.
+    """
+    column = first + tl.arange(0, BLOCK_N)
+    if ACTIVATION == 3:
+        channel = first // 2 + tl.arange(0, BLOCK_N // 2)
+        return column // 2 + (column % 2) * channels, column // 2 < channels, channel
+    else:
+        return column, column < channels, column
+
+
+@triton.jit
+def _kernel(
+    out_ptr, partial_ptr, count_ptr, x_ptr, x_stride, weight_ptr, weight_stride, scales_ptr,
+    norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr, residual_stride, rows, channels,
+    features, eps,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per 16 rows of x, BLOCK_N rows of the weight and SPLIT of their elements.
+
+    Programs that share a tile of the weight are neighbours: it comes from memory once, and from the
+    L2 cache for the others. Each takes the statistics of its rows itself. Of several splits the
+    program that is done last adds up all of them, in their order.
+    """
+    program, tiles = tl.program_id(0), (rows + 15) // 16
+    tile, split, block = program % tiles, program // tiles % SPLITS, program // tiles // SPLITS
+    row = tile * 16 + tl.arange(0, 16)
+    there = row < rows
+    x_row = x_ptr + row.to(tl.int64)[:, None] * x_stride
+    mean = tl.zeros((16,), tl.float32)
+    rstd = mean
+    if NORM == 2:
+        total = tl.zeros((16, BLOCK_K), tl.float32)
+        for start in tl.range(0, features, BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = there[:, None] & (k < features)[None, :]
+            total += tl.load(x_row + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(total, 1) / features
+    if NORM != 0:
+        total = tl.zeros((16, BLOCK_K), tl.float32)
+        for start in tl.range(0, features, BLOCK_K, num_stages=STAGES):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = there[:, None] & (k < features)[None, :]
+            x = tl.load(x_row + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            if NORM == 2:
+                x = tl.where(inside, x - mean[:, None], 0.0)
+            total += x * x
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / features + eps)
+
+    line, good, _ = _lines(block * BLOCK_N, channels, ACTIVATION, BLOCK_N)
+    weight_row = weight_ptr + line.to(tl.int64)[:, None] * weight_stride
+    y = tl.zeros((16, BLOCK_N), tl.float32)
+    first = split * SPLIT
+    for start in tl.range(first, tl.minimum(first + SPLIT, features), BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = k < features
+        w = tl.load(weight_row + k[None, :], mask=good[:, None] & inside[None, :], other=0)
+        x = tl.load(x_row + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        if NORM != 0:
+            h = x.to(tl.float32)
+            h = (h - mean[:, None] if NORM == 2 else h) * rstd[:, None]
+            if norm_weight_ptr is not None:
+                gain = tl.load(norm_weight_ptr + k, mask=inside, other=0.0)
+                h *= gain.to(tl.float32)[None, :]
+            if norm_bias_ptr is not None:
+                shift = tl.load(norm_bias_ptr + k, mask=inside, other=0.0)
+                h += shift.to(tl.float32)[None, :]
+            x = h.to(x.dtype)
+        y = tl.dot(x, tl.trans(w.to(x.dtype)), y, input_precision="ieee")
+
+    if SPLITS > 1:
+        group = block * tiles + tile
+        lane = tl.arange(0, 16)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        part = partial_ptr + group * (SPLITS * 16 * BLOCK_N) + lane
+        tl.store(part + split * (16 * BLOCK_N), y)
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        done = tl.atomic_add(count_ptr + group, 1, sem="acq_rel", scope="gpu")
+        if done == SPLITS - 1:
+            y = tl.zeros((16, BLOCK_N), tl.float32)
+            for i in tl.static_range(SPLITS):
+                y += tl.load(part + i * (16 * BLOCK_N), cache_modifier=".cg")
+            _finish(
+                out_ptr, scales_ptr, bias_ptr, residual_ptr, residual_stride, y, row, there,
+                block * BLOCK_N, channels, ACTIVATION, BLOCK_N,
+            )  # fmt: skip
+    else:
+        _finish(
+            out_ptr, scales_ptr, bias_ptr, residual_ptr, residual_stride, y, row, there,
+            block * BLOCK_N, channels, ACTIVATION, BLOCK_N,
+        )  # fmt: skip
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_config(channels, features, dtype, activation):
+    """Sizes that may depend on nothing else, or a row would depend on its batch.
+
+    Narrow tiles make programs of few channels; from 256 programs on, wider ones halve the share of
+    the norm (in float32 they take too many registers). Fewer than 128 programs leave
+    multiprocessors idle: they split the features, unless what each gets is streamed sooner than
+    partial sums are merged. In half types ptxas left alone spills to get down to 128 registers.
+    """
+    lines = 2 * channels if activation == "swiglu" else channels
+    half = dtype in (torch.float16, torch.bfloat16)
+    block_n = 32 if half and lines >= 8192 else 16
+    block_k = 128 if half else 64
+    programs = triton.cdiv(lines, block_n)
+    splits = max(1, min(triton.cdiv(128, programs), features // 512, 8))
+    split = block_k * triton.cdiv(features, splits * block_k)
+    return {
+        "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
+        "SPLITS": triton.cdiv(features, split), "STAGES": 6 if half and block_n == 16 else 4,
+        "num_warps": 2, "maxnreg": 168 if half else None,
+    }  # fmt: skip
+
+
+def _launch(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+    out = _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps)
+    channels, features = out.shape[-1], x.shape[-1]
+    rows = x.numel() // features
+    if rows == 0:
+        return out
+    if rows > FEW_ROWS:
+        return _plain(
+            x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps
+        )
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    config = _launch_config(channels, features, x.dtype, activation)
+    tiles = triton.cdiv(rows, 16) * triton.cdiv(weight.shape[0], config["BLOCK_N"])
+    partial = count = None
+    if config["SPLITS"] > 1:
+        size = tiles * config["SPLITS"] * 16 * config["BLOCK_N"]
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        # Zeroed by each call, not left at zero by the last: calls on two streams must not meet.
+        count = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    vectors = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, bias))
+    _kernel[(tiles * config["SPLITS"],)](
+        out, partial, count, x, x.stride(0), weight, weight.stride(0),
+        None if scales is None else scales.contiguous(), *vectors,
+        residual, 0 if residual is None else residual.stride(0), rows, channels, features, eps,
+        NORM=NORMS.index(norm), ACTIVATION=ACTIVATIONS.index(activation), enable_fp_fusion=True,
+        **config,
+    )  # fmt: skip
+    return out
+
+
+def _rows(x):
+    """x as a matrix whose rows lie in one piece."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _launches() -> Iterator[Launch]:
+    def launch(label, dtype, channels, features, *, int8=False, bits=128, **options):
+        lines = 2 * channels if options.get("activation") == "swiglu" else channels
+        x = torch.empty(8, features, dtype=dtype, device="meta")
+        weight = x.new_empty(lines, features, dtype=torch.int8 if int8 else dtype)
+        inputs = {
+            "scales": x.new_empty(lines, dtype=torch.float32) if int8 else None,
+            "norm_weight": x.new_empty(features), "norm_bias": None,
+            "bias": None, "residual": None, "norm": "rms", "activation": None, **options,
+        }  # fmt: skip
+        kind = "int8" if int8 else ""
+        run = partial(_launch, x, weight, **inputs, eps=1e-5)
+        # Scales and bias are too few for a full vector.
+        bits = 64 if int8 else 32 if inputs["bias"] is not None else bits
+        return Launch(f"{label} {channels} x {features} {dtype} {kind}", run, bits)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for channels, features in ((2304, 768), (768, 3072), (16384, 768)):
+            yield launch("rms", dtype, channels, features)
+            yield launch("rms", dtype, channels, features, int8=True)
+    half = torch.bfloat16
+    vector, bias = (torch.empty(n, dtype=half, device="meta") for n in (768, 3072))
+    layer = {"norm": "layer", "norm_weight": vector, "norm_bias": vector, "bias": bias}
+    for activation in ("gelu", "gelu_tanh"):
+        yield launch(f"layer, {activation}", half, 3072, 768, activation=activation, **layer)
+    yield launch("rms, swiglu", half, 2048, 768, activation="swiglu")
+    yield launch("rms, swiglu", half, 11008, 4096, activation="swiglu")
+    residual = torch.empty(8, 768, dtype=half, device="meta")
+    yield launch("residual", half, 768, 768, norm=None, norm_weight=None, residual=residual)
+    yield launch("odd", half, 769, 771, bits=0)
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+    channels = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
+    return x.new_empty(*x.shape[:-1], channels)
+
+
+def _plain(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+    """The CPU path, and that of many rows on CUDA."""
+    out = _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps)
+    if x.numel() == 0:
+        return out
+    h = x.reshape(-1, x.shape[-1]).contiguous()  # sums follow the layout
+    h = _normed_ref(h, norm_weight, norm_bias, norm, eps)
+    y = _affine_ref(_product(h, weight), scales, bias)
+    # PyTorch's vectors and the rest that is left over differ in their last bits: row by row, a
+    # value stays in its place.
+    parts = y.split(1) if activation is not None and len(h) <= FEW_ROWS else [y]
+    y = torch.cat([_activated_ref(part, activation) for part in parts]).view(out.shape)
+    return _added_ref(y, residual).to(x.dtype).contiguous()
+
+
+def _product(h, weight):
+    """h weight^T in at least float32; a weight of another dtype is cast a part at a time."""
+    rows, features = h.shape
+    wide, few = _wide(h), len(h) <= FEW_ROWS
+    dtype = h.dtype if h.is_cuda else wide  # cuBLAS multiplies half types and returns float32
+    size = len(weight)
+    if weight.dtype != dtype:  # parts of 512 KiB stay in a core's cache; a GPU takes larger ones
+        size = max(1, (2**24 if h.is_cuda else 2**17) // features)
+    # Rows that start at 64 bytes, all alike: MKL's order of summation follows the alignment.
+    aligned = h.new_empty(rows, features + -features % 16, dtype=dtype)[:, :features]
+    h = aligned.copy_(h) if few else h.to(dtype)
+    y = h.new_empty(rows, len(weight), dtype=wide)
+    for part, out in zip(weight.split(size), y.split(size, 1), strict=True):
+        part = part.to(dtype).t()
+        if few:  # a matrix-vector product for each row, so that none depends on the others
+            out.copy_(torch.bmm(h[:, None], part.expand(rows, -1, -1))[:, 0])
+        elif dtype != wide:
+            out.copy_(torch.mm(h, part, out_dtype=wide))
+        else:
+            torch.mm(h, part, out=out)
+    return y
+
+
+_fwd = define_op(
+    "norm_linear",
+    "(Tensor x, Tensor weight, Tensor? scales, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? bias, Tensor? residual, str? norm, str? activation, float eps) -> Tensor",
+    cuda=_launch,
+    cpu=_plain,
+    fake=_fake,
+    launches=_launches,
+)
+
+
+# 5. Public function -------------------------------------------------------------------------------
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps
+    ):
+        ctx.save_for_backward(x, weight, scales, norm_weight, norm_bias, bias)
+        ctx.options = norm, activation, eps
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return _fwd(
+            x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps
+        )
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, _, norm_weight, norm_bias, bias, residual, *_ = ctx.needs_input_grad
+        wanted = x, weight, norm_weight, norm_bias, bias
+        dx, dweight, *others = norm_linear_bwd_ref(wanted, dout, *ctx.saved_tensors, *ctx.options)
+        dresidual = dout.to(ctx.residual_dtype) if residual else None
+        return dx, dweight, None, *others, dresidual, None, None, None
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Linear layer with the norm before it and what follows it: act(norm(x) W^T + bias) + residual.
+
+        rms:   norm(x) = x / sqrt(mean(x^2) + eps) * norm_weight
+        layer: norm(x) = (x - mean(x)) / sqrt(var(x) + eps) * norm_weight + norm_bias
+
+    One launch for up to 64 rows, in which the weight is read from memory once; a row has the same
+    bits alone or in any batch of at most 64 rows. More rows go to PyTorch (cuBLAS): the same
+    formula, other bits. To keep a row's bits there, call it for 64 rows at a time.
+
+    Args:
+        x: (..., K) float32, float16 or bfloat16 (float64 on the CPU); any strides.
+        weight: (N, K) as `torch.nn.Linear` keeps it, of x's dtype or int8. With "swiglu" (2N, K),
+            the rows of the gates first.
+        norm: None, "rms" or "layer"; norm_weight and norm_bias: (K,), the latter for "layer" only.
+        eps: added to the mean square.
+        bias: (N,), with "swiglu" (2N,).
+        activation: None, "gelu", "gelu_tanh" (its approximation) or "swiglu": silu(gate) * up.
+        residual: (..., N), added last.
+        scales: float32, one for each row of an int8 weight: W = scales[:, None] * weight.
+
+    Returns:
+        (..., N) in x's dtype, contiguous. norm(x) is rounded to x's dtype, and so is the result;
+        all between is float32. Differentiable, but not in scales and int8 weights.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> x, weight = torch.tensor([[3.0, 4.0]]), torch.eye(2)
+        >>> norm_linear(x, weight, residual=x)
+        tensor([[6., 8.]])
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be None, 'rms' or 'layer', got {norm!r}")
+    if activation not in ACTIVATIONS:
+        names = "None, 'gelu', 'gelu_tanh' or 'swiglu'"
+        raise ValueError(f"activation must be {names}, got {activation!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a number that is not negative, got {eps!r}")
+    check_float(x=x)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if weight.dtype not in (x.dtype, torch.int8):
+        raise TypeError(f"weight must be {x.dtype} as x is, or int8, got {weight.dtype}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must have shape (N, K), not empty, got {tuple(weight.shape)}")
+    lines, features = weight.shape
+    if activation == "swiglu" and lines % 2:
+        raise ValueError(f"weight must have shape (2N, K) for swiglu, got {tuple(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(f"x must have shape (..., {features}), got {tuple(x.shape)}")
+    if (scales is None) == (weight.dtype == torch.int8):
+        has = "one for each row of an int8 weight" if scales is None else "None for a float weight"
+        raise ValueError(f"scales must be {has}")
+    if norm is None and norm_weight is not None:
+        raise ValueError("norm_weight must be None without a norm")
+    if norm != "layer" and norm_bias is not None:
+        raise ValueError("norm_bias must be None unless norm is 'layer'")
+    channels = lines // 2 if activation == "swiglu" else lines
+    shapes = {
+        "norm_weight": (norm_weight, (features,)), "norm_bias": (norm_bias, (features,)),
+        "bias": (bias, (lines,)), "scales": (scales, (lines,)),
+        "residual": (residual, (*x.shape[:-1], channels)),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None:
+            check_float(**{name: tensor})
+            check_shape(name, tensor, shape)
+            check_same_device(x=x, **{name: tensor})
+    check_same_device(x=x, weight=weight)
+    if scales is not None and scales.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"scales must be float32, got {scales.dtype}")
+    check_no_grad("norm_linear has no gradient for it; use reference()", scales=scales)
+    args = (
+        x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, float(eps),
+    )  # fmt: skip
+    if using_reference():
+        return norm_linear_ref(*args)
+    differentiable = (x, weight, norm_weight, norm_bias, bias, residual)
+    run: Callable[..., Tensor] = _NormLinear.apply if needs_function(*differentiable) else _fwd
+    return run(*args)

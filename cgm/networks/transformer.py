@@ -1,0 +1,310 @@
+"""Decoder-only transformer: pre-norm blocks of causal attention and an MLP.
+
+    x <- x + proj(attention(rope(qkv(norm(x)))));   x <- x + down(act(up(norm(x))))
+
+Shapes   tokens (B, T) -> logits (B, T, outputs).
+Source   Vaswani et al., arXiv:1706.03762; GPT-2 (LayerNorm, GELU, learned positions); Llama,
+         arXiv:2302.13971 (RMSNorm, SwiGLU, rotary positions, arXiv:2104.09864); grouped queries,
+         arXiv:2305.13245.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cgkernels
+
+Rope = tuple[Tensor, Tensor]  # cos, sin, each (positions, D / 2)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and kinds of the parts."""
+
+    # Different tokens that come in.
+    vocabulary: int
+    # Most tokens of a sequence.
+    length: int
+    # Different tokens that go out; 0: those that come in.
+    outputs: int = 0
+    # Blocks.
+    layers: int = 4
+    # Width of the residual stream.
+    width: int = 128
+    # Query heads.
+    heads: int = 4
+    # Key and value heads, a divisor of `heads`; 0: as many as query heads.
+    kv_heads: int = 0
+    # Width of the MLP.
+    hidden: int = 256
+    # Normalisation.
+    norm: Literal["rms", "layer"] = "rms"
+    # Added inside the square root of the normalisation.
+    eps: float = 1e-5
+    # Activation of the MLP; gelu_tanh is GELU by tanh, swiglu has a gate.
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    # How positions enter: rotation of queries and keys, or a learned vector each.
+    positions: Literal["rotary", "learned"] = "rotary"
+    # Rotary: neighbouring dimensions are a pair, instead of the two halves.
+    interleaved: bool = False
+    # Rotary: base of the wavelengths.
+    rope_base: float = 10000.0
+    # Biases of the linear layers.
+    bias: bool = False
+    # The output layer is the token embedding.
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "length", "layers", "width", "heads", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width {self.width}, got {self.heads}")
+        if self.kv_heads < 0 or self.heads % max(1, self.kv_heads):
+            raise ValueError(f"kv_heads must divide heads {self.heads}, got {self.kv_heads}")
+        if self.tied and self.outputs not in (0, self.vocabulary):
+            raise ValueError(f"outputs must be 0 where tied, got {self.outputs}")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise ValueError(
+                f"heads must leave an even width to each for rotary positions, got {self.head_size}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.width // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension, in float32."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.kind, self.eps = config.norm, config.eps
+        self.weight = nn.Parameter(torch.ones(config.width))
+        self.bias = nn.Parameter(torch.zeros(config.width)) if config.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., W) normalised."""
+        if self.kind == "layer":
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.heads + 2 * config.key_heads
+        gated = config.activation == "swiglu"
+        self.norm1, self.norm2 = Norm(config), Norm(config)
+        self.qkv = nn.Linear(config.width, heads * config.head_size, bias=config.bias)
+        self.proj = nn.Linear(config.width, config.width, bias=config.bias)
+        self.up = nn.Linear(config.width, config.hidden * (1 + gated), bias=config.bias)
+        self.down = nn.Linear(config.hidden, config.width, bias=config.bias)
+
+    def heads_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, D), keys and values (B, T, H_kv, D) of the output of `qkv`."""
+        c = self.config
+        sizes = (c.heads, c.key_heads, c.key_heads)
+        return tuple(qkv.unflatten(-1, (-1, c.head_size)).split(sizes, dim=-2))  # type: ignore[return-value]
+
+    def forward(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, W), causal over T, with the rope of these positions: output, keys, values."""
+        q, k, v = self.heads_of(self.qkv(self.norm1(x)))
+        if rope is not None:
+            q, k = (rotate(t, *rope, interleaved=self.config.interleaved) for t in (q, k))
+        grouped = self.config.key_heads != self.config.heads
+        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
+        return self._finish(x, out.transpose(1, 2)), k, v
+
+    def step(self, x: Tensor, cache: tuple[Tensor, Tensor], **attention: Any) -> Tensor:
+        """x (B, 1, W), the next token of each row, whose keys and values are added to the cache."""
+        q, k, v = self.heads_of(self.qkv(self.norm1(x)))
+        out = cgkernels.decode_attention(q, *cache, k_new=k, v_new=v, **attention)
+        assert isinstance(out, Tensor)  # no logarithms of sums were asked for
+        return self._finish(x, out)
+
+    def _finish(self, x: Tensor, out: Tensor) -> Tensor:
+        x = x + self.proj(out.flatten(2))
+        return x + self.down(self.activate(self.up(self.norm2(x))))
+
+    def activate(self, h: Tensor) -> Tensor:
+        """The activation; of swiglu the first half is the gate."""
+        if self.config.activation == "swiglu":
+            gate, value = h.chunk(2, dim=-1)
+            return F.silu(gate) * value
+        return F.gelu(h, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm and output layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.positions = (
+            nn.Embedding(config.length, config.width) if config.positions == "learned" else None
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = Norm(config)
+        self.head = nn.Linear(config.width, config.outputs or config.vocabulary, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal 0.02; the layers that add to the residual stream less, by its depth (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                adds = name.endswith(("proj.weight", "down.weight"))
+                scale = 0.02 / math.sqrt(2 * self.config.layers) if adds else 0.02
+                nn.init.normal_(parameter, std=scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def rope_table(self, coordinates: Tensor) -> Rope:
+        """(cos, sin), each (T, D / 2) float32, of positions (T,) or coordinates (T, axes).
+
+        With several axes each takes its share of the pairs, the first axis the first ones.
+        """
+        coordinates = coordinates.reshape(len(coordinates), -1).float()
+        pairs, axes = self.config.head_size // 2, coordinates.shape[1]
+        if pairs % axes:
+            raise ValueError(f"{axes} coordinates must share {pairs} pairs of dimensions evenly")
+        powers = torch.arange(pairs // axes, device=coordinates.device) / (pairs // axes)
+        angles = (coordinates[:, :, None] * self.config.rope_base**-powers).flatten(1)
+        return angles.cos(), angles.sin()
+
+    def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Embeddings (B, T, W) of tokens (B, T), the first of which has this position."""
+        x = self.embedding(tokens)
+        if self.positions is None:
+            return x
+        return x + self.positions.weight[first : first + tokens.shape[1]]
+
+    def forward(self, tokens: Tensor, rope: Rope | None = None) -> Tensor:
+        """Logits (B, T, outputs) of tokens (B, T); rope defaults to positions 0 .. T - 1."""
+        if rope is None and self.config.positions == "rotary":
+            rope = self.rope_table(torch.arange(tokens.shape[1], device=tokens.device))
+        return self.head(self.norm(self.prefill(tokens, rope)[0]))
+
+    def prefill(self, tokens: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (B, T, W) of tokens (B, T); keys, values (layers, B, T, H_kv, D)."""
+        x, keys, values = self.embed(tokens), [], []
+        for block in self.blocks:
+            x, k, v = block(x, rope)
+            keys.append(k)
+            values.append(v)
+        return x, torch.stack(keys), torch.stack(values)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotary embedding of x (B, T, H, D) by (T, D / 2): pairs (i, i + D / 2), or (2 i, 2 i + 1)."""
+    cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
+    if interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+# Weights of others --------------------------------------------------------------------------------
+def from_transformers(source: Any) -> Transformer:
+    """A Transformer with the weights of a GPT-2 or Llama language model of transformers.
+
+    Raises:
+        ValueError: another architecture, or a variant of these that this network does not have.
+    """
+    kind, state = source.config.model_type, source.state_dict()
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"source must be a gpt2 or a llama of transformers, got {kind!r}")
+    config, tensors = (_gpt2 if kind == "gpt2" else _llama)(source.config, state)
+    network = Transformer(config)
+    if config.tied:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    network.load_state_dict(tensors)
+    return network.eval()
+
+
+def _gpt2(c: Any, state: dict[str, Tensor]) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh", "gelu"):
+        raise ValueError(f"activation_function must be a GELU, got {c.activation_function!r}")
+    if not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx or c.add_cross_attention:
+        raise ValueError("attention must be scaled by 1 / sqrt(D) alone, without cross-attention")
+    config = TransformerConfig(
+        vocabulary=c.vocab_size, length=c.n_positions, layers=c.n_layer, width=c.n_embd,
+        heads=c.n_head, hidden=c.n_inner or 4 * c.n_embd, norm="layer", eps=c.layer_norm_epsilon,
+        activation="gelu" if c.activation_function == "gelu" else "gelu_tanh",
+        positions="learned", bias=True, tied=True,
+    )  # fmt: skip
+    tensors = {
+        "embedding.weight": state["transformer.wte.weight"],
+        "positions.weight": state["transformer.wpe.weight"],
+    }
+    names = {"ln_1": "norm1", "ln_2": "norm2"}
+    linear = {"attn.c_attn": "qkv", "attn.c_proj": "proj", "mlp.c_fc": "up", "mlp.c_proj": "down"}
+    for i in range(config.layers):
+        theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
+        for a, b in names.items():
+            for part in ("weight", "bias"):
+                tensors[f"{ours}.{b}.{part}"] = state[f"{theirs}.{a}.{part}"]
+        for a, b in linear.items():  # theirs are (in, out)
+            tensors[f"{ours}.{b}.weight"] = state[f"{theirs}.{a}.weight"].mT
+            tensors[f"{ours}.{b}.bias"] = state[f"{theirs}.{a}.bias"]
+    for part in ("weight", "bias"):
+        tensors[f"norm.{part}"] = state[f"transformer.ln_f.{part}"]
+    return config, tensors
+
+
+def _llama(c: Any, state: dict[str, Tensor]) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    rope = getattr(c, "rope_parameters", None) or {
+        "rope_type": "default",
+        "rope_theta": c.rope_theta,
+    }
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type must be default, got {rope['rope_type']!r}")
+    if c.hidden_act != "silu" or c.attention_bias or c.mlp_bias:
+        raise ValueError("hidden_act must be silu, and the linear layers without bias")
+    if (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads) * (
+        c.num_attention_heads
+    ) != c.hidden_size:
+        raise ValueError(f"heads must fill hidden_size, got head_dim {c.head_dim}")
+    config = TransformerConfig(
+        vocabulary=c.vocab_size, length=c.max_position_embeddings, layers=c.num_hidden_layers,
+        width=c.hidden_size, heads=c.num_attention_heads, kv_heads=c.num_key_value_heads,
+        hidden=c.intermediate_size, eps=c.rms_norm_eps, rope_base=rope["rope_theta"],
+        tied=c.tie_word_embeddings,
+    )  # fmt: skip
+    tensors = {"embedding.weight": state["model.embed_tokens.weight"]}
+    tensors["norm.weight"] = state["model.norm.weight"]
+    if not config.tied:
+        tensors["head.weight"] = state["lm_head.weight"]
+    for i in range(config.layers):
+        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
+        parts = {
+            "norm1": ("input_layernorm",),
+            "norm2": ("post_attention_layernorm",),
+            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "proj": ("self_attn.o_proj",),
+            "up": ("mlp.gate_proj", "mlp.up_proj"),
+            "down": ("mlp.down_proj",),
+        }
+        for name, sources in parts.items():
+            tensors[f"{ours}.{name}.weight"] = torch.cat(
+                [state[f"{theirs}.{source}.weight"] for source in sources]
+            )
+    return config, tensors
