@@ -280,9 +280,9 @@ def assert_accurate(
 ) -> None:
     """The error budget, for each result; of any size.
 
-    Values too few to have a root mean square are held to the maximum alone; whole numbers are equal.
-    Half types must be rounded once, from float32: all but a few values then are those of plain
-    PyTorch, to the bit.
+    Values too few to have a root mean square are held to the maximum alone, whole numbers must be
+    equal. Half types must be rounded once, from float32: all but a few values then are those of
+    plain PyTorch, to the bit.
     """
     for got, same, true in zip(actual, plain, exact, strict=True):
         if not true.is_floating_point():

@@ -9,8 +9,8 @@ import torch
 
 from cgkernels import random
 from cgkernels._triton import tl, triton
-from cgkernels.device import four_normals, philox_words
-from cgkernels.random import normal, philox4x32, uniform
+from cgkernels.device import exp_of, exponential_block, exponential_of, four_normals, philox_words
+from cgkernels.random import exponential, normal, philox4x32, uniform
 from tests.support import KERNEL_DEVICES, assert_equal, in_ulp, normal_of
 
 # Random123's kat_vectors: counter, key, words of philox4x32 with 10 rounds.
@@ -256,7 +256,66 @@ def test_elements_count_in_logical_order():
     )
 
 
+# Exponentials -------------------------------------------------------------------------------------
+def edges_of_words():
+    """Ends of the range, sqrt(1/2) and powers of two, and words between them."""
+    borders = [0, 2**32, 0xB504F334, *(2**k for k in range(32))]
+    edges = {b + d for b in borders for d in range(-300, 300) if 0 <= b + d < 2**32}
+    return torch.cat([torch.tensor(sorted(edges)), contract_words(2**16).flatten()])
+
+
+def exact_exponentials(w):
+    """-ln u, from the nearer end of the range."""
+    low, high = (w.double() + 0.5) * 2.0**-32, ((2**32 - 1 - w).double() + 0.5) * 2.0**-32
+    return torch.where(w < 2**31, -low.log(), -torch.log1p(-high))
+
+
+def test_exponentials_are_minus_the_logarithms_of_the_uniforms():
+    options = {"seed": 3, "index": integers(0, 2**40), "step": 5, "stream": 2}
+    u = uniform((2, 3, 7), dtype=DOUBLE, **options)
+    torch.testing.assert_close(exponential((2, 3, 7), dtype=DOUBLE, **options), -u.log())
+    torch.testing.assert_close(exponential((2, 3, 7), **options), -u.log().float())
+
+
+def test_exponentials_are_within_3_ulp():
+    w = edges_of_words()
+    e = random._exponential_float32(w)
+    assert in_ulp(e, exact_exponentials(w)).max() <= 3
+    assert e.min() == 2.0**-33 and 22.8 < e.max() < 22.9
+
+
+def exponents():
+    x = torch.linspace(-89, 0, 2**18 + 1)
+    return torch.cat([x, -torch.logspace(-45, 2, 10_000), torch.tensor([-0.0, -math.inf, -1e38])])
+
+
+def test_exp_of_is_within_1_ulp():
+    x = exponents()
+    normal_range = x > -87
+    exact = x.double().exp()
+    assert in_ulp(random.exp_of(x), exact)[normal_range].max() <= 1
+    assert (random.exp_of(x)[x < -88] == 0).all() and random.exp_of(torch.zeros(1)) == 1
+    assert_equal(random.exp_of(x.double()), exact)
+
+
 # Kernels ------------------------------------------------------------------------------------------
+@triton.jit
+def _exponentials_kernel(e_ptr, exp_ptr, w_ptr, x_ptr, n, BLOCK: tl.constexpr):
+    """One program per BLOCK words and exponents."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + i, mask=i < n, other=0).to(tl.uint32)
+    tl.store(e_ptr + i, exponential_of(w), mask=i < n)
+    tl.store(exp_ptr + i, exp_of(tl.load(x_ptr + i, mask=i < n, other=0.0)), mask=i < n)
+
+
+@triton.jit
+def _exponential_block_kernel(out_ptr, seed_ptr, index_ptr, step_ptr, first, BLOCK: tl.constexpr):
+    """One program: exponentials of elements first .. first + BLOCK - 1 of one sample."""
+    seed, index, step = tl.load(seed_ptr), tl.load(index_ptr), tl.load(step_ptr)
+    e = exponential_block(seed, index, step, first, 2, BLOCK)
+    tl.store(out_ptr + tl.arange(0, BLOCK), e)
+
+
 @triton.jit
 def _words_kernel(
     out_ptr, seed_ptr, index_ptr, step_ptr, first, QUADS: tl.constexpr, STREAM: tl.constexpr
@@ -344,3 +403,28 @@ def test_normals_of_a_kernel_at_the_edges(device):
     z = kernel_normals(words, device)
     assert in_ulp(z, exact).max() <= 4
     assert 6.76 < z.abs().max() < 6.77
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_exponentials_of_a_kernel_are_the_same_bits(device):
+    """And so is e^x: what decides about a token must not depend on the device."""
+    w, x = edges_of_words(), exponents()
+    n = min(len(w), len(x))
+    w, x = w[:n], x[-n:]
+    e, y = torch.empty(2, n, device=device)
+    block = 2**16 if device == "cpu" else 512
+    _exponentials_kernel[(triton.cdiv(n, block),)](
+        e, y, w.to(device), x.to(device), n, BLOCK=block, enable_fp_fusion=False
+    )
+    assert_equal(e.cpu(), random._exponential_float32(w))
+    assert_equal(y.cpu(), random.exp_of(x))
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_a_block_of_exponentials_follows_the_numbering(device):
+    seed, index, step = torch.tensor(-3), integers(2**40 + 1), torch.tensor(2**24 - 1)
+    out = torch.empty(64, device=device)
+    arguments = [t.to(device) for t in (seed, index, step)]
+    _exponential_block_kernel[(1,)](out, *arguments, 128, BLOCK=64, enable_fp_fusion=False)
+    expected = exponential((1, 192), seed=seed, index=index, step=step, stream=2)
+    assert_equal(out.cpu(), expected[0, 128:])

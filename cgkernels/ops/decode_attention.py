@@ -103,8 +103,8 @@ def rotated_ref(x, cos, sin, position, interleaved):
         return x
     inside = ((position >= 0) & (position < cos.shape[0]))[..., None]
     at = position.long().clamp(0, cos.shape[0] - 1)
-    angles = (t[at].masked_fill(~inside, torch.nan) for t in (cos, sin))
-    return _turned(x, *angles, interleaved)
+    c, s = (t[at].masked_fill(~inside, torch.nan) for t in (cos, sin))
+    return _turned(x, c, s, interleaved)
 
 
 def _turned(x, cos, sin, interleaved):
@@ -735,8 +735,8 @@ def _cpu_append(
         first = {before + end - pad - queries for end, pad, before, _ in plan}
         if position is None and len(first) == 1 and 0 <= min(first) <= cos.shape[0] - queries:
             # The usual case: all rows stand at one place, and their angles are a view.
-            angles = [t[min(first) : min(first) + queries] for t in (cos, sin)]
-            q, k_new = (x if x is None else _turned(x, *angles, interleaved) for x in (q, k_new))
+            c, s = (t[min(first) : min(first) + queries] for t in (cos, sin))
+            q, k_new = (x if x is None else _turned(x, c, s, interleaved) for x in (q, k_new))
         else:
             if position is None:
                 places = [[before + end - pad - queries] for end, pad, before, _ in plan]

@@ -211,7 +211,7 @@ def _search(
     high = _key(largest, SHIFT)
     count_high = count_low * 0
     weight_high = target * 0
-    undecided = count_low > 1
+    undecided = (high > low + 1) & (count_low > 1)
     while undecided:
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         edge = _number(middle, SHIFT)
@@ -261,10 +261,9 @@ def _search(
                 token = start + tl.arange(0, PIECE)
                 logit = _logit_at(logits, uncond, scale, row, token, vocabulary)
                 count += tl.sum(((logit == edge) & (token < middle)).to(tl.int32), 0)
+            inside = (count - 1) * each < room
             if FROM_BELOW:
                 inside = (left - 1 - count) * each >= room
-            else:
-                inside = (count - 1) * each < room
             inner = tl.where(inside, middle, inner)
             outer = tl.where(inside, outer, middle)
         if FROM_BELOW:
@@ -314,8 +313,8 @@ def _distribution(
         sound = sound & (k >= 1)
         if k < count:
             k_edge, k_first, k_last, low = _search(
-                k, low, count, count.to(tl.int64), held, held_mass, largest, inverse, logits, uncond, scale,
-                row, vocabulary, False, False, SHIFT, HELD, BLOCK, PIECE,
+                k, low, count, count.to(tl.int64), held, held_mass, largest, inverse, logits,
+                uncond, scale, row, vocabulary, False, False, SHIFT, HELD, BLOCK, PIECE,
             )  # fmt: skip
             count = k.to(tl.int32)
     p_edge, p_first, p_last = k_edge, k_first, k_last

@@ -358,25 +358,25 @@ def test_values_that_norms_fail_on(norm, dtype, device):
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("features", [140, 1601])
+@pytest.mark.parametrize("features", [140, pytest.param(1601, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_row_has_the_same_bits_in_any_batch(int8, features, dtype, device):
-    """Alone, permuted, among 2 to 64 rows, and beside rows that are not numbers."""
+    """Alone, permuted, among 2 to 34 rows, and beside rows that are not numbers."""
     options = {"norm": "layer", "activation": "swiglu", "options": EVERYTHING}
-    inputs = make_inputs((64, features), 20, dtype, int8=int8, **options)
+    inputs = make_inputs((34, features), 20, dtype, int8=int8, **options)
 
     def run(rows, order_seed):
         taken = {name: inputs[name][rows] for name in ("x", "residual")}
         (out,) = kernel_results(call_of({**inputs, **taken}, device), order_seed=order_seed)
         return out
 
-    whole = run(list(range(64)), 0)
-    for seed, rows in enumerate(([37], [63, 5], list(range(16)), list(range(30, 47))[::-1])):
+    whole = run(list(range(34)), 0)
+    for seed, rows in enumerate(([21], [33, 5], list(range(10, 27))[::-1])):
         assert_equal(run(rows, seed), whole[rows])
-    inputs["x"][[3, 40]] = torch.tensor([[float("nan")], [float("inf")]], dtype=dtype)
-    spoilt = run(list(range(64)), 1)
-    assert spoilt[[3, 40]].isnan().all()
-    others = [i for i in range(64) if i not in (3, 40)]
+    inputs["x"][[3, 30]] = torch.tensor([[float("nan")], [float("inf")]], dtype=dtype)
+    spoilt = run(list(range(34)), 1)
+    assert spoilt[[3, 30]].isnan().all()
+    others = [i for i in range(34) if i not in (3, 30)]
     assert_equal(spoilt[others], whole[others])
 
 
