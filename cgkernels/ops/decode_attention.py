@@ -535,10 +535,9 @@ def _launch_config(head_size, dtype):
     pad = max(16, triton.next_power_of_2(head_size))
     wide = pad > 128
     if dtype == torch.float32:
-        # Without a limit ptxas spills a few registers to have one more block at a time.
         return {
             "D": head_size, "D_PAD": pad, "SPLIT": 128, "BLOCK": 16, "STAGES": 2,
-            "num_warps": 8 if wide else 4, "maxnreg": 255,
+            "num_warps": 8 if wide else 4,
         }  # fmt: skip
     return {
         "D": head_size, "D_PAD": pad, "SPLIT": 128 if wide else 256, "BLOCK": 32 if wide else 64,
@@ -579,6 +578,8 @@ def _launch_append(
     # 64 lanes would spill; float32 has no tensor cores, which more lanes than needed slow down.
     shared_tile = 16 if q.dtype == torch.float32 else 32
     lanes = min(shared_tile, triton.next_power_of_2(queries * group))
+    if prefix_k is not None or lanes > 16:
+        config["num_warps"] = 8  # of two kinds of programs, or a large tile: four would spill
     chunks = triton.cdiv(queries * group, lanes)
     units = rows * chunks
     slots = splits = max(1, triton.cdiv(capacity, config["SPLIT"]))
@@ -615,7 +616,9 @@ def _launch_append(
         tiles_each, window, scale, softcap, TILE=max(16, lanes), SHARED_TILE=shared_tile,
         ROTARY=0 if cos is None else 2 * cos.shape[1], INTERLEAVED=interleaved,
         SOFTCAP=softcap != 0, LANES=lanes, UNIT=unit, NEW_UNIT=new_unit,
-        enable_fp_fusion=True, **config,
+        enable_fp_fusion=True,
+        maxnreg=255,  # without it ptxas spills a few registers to have one more block at a time
+        **config,
     )  # fmt: skip
     return out, lse
 

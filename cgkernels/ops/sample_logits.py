@@ -300,9 +300,6 @@ def _distribution(
         count += tl.sum((logit > float("-inf")).to(tl.int32), 0)
         broken += tl.sum((logit != logit).to(tl.int32), 0)
     sound = (broken == 0) & (tl.abs(largest) < float("inf")) & (t >= 0) & (t < float("inf"))
-    held_mass = 0
-    if HELD:
-        held_mass = _mass_of(held, largest, inverse)
 
     low = _key(tl.full((), float("-inf"), tl.float32), SHIFT)
     k_edge = tl.full((), float("-inf"), tl.float32)
@@ -313,8 +310,8 @@ def _distribution(
         sound = sound & (k >= 1)
         if k < count:
             k_edge, k_first, k_last, low = _search(
-                k, low, count, count.to(tl.int64), held, held_mass, largest, inverse, logits,
-                uncond, scale, row, vocabulary, False, False, SHIFT, HELD, BLOCK, PIECE,
+                k, low, count, count.to(tl.int64), held, 0, largest, inverse, logits, uncond, scale,
+                row, vocabulary, False, False, SHIFT, HELD, BLOCK, PIECE,
             )  # fmt: skip
             count = k.to(tl.int32)
     p_edge, p_first, p_last = k_edge, k_first, k_last
@@ -323,16 +320,15 @@ def _distribution(
         sound = sound & (p >= 0) & (p <= 1)
         if p < 1:
             total = tl.full((), 0, tl.int64)
-            for start in range(0, vocabulary, BLOCK):
-                logit = _logit_block(
-                    held, logits, uncond, scale, row, start, vocabulary, HELD, BLOCK
-                )  # fmt: skip
-                mass = held_mass
-                if not HELD:
-                    mass = _mass_of(logit, largest, inverse)
-                token = start + tl.arange(0, BLOCK)
+            for start in range(0, vocabulary, PIECE):
+                token = start + tl.arange(0, PIECE)
+                logit = _logit_at(logits, uncond, scale, row, token, vocabulary)
+                mass = _mass_of(logit, largest, inverse)
                 kept = _is_kept(logit, token, k_edge, k_first, k_last)
                 total += tl.sum(tl.where(kept, mass, 0).to(tl.int64), 0)
+            held_mass = 0
+            if HELD:
+                held_mass = _mass_of(held, largest, inverse)
             enough = tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
             p_edge, p_first, p_last, low = _search(
                 tl.maximum(enough, 1), low, count, total, held, held_mass, largest, inverse, logits,
