@@ -35,7 +35,6 @@ from benchmarks.timing import (
     name_of,
     verdict,
 )
-from cgm.cli import find_device
 
 _SECONDS = 0.3  # of timing for each provider of a case
 
@@ -127,7 +126,8 @@ def _row(
     return Row(
         case.suite, case.name, case.variant, case.size, case.label, dtype, provider, status or OK,
         **times, **extent, compile_s=compile_s, floor=floor, bound=bound, items=case.items,
-        bytes=case.nbytes, flops=case.flops, version=case.version,
+        bytes=case.nbytes, flops=case.flops, source=case.source,
+        version=case.version,
     )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def print_growth(console: Console, rows: Sequence[Row]) -> list[str]:
     console.print(table)
     return [
         f"{fit.case} {fit.variant}: time grows with {fit.extent}^{fit.exponent:.2f}, at most "
-        f"{fit.limit:.2f} (and {TOLERANCE} of noise) allowed"
+        f"{fit.limit:.2f} (and {TOLERANCE} for noise and caches) allowed"
         for fit in found
         if fit.too_fast
     ]
@@ -266,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
         add(f"--{name}", nargs="+", default=(), metavar="NAME", help="only these")
     add("--device", help="cpu or cuda (default: cuda if present)")
     options = parser.parse_args(arguments)
+    from cgm.cli import find_device  # with tyro, which `run_case` does without
+
     try:
         device = find_device(options.device)
         if not options.minutes > 0:

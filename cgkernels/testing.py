@@ -17,6 +17,7 @@ __all__ = [
     "compile_launch",
     "guarded",
     "layouts",
+    "poisoned_empty",
     "problems",
     "values",
 ]
@@ -178,6 +179,18 @@ def _filled(like: Tensor, *shape: int) -> Tensor:
 
 
 # Guarded memory -----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty* returns NaN (integers: the largest value), so that forgotten output is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
 @contextlib.contextmanager
 def guarded(*tensors: Tensor, band: int = 4096) -> Iterator[tuple[Tensor, ...]]:
     """Copies of tensors, layout and alignment kept, with guards before, after and in their gaps.
