@@ -148,7 +148,7 @@ def sweep(case: Case, device: torch.device, *, seconds: float = _SECONDS) -> Swe
             try:
                 spills = _spills(partial(switch.call, config, calls[0]))
             except Exception as error:  # of the compiler, of resources
-                dropped[key] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                dropped[key] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             if spills and config != present:
                 dropped[key] = f"spills {spills} registers"

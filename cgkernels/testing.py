@@ -5,16 +5,19 @@ Nothing here needs a GPU; only the offline compilation (`compile_launch`) needs 
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from cgkernels import random
 from cgkernels._offline import KernelReport, compile_launch, problems
 
 __all__ = [
     "KernelReport",
     "assert_within_budget",
     "compile_launch",
+    "float32_normals",
     "guarded",
     "layouts",
     "poisoned_empty",
@@ -115,6 +118,24 @@ def _special(t: Tensor) -> Tensor:
 
 def _ratio(error: float, budget: float) -> str:
     return f"{error / budget:.2f}" if budget else "inf"
+
+
+@contextlib.contextmanager
+def float32_normals() -> Iterator[None]:
+    """random.py with each operation after the logarithm rounded to float32, as a kernel has to.
+
+    The error budget of a kernel is what plain PyTorch in the same dtype would get; random.py alone
+    works in float64 whatever the dtype.
+    """
+    exact = random._box_muller
+
+    def rounded(w, v):
+        radius = exact(w, torch.zeros_like(v))[0]
+        x, y = (z / radius for z in exact(w, v))
+        return tuple((radius.float() * c.float()).double() for c in (x, y))
+
+    with mock.patch.object(random, "_box_muller", rounded):
+        yield
 
 
 # Inputs -------------------------------------------------------------------------------------------
