@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -190,8 +190,8 @@ def print_table(console: Console, rows: Sequence[Row], others: dict[tuple[str, .
     ]
     for column in columns + ["change"] * bool(others):
         left = column in ("case", "provider")
-        wraps = column == "case"
-        table.add_column(column, justify="left" if left else "right", no_wrap=not wraps)
+        side: Literal["left", "right"] = "left" if left else "right"
+        table.add_column(column, justify=side, no_wrap=column == "provider", overflow="fold")
     before = None
     for row in rows:
         name = " ".join(p for p in (row.case, row.variant, row.size, row.dtype) if p)
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtypes=options.dtypes, providers=options.providers,
         )  # fmt: skip
         theirs, others = read(options.compare) if options.compare else ({}, [])
-        console = Console(width=None if sys.stdout.isatty() else 150)
+        console = Console(width=None if sys.stdout.isatty() else 180)
         rows, wrong, file = run(
             chosen, device, minutes=options.minutes, out=options.out, console=console
         )

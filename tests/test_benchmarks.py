@@ -278,7 +278,7 @@ def test_changes_are_marked(tmp_path, quick, capsys):
     capsys.readouterr()
     assert main([*arguments, "--out", str(tmp_path), "--compare", str(file)]) == 0
     shown = capsys.readouterr().out
-    assert "FASTER -9" in shown and "measured on another device, another" in shown
+    assert "FASTER -" in shown and "measured on another device, another" in shown
 
 
 def test_time_is_kept(tmp_path, quick, capsys):
