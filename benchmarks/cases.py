@@ -14,7 +14,7 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cgkernels
 from benchmarks.records import OURS, version_of
 from benchmarks.timing import Call, input_sets, name_of
-from cgkernels.testing import assert_within_budget
+from cgkernels.testing import assert_within_budget, float32_normals
 from cgm.bench import MODES, SOLVERS, compiled_copy, conditions, model_call
 from cgm.checkpoints import drawable_names, load_model, shipped
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
@@ -117,11 +117,15 @@ class Case:
 # Shapes -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Size:
-    """Samples of one shape (B, C, H, W), and where they are met."""
+    """One shape, for most ops of samples (B, C, H, W), and where it is met.
 
-    shape: tuple[int, int, int, int]
+    cpu: it is small enough for a CPU. first: it is looked at before the others.
+    """
+
+    shape: tuple[int, ...]
     model: str
     cpu: bool = False
+    first: bool = False
 
     @property
     def label(self) -> str:
@@ -131,30 +135,51 @@ class Size:
 SIZES = {
     "fashion": Size((20, 1, 28, 28), "the shipped model", cpu=True),
     "cifar10": Size((64, 3, 32, 32), "DDPM U-Net on CIFAR-10", cpu=True),
-    "sd15": Size((8, 4, 64, 64), "Stable Diffusion 1.5 latents"),
+    "sd15": Size((8, 4, 64, 64), "Stable Diffusion 1.5 latents", first=True),
     "sdxl": Size((8, 4, 128, 128), "Stable Diffusion XL latents"),
-    "adm256": Size((32, 3, 256, 256), "ADM on ImageNet 256"),
+    "adm256": Size((32, 3, 256, 256), "ADM on ImageNet 256", first=True),
     "pixels512": Size((32, 3, 512, 512), "pixels at 512, for bandwidth"),
 }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Shapes of a sweep over the extent of this name, linear in it; on CUDA so many times larger.
+
+    axis: the dimension that grows, by default the first, whose growth the name stands for.
+    """
+
+    extent: str
+    shapes: tuple[tuple[int, ...], ...]
+    larger: int
+    axis: int = 0
 
 
 # Ops ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class OpCase:
-    """How an op is measured, for any size: passes over the samples, operations an element.
+    """How an op is measured, for any size.
 
     make: inputs of a shape, dtype, generator and device. ours and plain take them by keyword.
-    finish: what of the result is judged and timed, where that is more (a backward).
+    cost: bytes that must be moved and operations that must be done, of a shape and an element's
+    size. finish: what of the result is judged and timed, where that is more (a backward). sweep:
+    how it must grow.
     """
 
     variant: str
     make: Callable[[tuple[int, ...], torch.dtype, torch.Generator, torch.device], Inputs]
     ours: Callable[..., Any]
     plain: Callable[..., Any]
-    passes: int
-    flops: int
+    cost: Callable[[tuple[int, ...], int], tuple[int, int]]
     finish: Callable[[Any, Inputs], Any] = lambda result, inputs: result
     peers: Callable[[], dict[str, Provider]] = dict
+    sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
+    sweep: Sweep = Sweep("elements", tuple((rows, 4, 64, 64) for rows in (4, 8, 16, 32, 64)), 16)
+
+
+def _passes(passes: int, flops: int) -> Callable[[tuple[int, ...], int], tuple[int, int]]:
+    """The cost of an elementwise op: passes over the samples, operations an element."""
+    return lambda shape, size: (passes * math.prod(shape) * size, flops * math.prod(shape))
 
 
 def _normal(shape, dtype, generator, device):
@@ -307,24 +332,25 @@ def _noise(like, seed, index):
 
 OP_CASES: dict[str, list[OpCase]] = {
     "guided_step": [
-        OpCase("ddim", partial(_step_inputs, "ddim"), _step, _plain_step, 4, 13,
+        OpCase("ddim", partial(_step_inputs, "ddim"), _step, _plain_step, _passes(4, 13),
                peers=partial(_diffusers_step, "ddim")),
-        OpCase("ddpm", partial(_step_inputs, "ddpm"), _step, _plain_step, 4, 21,
+        OpCase("ddpm", partial(_step_inputs, "ddpm"), _step, _plain_step, _passes(4, 21),
                peers=partial(_diffusers_step, "ddpm")),
         OpCase("in place, dpmpp_2m", partial(_step_inputs, "dpmpp_2m", in_place=True),
-               _step_in_place, _plain_step_in_place, 7, 15),
+               _step_in_place, _plain_step_in_place, _passes(7, 15)),
     ],
     "add_noise": [
-        OpCase("v", _noise_inputs, cgkernels.add_noise, _plain_add_noise, 3, 12,
+        OpCase("v", _noise_inputs, cgkernels.add_noise, _plain_add_noise, _passes(3, 12),
                peers=_diffusers_noise),
     ],
     "diffusion_loss": [
-        OpCase("v", _loss_inputs, cgkernels.diffusion_loss, _plain_loss, 2, 12),
+        OpCase("v", _loss_inputs, cgkernels.diffusion_loss, _plain_loss, _passes(2, 12)),
         OpCase("v, forward and backward", partial(_loss_inputs, backward=True),
-               cgkernels.diffusion_loss, _plain_loss, 3, 15, finish=_gradient),
+               cgkernels.diffusion_loss, _plain_loss, _passes(3, 15), finish=_gradient),
     ],
     "philox_normal": [
-        OpCase("", _noise_only_inputs, _noise, lambda like, **_: torch.randn_like(like), 1, 6),
+        OpCase("", _noise_only_inputs, _noise, lambda like, **_: torch.randn_like(like),
+               _passes(1, 6)),
     ],
 }  # fmt: skip
 
@@ -334,6 +360,7 @@ def _op_case(
     dtype: torch.dtype, rank: int, extent: Extent | None = None,
 ) -> Case:  # fmt: skip
     numel = math.prod(shape)
+    nbytes, flops = op.cost(shape, dtype.itemsize)
 
     def inputs(seed: int, device: torch.device) -> Inputs:
         return op.make(shape, dtype, torch.Generator().manual_seed(seed), device)
@@ -353,7 +380,7 @@ def _op_case(
     return Case(
         suite, name, op.variant, size, label, dtype, inputs,
         partial(_gate, op, inputs), providers | op.peers(),
-        nbytes=op.passes * numel * dtype.itemsize, flops=op.flops * numel, items=numel,
+        nbytes=nbytes, flops=flops, items=numel,
         source=f"cgkernels.ops.{name}", rank=rank, extent=extent,
     )  # fmt: skip
 
@@ -364,13 +391,11 @@ def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
     sets, extra = list(sets), 0
     while True:
         for given in sets:
-            results.append(
-                (
-                    _outputs(op, op.ours, _fresh(given)),
-                    _outputs(op, _plainly(op.ours), _fresh(given)),
-                    _outputs(op, _plainly(op.ours), _fresh(given, torch.float64)),
-                )
-            )
+            ours = _outputs(op, op.ours, _fresh(given))
+            with float32_normals():
+                plain = _outputs(op, _plainly(op.ours), _fresh(given))
+            exact = _outputs(op, _plainly(op.ours), _fresh(given, torch.float64))
+            results.append((ours, plain, exact))
         fewest = min(sum(r[0][i].numel() for r in results) for i in range(len(results[0][0])))
         if fewest >= _LEAST_VALUES:
             break
@@ -484,7 +509,8 @@ def _judge_model(
     judged = min(rows, _ROWS_JUDGED)
     first = None if cond is None else cond[:judged]
     ours = model_call(model, "fused", cond, rows=rows, seed=seed, **solver)()
-    plain = model_call(model, "plain", first, rows=judged, seed=seed, **solver)()
+    with float32_normals():
+        plain = model_call(model, "plain", first, rows=judged, seed=seed, **solver)()
     wide = copy.deepcopy(model).cpu().double()
     first = None if first is None else first.cpu()
     exact = model_call(wide, "plain", first, rows=judged, seed=seed, **solver)()
@@ -536,12 +562,15 @@ def _growth_cases(device: torch.device) -> Iterator[Case]:
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     for name, variants in OP_CASES.items():
-        for op, rows in product(
-            variants, (64, 128, 256, 512, 1024) if cuda else (4, 8, 16, 32, 64)
-        ):
-            shape = (rows, 4, 64, 64)
-            extent = Extent("elements", math.prod(shape), 1.0)
-            yield _op_case("growth", name, op, f"b{rows}", shape, "latents", dtype, 0, extent)
+        for op in variants:
+            sweep = op.sweep
+            for shape in sweep.shapes:
+                axis, larger = sweep.axis, sweep.larger if cuda else 1
+                shape = (*shape[:axis], shape[axis] * larger, *shape[axis + 1 :])
+                value = math.prod(shape) if sweep.extent == "elements" else shape[axis]
+                extent = Extent(sweep.extent, value, 1.0)
+                size = f"{sweep.extent}{value}"
+                yield _op_case("growth", name, op, size, shape, str(shape), dtype, 0, extent)
     for name in drawable_names():
         make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
         for rows in (64, 128, 256, 512) if cuda else (4, 8, 16, 32):
@@ -593,14 +622,16 @@ def _op_cases(device: torch.device) -> Iterator[Case]:
     dtypes = (
         (torch.bfloat16, torch.float32, torch.float16) if cuda else (torch.float32, torch.bfloat16)
     )
-    sizes = [name for name, size in SIZES.items() if cuda or size.cpu]
-    if cuda:  # what one looks at first: a size between launch and bandwidth, and a large one
-        sizes.sort(key=lambda name: name not in ("sd15", "adm256"))
-    for (i, size), (j, dtype) in product(enumerate(sizes), enumerate(dtypes)):
-        for name, variants in OP_CASES.items():
-            for op in variants:
-                shape, label = SIZES[size].shape, SIZES[size].label
-                yield _op_case("ops", name, op, size, shape, label, dtype, i + 2 * j)
+    for (name, variants), (j, dtype) in product(OP_CASES.items(), enumerate(dtypes)):
+        for op in variants:
+            sizes = {name: size for name, size in op.sizes.items() if cuda or size.cpu}
+            for i, (size, of) in enumerate(sorted(sizes.items(), key=_looked_at_first)):
+                yield _op_case("ops", name, op, size, of.shape, of.label, dtype, i + 2 * j)
+
+
+def _looked_at_first(named: tuple[str, Size]) -> bool:
+    """On CUDA a size between launch and bandwidth, and a large one, come before the others."""
+    return not named[1].first
 
 
 def _model_cases(device: torch.device) -> Iterator[Case]:

@@ -9,7 +9,7 @@ import numpy
 
 from benchmarks.records import OK, Row
 
-TOLERANCE = 0.2  # what noise of the timing may add to an exponent
+TOLERANCE = 0.5  # for noise, and for caches that a larger size falls out of; a wrong loop adds 1
 
 
 @dataclass(frozen=True)

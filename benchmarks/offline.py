@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cgkernels  # noqa: F401  (fills LAUNCHES)
+from benchmarks.records import version_of
 from cgkernels._triton import HAS_TRITON, triton
 from cgkernels.library import LAUNCHES
 from cgkernels.testing import KernelReport, compile_launch, problems
@@ -64,7 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
     for op, label, arch, reports, found in compile_all(options.ops or list(LAUNCHES), options.arch):
         for r in reports:
             rows.append(
-                {"triton": triton.__version__, "op": op, "launch": label, **dataclasses.asdict(r)}
+                {
+                    "triton": triton.__version__,
+                    "op": op,
+                    "version": version_of(LAUNCHES[op].__module__),
+                    "launch": label,
+                    **dataclasses.asdict(r),
+                }
             )
             shared = f"{r.shared} / {r.shared_limit}"
             print(
@@ -77,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         failures += [f"{op}, {label}, sm_{arch}: {problem}" for problem in found]
     if options.csv:
         with open(options.csv, "w", newline="") as file:
-            fields = ["triton", "op", "launch", *(f.name for f in dataclasses.fields(KernelReport))]
-            writer = csv.DictWriter(file, fields)
+            of_kernel = [field.name for field in dataclasses.fields(KernelReport)]
+            writer = csv.DictWriter(file, ["triton", "op", "version", "launch", *of_kernel])
             writer.writeheader()
             writer.writerows(rows)
     print(f"\n{len(rows)} kernels, Triton {triton.__version__}, problems: {len(failures)}")

@@ -34,7 +34,8 @@ class Row:
     ...". The fields from p20 to peak are those of `cgkernels.timing.Timing`. floor, bound: the
     least time that the ceilings of the device allow, and what sets it. of_floor: floor / p50, where
     1 is the best that can be. items: samples, or elements, that a call makes. extent: what a sweep
-    of growth varies, its value and the exponent that time may grow with.
+    of growth varies, its value and the exponent that time may grow with. source, version: the
+    module that defines what was measured, and the hash of its code then (`version_of`).
     """
 
     suite: str
@@ -69,6 +70,7 @@ class Row:
     extent: str = ""
     extent_value: int | None = None
     extent_limit: float | None = None
+    source: str = ""
     version: str = ""
 
     @property
@@ -127,9 +129,11 @@ def read(file: Path) -> tuple[dict[str, str], list[Row]]:
     rows = []
     for number, line in enumerate(reader):
         try:
-            known = {n: _value(hints[n], line[n]) for n in names if line.get(n) is not None}
+            if None in line or None in line.values():
+                raise ValueError("it has not as many values as the header has names")
+            known = {n: _value(hints[n], line[n]) for n in names if n in line}
             rows.append(Row(**known))
-        except (TypeError, ValueError) as error:  # a line cut off, say
+        except (KeyError, TypeError, ValueError) as error:  # a line cut off, say
             raise ValueError(f"{file}: row {number + 1} is damaged: {error}") from error
     return environment, rows
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -35,7 +35,6 @@ from benchmarks.timing import (
     name_of,
     verdict,
 )
-from cgm.cli import find_device
 
 _SECONDS = 0.3  # of timing for each provider of a case
 
@@ -127,7 +126,8 @@ def _row(
     return Row(
         case.suite, case.name, case.variant, case.size, case.label, dtype, provider, status or OK,
         **times, **extent, compile_s=compile_s, floor=floor, bound=bound, items=case.items,
-        bytes=case.nbytes, flops=case.flops, version=case.version,
+        bytes=case.nbytes, flops=case.flops, source=case.source,
+        version=case.version,
     )  # fmt: skip
 
 
@@ -190,8 +190,8 @@ def print_table(console: Console, rows: Sequence[Row], others: dict[tuple[str, .
     ]
     for column in columns + ["change"] * bool(others):
         left = column in ("case", "provider")
-        wraps = column == "case"
-        table.add_column(column, justify="left" if left else "right", no_wrap=not wraps)
+        side: Literal["left", "right"] = "left" if left else "right"
+        table.add_column(column, justify=side, no_wrap=column == "provider", overflow="fold")
     before = None
     for row in rows:
         name = " ".join(p for p in (row.case, row.variant, row.size, row.dtype) if p)
@@ -245,7 +245,7 @@ def print_growth(console: Console, rows: Sequence[Row]) -> list[str]:
     console.print(table)
     return [
         f"{fit.case} {fit.variant}: time grows with {fit.extent}^{fit.exponent:.2f}, at most "
-        f"{fit.limit:.2f} (and {TOLERANCE} of noise) allowed"
+        f"{fit.limit:.2f} (and {TOLERANCE} for noise and caches) allowed"
         for fit in found
         if fit.too_fast
     ]
@@ -266,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
         add(f"--{name}", nargs="+", default=(), metavar="NAME", help="only these")
     add("--device", help="cpu or cuda (default: cuda if present)")
     options = parser.parse_args(arguments)
+    from cgm.cli import find_device  # with tyro, which `run_case` does without
+
     try:
         device = find_device(options.device)
         if not options.minutes > 0:
@@ -275,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtypes=options.dtypes, providers=options.providers,
         )  # fmt: skip
         theirs, others = read(options.compare) if options.compare else ({}, [])
-        console = Console(width=None if sys.stdout.isatty() else 150)
+        console = Console(width=None if sys.stdout.isatty() else 180)
         rows, wrong, file = run(
             chosen, device, minutes=options.minutes, out=options.out, console=console
         )

@@ -99,12 +99,15 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a file of results must say about where it comes from."""
+def environment(device: torch.device | str, commit_name: str = "unknown") -> dict[str, Any]:
+    """What a file of results must say about where it comes from.
+
+    commit_name stands for the commit where git cannot tell.
+    """
     device = torch.device(device)
     found: dict[str, Any] = {
         "device": device_name(device),
-        "commit": commit(),
+        "commit": commit(commit_name),
         "date": time.strftime("%Y-%m-%d"),
         "time": time.strftime("%H:%M:%S"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -142,8 +145,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
-def commit() -> str:
-    """Short hash of the commit, "+" where tracked files differ from it; unknown without git."""
+def commit(unknown: str = "unknown") -> str:
+    """Short hash of the commit, "+" where tracked files differ from it; `unknown` without git."""
 
     def git(*args: str) -> str:
         run = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -155,7 +158,7 @@ def commit() -> str:
         )
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return unknown
 
 
 def _cpu_name() -> str:

@@ -6,6 +6,7 @@ is what the offline compile check compiles.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,14 +19,15 @@ OPS: dict[str, torch._ops.OpOverload] = {}
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch configuration of an op, as the offline compile check needs it.
+    """One launch configuration of an op: compiled without a GPU, checked on one.
 
-    run calls the op's launcher on meta tensors; vector_bits is the width that the main loads and
-    stores of global memory reach (0: not promised); dot says that tensor cores are expected.
+    run is the op's launcher on meta tensors, and run.args are the op's arguments in the order of
+    its schema; vector_bits is the width that the main loads and stores of global memory reach (0:
+    not promised); dot says that tensor cores are expected.
     """
 
     label: str
-    run: Callable[[], object]
+    run: functools.partial[object]
     vector_bits: int = 0
     dot: bool = False
 

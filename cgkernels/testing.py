@@ -5,18 +5,22 @@ Nothing here needs a GPU; only the offline compilation (`compile_launch`) needs 
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from cgkernels import random
 from cgkernels._offline import KernelReport, compile_launch, problems
 
 __all__ = [
     "KernelReport",
     "assert_within_budget",
     "compile_launch",
+    "float32_normals",
     "guarded",
     "layouts",
+    "poisoned_empty",
     "problems",
     "values",
 ]
@@ -116,6 +120,24 @@ def _ratio(error: float, budget: float) -> str:
     return f"{error / budget:.2f}" if budget else "inf"
 
 
+@contextlib.contextmanager
+def float32_normals() -> Iterator[None]:
+    """random.py with each operation after the logarithm rounded to float32, as a kernel has to.
+
+    The error budget of a kernel is what plain PyTorch in the same dtype would get; random.py alone
+    works in float64 whatever the dtype.
+    """
+    exact = random._box_muller
+
+    def rounded(w, v):
+        radius = exact(w, torch.zeros_like(v))[0]
+        x, y = (z / radius for z in exact(w, v))
+        return tuple((radius.float() * c.float()).double() for c in (x, y))
+
+    with mock.patch.object(random, "_box_muller", rounded):
+        yield
+
+
 # Inputs -------------------------------------------------------------------------------------------
 def values(
     shape: Sequence[int],
@@ -178,6 +200,18 @@ def _filled(like: Tensor, *shape: int) -> Tensor:
 
 
 # Guarded memory -----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty* returns NaN (integers: the largest value), so that forgotten output is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
 @contextlib.contextmanager
 def guarded(*tensors: Tensor, band: int = 4096) -> Iterator[tuple[Tensor, ...]]:
     """Copies of tensors, layout and alignment kept, with guards before, after and in their gaps.

@@ -136,7 +136,7 @@ def verdict(before: tuple[float, float, float], after: tuple[float, float, float
 
 
 # Synchronisations ---------------------------------------------------------------------------------
-def _cuda_syncs(call: Call) -> int:
+def cuda_syncs(call: Call) -> int:
     """What PyTorch reports (reads of values, copies to the host), and explicit waits."""
     found = 0
 
@@ -234,7 +234,7 @@ class _CudaClock:
         torch.cuda.synchronize(self.device)
         wall = (time.perf_counter_ns() - begin) / 1e3 / _HOST_CALLS
         host = statistics.median(times)
-        return host, wall, host > p50, _cuda_syncs(calls[0])
+        return host, wall, host > p50, cuda_syncs(calls[0])
 
     def graph(self, calls: Sequence[Call], seconds: float) -> tuple[float | None, str]:
         """Time of a call in a graph of all the rotating calls; why not, where that fails."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cgkernels._triton import HAS_TRITON, triton
+from cgkernels.testing import poisoned_empty
 
 INTERPRETING = HAS_TRITON and triton.knobs.runtime.interpret
 
@@ -59,7 +60,7 @@ def pytest_runtest_setup(item):
 def _poison(request):
     """What a kernel forgets to write is NaN."""
     if INTERPRETING and request.node.get_closest_marker("kernel"):
-        with interpreter.poisoned_empty():
+        with poisoned_empty():
             yield
     else:
         yield

@@ -2,7 +2,6 @@
 
     install_bf16   bfloat16 arithmetic as on the GPU; the interpreter alone computes on bit patterns
     sanitize       finds accesses outside the tensors, and races between programs
-    poisoned_empty shows what a kernel forgets to write; on in every kernel test
     ghost          stubs every launch; GhostReplay lists the tests that pass all the same
 
 All of it patches private parts of Triton (3.6 to 3.9), so it belongs to tests only, and to
@@ -25,22 +24,12 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import KernelInterface
 
+from cgkernels.testing import poisoned_empty
+
 
 def _require_interpreter() -> None:
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported")
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """torch.empty* returns NaN (integers: the largest value), so that forgotten output is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 # 1. bfloat16 --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 import tests.ops
 from cgkernels import random
 from cgkernels.library import OPS
-from cgkernels.testing import assert_within_budget, guarded
+from cgkernels.testing import assert_within_budget, float32_normals, guarded
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
@@ -305,24 +305,6 @@ def fake_results(call: OpCall) -> tuple[Tensor, ...]:
     args = list(call.map(mode.from_tensor).args)
     with mode:
         return call.results(call.op, args)
-
-
-@contextlib.contextmanager
-def float32_normals() -> Iterator[None]:
-    """random.py with each operation after the logarithm rounded to float32, as a kernel has to.
-
-    The error budget of a kernel is what plain PyTorch in the same dtype would get; random.py alone
-    works in float64 whatever the dtype.
-    """
-    exact = random._box_muller
-
-    def rounded(w, v):
-        radius = exact(w, torch.zeros_like(v))[0]
-        x, y = (z / radius for z in exact(w, v))
-        return tuple((radius.float() * c.float()).double() for c in (x, y))
-
-    with mock.patch.object(random, "_box_muller", rounded):
-        yield
 
 
 def normal_of(element: Tensor, *, seed: int, index: int, step: int, stream: int) -> Tensor:

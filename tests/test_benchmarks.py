@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -268,7 +269,7 @@ def test_changes_are_marked(tmp_path, quick, capsys):
     lines = file.read_text().splitlines()
     header = next(i for i, line in enumerate(lines) if line.startswith("suite,"))
     (row,) = csv.DictReader(lines[header:])
-    slower = {name: str(10 * float(row[name])) for name in ("p50", "low", "high")}
+    slower = {name: str(100 * float(row[name])) for name in ("p50", "low", "high")}
     with file.open("w") as opened:
         opened.write("\n".join(lines[:header]).replace("device: ", "device: another ") + "\n")
         writer = csv.DictWriter(opened, row)
@@ -277,7 +278,7 @@ def test_changes_are_marked(tmp_path, quick, capsys):
     capsys.readouterr()
     assert main([*arguments, "--out", str(tmp_path), "--compare", str(file)]) == 0
     shown = capsys.readouterr().out
-    assert "FASTER -9" in shown and "measured on another device, another" in shown
+    assert "FASTER -" in shown and "measured on another device, another" in shown
 
 
 def test_time_is_kept(tmp_path, quick, capsys):
@@ -317,7 +318,11 @@ def test_pytest_benchmark_writes_json(tmp_path):
     file = tmp_path / "out.json"
     chosen = "philox_normal and (cgkernels or eager or reduce)"
     command = ["-m", "pytest", "benchmarks", "-q", "-k", chosen, f"--benchmark-json={file}"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    # pytest-benchmark measures nothing in a worker of pytest-xdist.
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout
     found = json.loads(file.read_text())["benchmarks"]
     assert [entry["name"].split(", ")[-1].rstrip("]") for entry in found] == [OURS, "eager"]

@@ -23,11 +23,14 @@ def test_every_op_has_all_its_parts():
 
 
 def test_launches_are_listed():
-    launches = [launch for name in LAUNCHES for launch in LAUNCHES[name]()]
-    assert all(isinstance(launch, Launch) and callable(launch.run) for launch in launches)
-    for name in LAUNCHES:
-        labels = [launch.label for launch in LAUNCHES[name]()]
-        assert len(set(labels)) == len(labels), name
+    """Each with the arguments of its op, which the op's fake takes."""
+    for name, op in OPS.items():
+        launches = list(LAUNCHES[name]())
+        assert launches and all(isinstance(launch, Launch) for launch in launches)
+        assert len({launch.label for launch in launches}) == len(launches), name
+        for launch in launches:
+            assert launch.run.func is launchers()[name] and not launch.run.keywords
+            op(*launch.run.args)
 
 
 @pytest.mark.parametrize("name", cgkernels.__all__)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def matmul(dtype=torch.bfloat16, size=4096, **config):
 
 
 def found(run, arch=90, **promise):
-    launch = Launch("toy", run, **promise)
+    launch = Launch("toy", partial(run), **promise)
     return problems(compile_launch(launch, arch), launch)
 
 
@@ -81,7 +82,7 @@ def test_a_good_kernel_has_no_problems(arch):
 @compiles
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_dot_uses_the_tensor_cores_of_each_generation(arch):
-    launch = Launch("matmul", matmul, vector_bits=128, dot=True)
+    launch = Launch("matmul", partial(matmul), vector_bits=128, dot=True)
     (report,) = compile_launch(launch, arch)
     assert problems([report], launch) == []
     kind = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[arch]
@@ -136,7 +137,7 @@ def test_a_promise_holds_for_every_kernel_of_a_launch():
 @compiles
 def test_arguments_of_compile_launch_are_checked():
     with pytest.raises(ValueError, match="arch must be one of"):
-        compile_launch(Launch("toy", axpy), 52)
+        compile_launch(Launch("toy", partial(axpy)), 52)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="0 active drivers"):
             axpy()  # nothing stays patched
@@ -166,9 +167,9 @@ def test_the_command_prints_and_writes_a_table(tmp_path):
 @compiles
 def test_the_command_reports_problems_and_goes_on(monkeypatch, capsys):
     def launches():
-        yield Launch("bad", lambda: axpy(BLOCK=1000))
-        yield Launch("narrow", lambda: axpy(stride=3), vector_bits=128)
-        yield Launch("good", axpy, vector_bits=128)
+        yield Launch("bad", partial(axpy, BLOCK=1000))
+        yield Launch("narrow", partial(axpy, stride=3), vector_bits=128)
+        yield Launch("good", partial(axpy), vector_bits=128)
 
     monkeypatch.setitem(LAUNCHES, "toy", launches)
     assert main(["toy", "--arch", "90"]) == 1

@@ -321,33 +321,43 @@ def _launches() -> Iterator[Launch]:
     shape = (16, 4, 64, 64)
     step, scale, table, seed, index = _meta_numbers(shape[0])
 
-    def launch(x, c, u=None, v=None, h1=None, h2=None, noise=False, x0=False, twin=None):
-        s, i = (seed, index) if noise else (None, None)
-        if twin is None:
-            return partial(_launch_fwd, x, c, u, table, step, scale, v, h1, h2, s, i, x0)
-        return partial(_launch_inplace, x, c, u, table, step, scale, v, h1, h2, s, i, twin)
+    def launch(x, c, u=None, v=None, h1=None, h2=None, noise=False, x0=False):
+        rows = x.shape[0]
+        s, i = (seed, index[:rows]) if noise else (None, None)
+        args = (x, c, u, table, step[:rows], scale[:rows], v, h1, h2, s, i, x0)
+        return partial(_launch_fwd, *args)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        t = _meta(shape, dtype)
-        last = _meta(shape, dtype, channels_last=True)
-        part = _meta(shape, dtype, extra_channels=4)
-        last_part = _meta(shape, dtype, extra_channels=3, channels_last=True)
+        t, last = _meta(shape, dtype), _meta(shape, dtype, channels_last=True)
         yield Launch(f"plain {dtype}", launch(t, t), 128)
         yield Launch(f"guided, x0 {dtype}", launch(t, t, t, x0=True), 128)
         yield Launch(f"guided, noise {dtype}", launch(t, t, t, noise=True), 128)
         yield Launch(f"learned variance {dtype}", launch(t, t, t, v=t, noise=True), 128)
         yield Launch(f"history, x0 {dtype}", launch(t, t, t, h1=t, h2=t, x0=True), 128)
-        yield Launch(f"in place, twin {dtype}", launch(part, t, t, noise=True, twin=part), 128)
-        yield Launch(f"in place, shift {dtype}", launch(part, t, t, h1=t, h2=t, twin=part), 128)
         yield Launch(f"channels_last {dtype}", launch(last, last, last, noise=True), 128)
-        everything = {"v": t, "h1": t, "h2": t, "noise": True, "twin": last_part}
-        yield Launch(f"strided, everything {dtype}", launch(last_part, t, t, **everything))
     half, wide = _meta(shape, torch.bfloat16), _meta(shape, torch.float32)
     yield Launch("float32 state, bfloat16 network", launch(wide, half, half, noise=True), 128)
     huge = _meta((1, 4, 2**15, 2**15), torch.bfloat16)  # positions of 64 bits
     yield Launch("2^32 elements a row", launch(huge, huge, huge, noise=True), 128)
     small = _meta((16, 1, 5, 5), torch.float32)
     yield Launch("short rows", launch(small, small, small, noise=True))
+
+
+def _inplace_launches() -> Iterator[Launch]:
+    shape = (16, 4, 64, 64)
+    step, scale, table, seed, index = _meta_numbers(shape[0])
+
+    def launch(x, t, v=None, h=None, noise=False):
+        s, i = (seed, index) if noise else (None, None)
+        return partial(_launch_inplace, x, t, t, table, step, scale, v, h, h, s, i, x)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        t = _meta(shape, dtype)
+        part = _meta(shape, dtype, extra_channels=4)
+        last_part = _meta(shape, dtype, extra_channels=3, channels_last=True)
+        yield Launch(f"twin {dtype}", launch(part, t, noise=True), 128)
+        yield Launch(f"shift {dtype}", launch(part, t, h=t), 128)
+        yield Launch(f"strided, everything {dtype}", launch(last_part, t, t, t, noise=True))
 
 
 def _bwd_launches() -> Iterator[Launch]:
@@ -440,7 +450,7 @@ _inplace = define_op(
     cuda=_launch_inplace,
     cpu=_cpu_inplace,
     fake=lambda *args: None,
-    launches=lambda: iter(()),  # its launches are among those of guided_step_fwd
+    launches=_inplace_launches,
 )
 
 

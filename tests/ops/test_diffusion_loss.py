@@ -10,6 +10,7 @@ from cgkernels.library import OPS
 from cgkernels.ops import diffusion_loss as op
 from cgkernels.random import normal
 from cgkernels.targets import TARGETS
+from cgkernels.testing import float32_normals
 from tests.ops.test_add_noise import TARGETS_BY_DEFINITION, make_table
 from tests.support import (
     FLOATS,
@@ -19,7 +20,6 @@ from tests.support import (
     assert_accurate,
     assert_equal,
     assert_refused,
-    float32_normals,
     kernel_results,
     kernels,
     normals,
