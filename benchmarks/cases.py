@@ -1,8 +1,8 @@
 """What is measured: every op and every reference model, declared once for all doors.
 
 A case is a call of ours on random inputs of a shape that a known model has, with the bytes that it
-must move, the operations that it must do, and the other ways to compute the same. To add an op to
-the benchmarks is to add its cases here.
+must move, the operations that it must do, and the other ways to compute the same. The cases of the ops
+stand in files of their own (`diffusion.py`, `attention.py`, `decoding.py`).
 
 Plain PyTorch is what one would write without this library: noise comes from PyTorch's own
 generator, whose draws depend on the batch and on the device, and which is cheaper than ours on a
@@ -11,10 +11,9 @@ CPU. That a sample depends on its seed and index alone is part of what ours is t
 
 import copy
 import dataclasses
-import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -26,333 +25,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgkernels
-from benchmarks.records import OURS, version_of
-from benchmarks.timing import Call, input_sets, name_of
+from benchmarks import diffusion
+from benchmarks.opcase import Case, Extent, Inputs, OpCase, Provider, Size
+from benchmarks.records import OURS
+from benchmarks.timing import Call, name_of
 from cgkernels.testing import assert_within_budget, float32_normals
 from cgm.bench import MODES, SOLVERS, compiled_copy, conditions, model_call
 from cgm.checkpoints import drawable_names, load_model, shipped
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import make_model
-from cgm.samplers import make_schedule, make_table
 
-Inputs = dict[str, Any]
 COMPILED = {"default": "compile", **{mode: f"compile-{mode}" for mode in MODES[1:]}}
 _LEAST_VALUES = 256  # what the error budget needs to be a judgement
 _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index alone
 
 
-@dataclass(frozen=True)
-class Provider:
-    """A way to compute a case: a call for each set of inputs.
-
-    needs: the package that it comes from; cuda: it makes sense on CUDA only.
-    """
-
-    build: Callable[[Sequence[Inputs]], list[Call]]
-    needs: str = ""
-    cuda: bool = False
-
-    def missing(self, device: torch.device) -> str:
-        """Why it cannot run here; empty if it can."""
-        if self.needs and importlib.util.find_spec(self.needs) is None:
-            return "not installed"
-        return "needs CUDA" if self.cuda and device.type != "cuda" else ""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """What a sweep of growth varies, its value, and the exponent that time may grow with."""
-
-    name: str
-    value: int
-    limit: float
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call on inputs of one shape and dtype.
-
-    suite: ops, models or growth. name: of the op or model; variant: what it does, "" for all of it.
-    size, label: the shape in one word, and in words with the model that it comes from. inputs:
-    random ones of a seed. gate: raises AssertionError unless ours is right on these. nbytes, flops:
-    the least that must be moved and done. items: samples (ops: elements) a call. source: the module
-    that defines it. rank: cases of a lower one run first. extent: of a sweep of growth. rotate:
-    calls must take turns on several inputs, lest they find their own in the cache.
-    """
-
-    suite: str
-    name: str
-    variant: str
-    size: str
-    label: str
-    dtype: torch.dtype
-    inputs: Callable[[int, torch.device], Inputs]
-    gate: Callable[[Sequence[Inputs]], None]
-    providers: Mapping[str, Provider]
-    nbytes: int
-    flops: int
-    items: int
-    source: str
-    rank: int = 0
-    extent: Extent | None = None
-    rotate: bool = True
-
-    @property
-    def version(self) -> str:
-        """Hash of the code behind it."""
-        return version_of(self.source)
-
-    def sets(self, device: torch.device) -> list[Inputs]:
-        """Random inputs, as many sets as calls must rotate through."""
-        first = self.inputs(0, device)
-        nbytes = sum(v.nbytes for v in first.values() if isinstance(v, Tensor))
-        count = input_sets(nbytes, device) if self.rotate else 1
-        return [first, *(self.inputs(seed, device) for seed in range(1, count))]
-
-    def __str__(self) -> str:
-        parts = (self.name, self.variant, self.size, name_of(self.dtype))
-        return " ".join(part for part in parts if part)
-
-
-# Shapes -------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Size:
-    """One shape, for most ops of samples (B, C, H, W), and where it is met.
-
-    cpu: it is small enough for a CPU. first: it is looked at before the others.
-    """
-
-    shape: tuple[int, ...]
-    model: str
-    cpu: bool = False
-    first: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.model} {self.shape}"
-
-
-SIZES = {
-    "fashion": Size((20, 1, 28, 28), "the shipped model", cpu=True),
-    "cifar10": Size((64, 3, 32, 32), "DDPM U-Net on CIFAR-10", cpu=True),
-    "sd15": Size((8, 4, 64, 64), "Stable Diffusion 1.5 latents", first=True),
-    "sdxl": Size((8, 4, 128, 128), "Stable Diffusion XL latents"),
-    "adm256": Size((32, 3, 256, 256), "ADM on ImageNet 256", first=True),
-    "pixels512": Size((32, 3, 512, 512), "pixels at 512, for bandwidth"),
-}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Shapes of a sweep over the extent of this name, linear in it; on CUDA so many times larger.
-
-    axis: the dimension that grows, by default the first, whose growth the name stands for.
-    """
-
-    extent: str
-    shapes: tuple[tuple[int, ...], ...]
-    larger: int
-    axis: int = 0
-
-
 # Ops ----------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class OpCase:
-    """How an op is measured, for any size.
-
-    make: inputs of a shape, dtype, generator and device. ours and plain take them by keyword.
-    cost: bytes that must be moved and operations that must be done, of a shape and an element's
-    size. finish: what of the result is judged and timed, where that is more (a backward). sweep:
-    how it must grow.
-    """
-
-    variant: str
-    make: Callable[[tuple[int, ...], torch.dtype, torch.Generator, torch.device], Inputs]
-    ours: Callable[..., Any]
-    plain: Callable[..., Any]
-    cost: Callable[[tuple[int, ...], int], tuple[int, int]]
-    finish: Callable[[Any, Inputs], Any] = lambda result, inputs: result
-    peers: Callable[[], dict[str, Provider]] = dict
-    sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
-    sweep: Sweep = Sweep("elements", tuple((rows, 4, 64, 64) for rows in (4, 8, 16, 32, 64)), 16)
-
-
-def _passes(passes: int, flops: int) -> Callable[[tuple[int, ...], int], tuple[int, int]]:
-    """The cost of an elementwise op: passes over the samples, operations an element."""
-    return lambda shape, size: (passes * math.prod(shape) * size, flops * math.prod(shape))
-
-
-def _normal(shape, dtype, generator, device):
-    """Drawn on the CPU, so that a seed gives the same inputs everywhere."""
-    return torch.randn(shape, generator=generator).to(device, dtype)
-
-
-def _numbers(generator, device, rows):
-    seed = torch.randint(2**62, (1,), generator=generator).to(device)
-    return {"seed": seed, "index": torch.arange(rows, device=device)}
-
-
-@cache
-def _step_table(sampler: str) -> Tensor:
-    return make_table(sampler, make_schedule("scaled_linear"), steps=50, clip=(-1, 1)).table
-
-
-def _step_inputs(sampler, shape, dtype, generator, device, *, in_place=False):
-    """A state, and the outputs of a network for a doubled batch, in the middle of sampling."""
-    made: Inputs = {
-        "x": _normal(shape, dtype, generator, device),
-        "outputs": _normal((2 * shape[0], *shape[1:]), dtype, generator, device),
-        "table": _step_table(sampler).to(device, torch.float32),
-        "step": torch.tensor(25, device=device),
-        "scale": torch.tensor(7.5, device=device),
-    }
-    if sampler == "ddpm":
-        made |= _numbers(generator, device, shape[0])
-    if in_place:
-        made["twin"] = torch.empty_like(made["x"])
-        made["h1"] = _normal(shape, dtype, generator, device)
-    return made
-
-
-def _step(x, outputs, **options):
-    return cgkernels.guided_step(x, outputs, **options)
-
-
-def _step_in_place(x, outputs, **options):
-    cgkernels.guided_step_(x, outputs, **options)
-    return x, options["twin"], options["h1"]
-
-
-def _plain_step(x, outputs, table, step, scale, seed=None, index=None):
-    uncond, cond = outputs.chunk(2)
-    a0, a1, b0, b1, _, _, b4, b5, low, high, _, _ = (
-        table.index_select(0, step[None])[0].to(x.dtype).unbind()
-    )
-    e = uncond + scale.to(x.dtype) * (cond - uncond)
-    x0 = torch.clamp(a0 * x + a1 * e, low, high)
-    out = b0 * x + b1 * x0 + b4 * e
-    return out if seed is None else out + b5 * torch.randn_like(x)
-
-
-def _plain_step_in_place(x, outputs, table, step, scale, twin, h1):
-    uncond, cond = outputs.chunk(2)
-    a0, a1, b0, b1, b2, _, b4, _, low, high, _, _ = (
-        table.index_select(0, step[None])[0].to(x.dtype).unbind()
-    )
-    e = uncond + scale.to(x.dtype) * (cond - uncond)
-    x0 = torch.clamp(a0 * x + a1 * e, low, high)
-    x.copy_(b0 * x + b1 * x0 + b2 * h1 + b4 * e)
-    twin.copy_(x)
-    h1.copy_(x0)
-    return x, twin, h1
-
-
-def _diffusers_step(sampler: str) -> dict[str, Provider]:
-    def build(sets: Sequence[Inputs]) -> list[Call]:
-        import diffusers
-
-        kind = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}[sampler]
-        scheduler = getattr(diffusers, kind)(
-            beta_schedule="scaled_linear", beta_start=8.5e-4, beta_end=0.012, clip_sample=True
-        )
-        scheduler.set_timesteps(50, device=sets[0]["x"].device)
-        t = scheduler.timesteps[25]
-
-        def step(x, outputs, scale, **rest):
-            uncond, cond = outputs.chunk(2)
-            e = uncond + scale.to(x.dtype) * (cond - uncond)
-            return scheduler.step(e, t, x, return_dict=False)[0]
-
-        return [partial(step, **inputs) for inputs in sets]
-
-    return {"diffusers": Provider(build, needs="diffusers")}
-
-
-def _noise_inputs(shape, dtype, generator, device):
-    rows = shape[0]
-    return {
-        "x0": _normal(shape, dtype, generator, device),
-        "table": make_schedule("linear").training_table().to(device),
-        "t": torch.randint(1000, (rows,), generator=generator).to(device),
-        "target": "v",
-        **_numbers(generator, device, rows),
-    }
-
-
-def _coefficients(x, table, t):
-    return (c.view(-1, *(1,) * (x.dim() - 1)) for c in table[t].to(x.dtype).unbind(1))
-
-
-def _plain_add_noise(x0, table, t, target, seed, index):
-    alpha, sigma = _coefficients(x0, table, t)
-    z = torch.randn_like(x0)
-    return alpha * x0 + sigma * z, alpha * z - sigma * x0
-
-
-def _diffusers_noise() -> dict[str, Provider]:
-    def build(sets: Sequence[Inputs]) -> list[Call]:
-        import diffusers
-
-        scheduler = diffusers.DDPMScheduler()
-
-        def add(x0, t, **rest):
-            z = torch.randn_like(x0)
-            return scheduler.add_noise(x0, z, t), scheduler.get_velocity(x0, z, t)
-
-        return [partial(add, **inputs) for inputs in sets]
-
-    return {"diffusers": Provider(build, needs="diffusers")}
-
-
-def _loss_inputs(shape, dtype, generator, device, *, backward=False):
-    pred = _normal(shape, dtype, generator, device).requires_grad_(backward)
-    return {"pred": pred, **_noise_inputs(shape, dtype, generator, device)}
-
-
-def _plain_loss(pred, x0, table, t, target, seed, index):
-    """As trainers write it, with the noise that was drawn for the network's input kept: z again."""
-    alpha, sigma = _coefficients(x0, table, t)
-    goal = alpha * torch.randn_like(x0) - sigma * x0
-    return (pred - goal).float().square().flatten(1).mean(1)
-
-
-def _gradient(loss, inputs):
-    return loss.detach(), *torch.autograd.grad(loss.sum(), inputs["pred"])
-
-
-def _noise_only_inputs(shape, dtype, generator, device):
-    return {"like": torch.empty(shape, dtype=dtype, device=device)} | _numbers(
-        generator, device, shape[0]
-    )
-
-
-def _noise(like, seed, index):
-    return cgkernels.philox_normal(tuple(like.shape), seed=seed, index=index, dtype=like.dtype)
-
-
-OP_CASES: dict[str, list[OpCase]] = {
-    "guided_step": [
-        OpCase("ddim", partial(_step_inputs, "ddim"), _step, _plain_step, _passes(4, 13),
-               peers=partial(_diffusers_step, "ddim")),
-        OpCase("ddpm", partial(_step_inputs, "ddpm"), _step, _plain_step, _passes(4, 21),
-               peers=partial(_diffusers_step, "ddpm")),
-        OpCase("in place, dpmpp_2m", partial(_step_inputs, "dpmpp_2m", in_place=True),
-               _step_in_place, _plain_step_in_place, _passes(7, 15)),
-    ],
-    "add_noise": [
-        OpCase("v", _noise_inputs, cgkernels.add_noise, _plain_add_noise, _passes(3, 12),
-               peers=_diffusers_noise),
-    ],
-    "diffusion_loss": [
-        OpCase("v", _loss_inputs, cgkernels.diffusion_loss, _plain_loss, _passes(2, 12)),
-        OpCase("v, forward and backward", partial(_loss_inputs, backward=True),
-               cgkernels.diffusion_loss, _plain_loss, _passes(3, 15), finish=_gradient),
-    ],
-    "philox_normal": [
-        OpCase("", _noise_only_inputs, _noise, lambda like, **_: torch.randn_like(like),
-               _passes(1, 6)),
-    ],
-}  # fmt: skip
+OP_CASES: dict[str, list[OpCase]] = {**diffusion.CASES}
 
 
 def _op_case(

@@ -22,8 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import SUITES, Case, select
+from benchmarks.cases import SUITES, select
 from benchmarks.growth import TOLERANCE, fits
+from benchmarks.opcase import Case
 from benchmarks.records import OK, OURS, Row, Writer, read
 from benchmarks.timing import (
     Call,

@@ -12,7 +12,8 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.cases import Case, Inputs, cases
+from benchmarks.cases import cases
+from benchmarks.opcase import Case, Inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ROUNDS, _WARM_UPS = 20, 2

@@ -29,7 +29,8 @@ from unittest import mock
 
 import torch
 
-from benchmarks.cases import Case, select
+from benchmarks.cases import select
+from benchmarks.opcase import Case
 from benchmarks.records import OURS
 from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows

@@ -17,8 +17,9 @@ from rich.console import Console
 from benchmarks import cases as declared
 from benchmarks import records
 from benchmarks import run as door
-from benchmarks.cases import SIZES, Provider, select
+from benchmarks.cases import select
 from benchmarks.growth import fits
+from benchmarks.opcase import SIZES, Provider
 from benchmarks.records import OK, OURS, Row, Writer, read, version_of
 from benchmarks.run import Deadline, GateError, main, run_case
 from benchmarks.timing import Ceilings, environment

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import cases as declared
-from benchmarks import correctness, gpu, tune
+from benchmarks import correctness, gpu, opcase, tune
 from benchmarks import run as door
 from benchmarks.correctness import Skipped, judge, judge_graph, materialise
 from benchmarks.gpu import FAILED, OK, SKIPPED, STARTED, Check, Journal, Look, Lost, Runner
@@ -468,7 +468,7 @@ def test_all_stages(tmp_path, small, capsys):
 
 
 def test_a_case_that_is_wrong_or_late_is_no_result(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(declared.Case, "version", "1")
+    monkeypatch.setattr(opcase.Case, "version", "1")
     refused = mock.Mock(side_effect=door.GateError("less accurate than plain"))
     monkeypatch.setattr(door, "run_case", refused)
     stage = [("tables", gpu.tables, 1.0)]

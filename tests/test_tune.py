@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.cases import OP_CASES, Provider, select
+from benchmarks.cases import OP_CASES, select
+from benchmarks.opcase import Provider
 from benchmarks.records import OURS
 from benchmarks.tune import Sweep, Tunable, choose, lines, passes, sweep
 from cgkernels import rows
