@@ -9,7 +9,6 @@ Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GP
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cgkernels
-from cgkernels.checks import as_seed, check_shape, readable
+from cgkernels.checks import check_shape, readable
 from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
+from cgm.decoding import Decoder, SamplingConfig
 from cgm.families import Model, numbered, solver_options
-from cgm.graphs import captured
-from cgm.networks.transformer import Block, Transformer, TransformerConfig
+from cgm.networks.transformer import Transformer, TransformerConfig
 
 
 # Config -------------------------------------------------------------------------------------------
@@ -84,24 +82,6 @@ class AutoregressiveConfig:
     def prefix_length(self) -> int:
         """Tokens of the condition."""
         return math.prod(self.cond_shape) if self.cond_kind in ("image", "tokens") else 1
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How `ConditionalTransformer.sample` draws each value."""
-
-    # Guidance scale s of u + s (c - u) on logits; 1 is the plain conditional model, half the work.
-    guidance: float = 1.0
-    # Divides the logits; 0 takes the most likely value.
-    temperature: float = 1.0
-    # Keep this many of the most likely values; 0: all.
-    top_k: int = 0
-    # Keep the most likely values up to this mass.
-    top_p: float = 1.0
-    # Keep values at least this share as likely as the most likely.
-    min_p: float = 0.0
-    # On a GPU, replay one captured step instead of launching every kernel.
-    graph: bool = True
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -215,8 +195,7 @@ class ConditionalTransformer(Model):
 
         Returns:
             (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else, up to the round-off of the
-            network.
+            (seed, number of its condition, draw) and on nothing else.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
@@ -246,18 +225,36 @@ class ConditionalTransformer(Model):
         if index.numel() == 0:
             return torch.empty((*shape, *config.event_shape), device=device)
         prefix = self._prefix(None if cond is None else cond.to(device), conditions, device)
-        run = _Run(self, prefix, given, index, as_seed(seed, device)[0], options)
-        values = run.solve()
-        return dequantise(values, config.levels, config.event_shape).view(
-            *shape, *config.event_shape
-        )
+        total, guided = math.prod(config.event_shape), options.guidance != 1
+        if guided:  # the unconditional prefixes differ by what is given, if at all
+            null = torch.full_like(prefix if given is not None else prefix[:1], self.null)
+            prefix = torch.cat([null, prefix])
+        known = torch.empty(conditions, 0, dtype=torch.int64, device=device)
+        if given is not None:
+            known = quantise(given.to(device), config.levels)
+            prefix = torch.cat([prefix, self._tokens(known).repeat(1 + guided, 1)], 1)
+        of_condition = torch.arange(len(index), device=device) % conditions
+        order = of_condition
+        if guided:
+            nulls = len(prefix) - conditions
+            order = torch.cat([order % nulls, nulls + order])
+        run = Decoder(
+            self.transformer, prefix, order, total - known.shape[1], options,
+            seed=seed, index=index, rope=self._rope(device), first=known.shape[1],
+            offsets=self._offsets(total, device),
+        )  # fmt: skip
+        values = torch.cat([known[of_condition], run.run()], 1)
+        pictures = dequantise(values, config.levels, config.event_shape)
+        return pictures.view(*shape, *config.event_shape)
 
     # Tokens ---------------------------------------------------------------------------------------
     def _tokens(self, values: Tensor) -> Tensor:
         """Tokens of values (B, C H W) in the order of the sequence."""
-        channels = self.config.event_shape[0]
-        channel = torch.arange(values.shape[1], device=values.device) % channels
-        return values + channel * self.config.levels
+        return values + self._offsets(values.shape[1], values.device)
+
+    def _offsets(self, length: int, device: torch.device) -> Tensor:
+        """What is added to the value at each position for its token."""
+        return torch.arange(length, device=device) % self.config.event_shape[0] * self.config.levels
 
     def _prefix(self, cond: Tensor | None, rows: int, device: torch.device) -> Tensor:
         """Tokens (B, M) of the condition."""
@@ -342,125 +339,3 @@ def _raster(shape: tuple[int, ...], device: torch.device) -> Tensor:
     rows = torch.arange(height, device=device, dtype=torch.float32)
     columns = torch.arange(width, device=device, dtype=torch.float32)
     return torch.cartesian_prod(rows, columns).repeat_interleave(channels, 0)
-
-
-class _Run:
-    """One run of sampling: tensors that stay where they are, so that a step can be a CUDA graph.
-
-    Keys and values of a condition and of the given pixels are stored once for all of its draws.
-    With guidance the first half of the rows is unconditional.
-    """
-
-    def __init__(
-        self,
-        model: ConditionalTransformer,
-        prefix: Tensor,
-        given: Tensor | None,
-        index: Tensor,
-        seed: Tensor,
-        options: SamplingConfig,
-    ) -> None:
-        config, device, rows = model.config, index.device, len(index)
-        self.model, self.options, self.network = model, options, model.transformer
-        self.index, self.seed = index, seed
-        self.guided = options.guidance != 1
-        conditions = len(prefix)
-        if self.guided:  # the unconditional prefixes differ by what is given, if at all
-            null = torch.full_like(prefix if given is not None else prefix[:1], model.null)
-            prefix = torch.cat([null, prefix])
-        order = torch.arange(rows, device=device) % conditions  # one condition, many draws
-        if self.guided:
-            nulls = len(prefix) - conditions
-            order = torch.cat([order % nulls, nulls + order])
-        known = torch.empty(conditions, 0, dtype=torch.int64, device=device)
-        if given is not None:
-            known = quantise(given.to(device), config.levels)
-            tokens = model._tokens(known)
-            prefix = torch.cat([prefix, tokens.repeat(1 + self.guided, 1)], 1)
-        self.prefix, self.order, self.known = prefix, order, known.shape[1]
-        total = math.prod(config.event_shape)
-        self.values = torch.zeros(rows, total, dtype=torch.int64, device=device)
-        self.values[:, : self.known] = known[torch.arange(rows, device=device) % conditions]
-        self.rope = model._rope(device)
-        network, weight = self.network.config, self.network.embedding.weight
-        slots = max(1, total - self.known - 1)
-        shape = (network.layers, len(order), slots, network.key_heads, network.head_size)
-        self.keys = torch.empty(shape, dtype=weight.dtype, device=device)
-        self.cached_values = torch.empty_like(self.keys)
-        self.lengths = torch.zeros(len(order), dtype=torch.int32, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.scale = torch.full((), float(options.guidance), device=device)
-        self.prefix_length = torch.full(
-            (len(prefix),), prefix.shape[1], dtype=torch.int32, device=device
-        )
-
-    def solve(self) -> Tensor:
-        """The values (rows, C H W)."""
-        self._start()
-        steps = self.values.shape[1] - self.known - 1
-        step: Callable[[], None] = self._step
-        if self.options.graph and self.index.is_cuda and steps:
-            step = captured(self._step)
-            self._reset()
-        for _ in range(steps):
-            step()
-        self._draw()
-        return self.values
-
-    def _start(self) -> None:
-        """Prefixes, and the logits of the first value."""
-        rope = None
-        length = self.prefix.shape[1]
-        if self.rope is not None:
-            rope = (self.rope[0][:length], self.rope[1][:length])
-        x, keys, values = self.network.prefill(self.prefix, rope)
-        self.prefix_keys, self.prefix_values = keys, values
-        self.first_logits = self.network.head(self.network.norm(x[:, -1]))[self.order]
-        self.logits = torch.empty_like(self.first_logits)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.logits.copy_(self.first_logits)
-        self.lengths.zero_()
-        self.position.fill_(self.known)
-
-    def _step(self) -> None:
-        token = self._draw()
-        channel = self.position % self.model.config.event_shape[0]
-        token = token + channel * self.model.config.levels
-        x = self.network.embedding(token.repeat(1 + self.guided)[:, None])
-        if self.network.positions is not None:
-            x = x + self.network.positions(self.position + self.model.config.prefix_length)
-        for layer, block in enumerate(self.network.blocks):
-            assert isinstance(block, Block)
-            x = block.step(
-                x,
-                (self.keys[layer], self.cached_values[layer]),
-                lengths=self.lengths,
-                rope=self.rope,
-                rope_interleaved=self.network.config.interleaved,
-                prefix_k=self.prefix_keys[layer],
-                prefix_v=self.prefix_values[layer],
-                prefix_length=self.prefix_length,
-                prefix_id=self.order,
-            )
-        self.logits.copy_(self.network.head(self.network.norm(x[:, 0])))
-        self.lengths.add_(1)
-        self.position.add_(1)
-
-    def _draw(self) -> Tensor:
-        """The next value of each row, which is also written."""
-        options = self.options
-        token, _ = cgkernels.sample_logits(
-            self.logits,
-            scale=self.scale if self.guided else None,
-            temperature=options.temperature,
-            top_k=options.top_k or None,
-            top_p=options.top_p if options.top_p != 1 else None,
-            min_p=options.min_p or None,
-            seed=self.seed,
-            index=self.index,
-            position=self.position[0],
-        )
-        self.values.index_copy_(1, self.position, token[:, None])
-        return token

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph; it is run once before, so that its kernels are compiled."""
+def captured(step: Callable[[], None], count: int = 1) -> Callable[[], None]:
+    """So many steps as one CUDA graph; one is run before, so that its kernels are compiled."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -14,5 +14,6 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        for _ in range(count):
+            step()
     return graph.replay

@@ -8,6 +8,7 @@ Source   Vaswani et al., arXiv:1706.03762; GPT-2 (LayerNorm, GELU, learned posit
          arXiv:2305.13245.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import cgkernels
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (positions, D / 2)
+_ROWS = 64  # of one launch of norm_linear
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,48 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Int8Linear(nn.Module):
+    """A linear layer with weights of 8 bits: W = scales[:, None] * weight, rounded to nearest."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        wide = linear.weight.detach().float()
+        scales = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.weight = nn.Buffer((wide / scales[:, None]).round().to(torch.int8))
+        self.scales = nn.Buffer(scales)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) times the weight, plus the bias."""
+        return F.linear(x, (self.weight * self.scales[:, None]).to(x.dtype), self.bias)
+
+
+def fused_linear(
+    x: Tensor,
+    linear: nn.Linear | Int8Linear,
+    norm: Norm | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(linear(norm(x))) + residual of rows (B, K), each with the same bits in any batch.
+
+    That holds for the rows of one `cgkernels.norm_linear`, at most 64: more go through it in turn.
+    """
+    scales = linear.scales if isinstance(linear, Int8Linear) else None
+    options: dict[str, Any] = {"bias": linear.bias, "scales": scales, "activation": activation}
+    if norm is not None:
+        options |= {
+            "norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps,
+        }  # fmt: skip
+    if len(x) <= _ROWS:
+        return cgkernels.norm_linear(x, linear.weight, residual=residual, **options)
+    residuals = [None] * len(x) if residual is None else residual.split(_ROWS)
+    parts = zip(x.split(_ROWS), residuals, strict=False)
+    return torch.cat(
+        [cgkernels.norm_linear(x, linear.weight, residual=r, **options) for x, r in parts]
+    )
+
+
 class Block(nn.Module):
     """One layer."""
 
@@ -128,18 +172,22 @@ class Block(nn.Module):
         grouped = self.config.key_heads != self.config.heads
         heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
-        return self._finish(x, out.transpose(1, 2)), k, v
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        return x + self.down(self.activate(self.up(self.norm2(x)))), k, v
 
-    def step(self, x: Tensor, cache: tuple[Tensor, Tensor], **attention: Any) -> Tensor:
-        """x (B, 1, W), the next token of each row, whose keys and values are added to the cache."""
-        q, k, v = self.heads_of(self.qkv(self.norm1(x)))
-        out = cgkernels.decode_attention(q, *cache, k_new=k, v_new=v, **attention)
+    def step(
+        self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **attention: Any
+    ) -> Tensor:
+        """x (B, W), the next token of each row, whose keys and values are added to the caches.
+
+        attention: of `cgkernels.decode_attention`.
+        """
+        q, k, v = self.heads_of(fused_linear(x, self.qkv, self.norm1)[:, None])
+        out = cgkernels.decode_attention(q, keys, values, lengths, k_new=k, v_new=v, **attention)
         assert isinstance(out, Tensor)  # no logarithms of sums were asked for
-        return self._finish(x, out)
-
-    def _finish(self, x: Tensor, out: Tensor) -> Tensor:
-        x = x + self.proj(out.flatten(2))
-        return x + self.down(self.activate(self.up(self.norm2(x))))
+        x = fused_linear(out.flatten(1), self.proj, residual=x)
+        h = fused_linear(x, self.up, self.norm2, self.config.activation)
+        return fused_linear(h, self.down, residual=x)
 
     def activate(self, h: Tensor) -> Tensor:
         """The activation; of swiglu the first half is the gate."""
@@ -175,6 +223,15 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def int8(self) -> "Transformer":
+        """A copy for sampling and likelihoods, with weights of 8 bits in all linear layers."""
+        twin = copy.deepcopy(self)
+        for parent in (twin, *twin.blocks):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, Int8Linear(child))
+        return twin
 
     def rope_table(self, coordinates: Tensor) -> Rope:
         """(cos, sin), each (T, D / 2) float32, of positions (T,) or coordinates (T, axes).

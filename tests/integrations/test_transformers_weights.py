@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cgm.decoding import generate
 from cgm.networks.transformer import from_transformers
 
 transformers = pytest.importorskip("transformers")
@@ -24,7 +25,7 @@ def llama(**changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
 
-@pytest.mark.parametrize(
+both = pytest.mark.parametrize(
     "make, changes",
     [
         (gpt2, {}),
@@ -35,17 +36,37 @@ def llama(**changes):
         (llama, {"num_key_value_heads": 1, "rms_norm_eps": 1e-2}),
     ],
 )
+
+
 @torch.no_grad()
-def test_logits(make, changes):
-    theirs = make(**changes).eval()
+def with_large_weights(theirs):
     generator = torch.Generator().manual_seed(0)
     for parameter in theirs.parameters():
         parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    tokens = torch.randint(50, (3, 20), generator=generator)
+    return theirs.eval(), torch.randint(50, (3, 20), generator=generator)
+
+
+@both
+@torch.no_grad()
+def test_logits(make, changes):
+    theirs, tokens = with_large_weights(make(**changes))
     expected = theirs(tokens).logits
     logits = from_transformers(theirs)(tokens)
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
     assert expected.std() > 0.1
+
+
+@both
+def test_greedy_continuations(make, changes):
+    theirs, tokens = with_large_weights(make(**changes))
+    prompt = tokens[:, :9]
+    expected = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    ours = generate(from_transformers(theirs), prompt, 20, temperature=0)
+    assert torch.equal(ours, expected[:, 9:])
+    assert len(ours.unique()) > 2
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import cgkernels
 from cgm.autoregressive import (
     AutoregressiveConfig,
     ConditionalTransformer,
-    SamplingConfig,
     dequantise,
     quantise,
 )
+from cgm.decoding import SamplingConfig
 from cgm.families import make_model
 
 SMALL = {"event_shape": (1, 3, 4), "levels": 4, "layers": 2, "width": 16, "heads": 2, "hidden": 24}

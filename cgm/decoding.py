@@ -1,0 +1,231 @@
+"""Decoding: tokens drawn one after another, keys and values of earlier ones kept.
+
+What rows have in common at their start is a prefix, whose keys and values are stored once for all
+of them. A token step is, for each layer, one launch of attention and four of linear layers with
+what stands around them; it waits for nothing on the host.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cgkernels
+from cgkernels.checks import as_seed, readable
+from cgm.families import numbered, solver_options
+from cgm.graphs import captured
+from cgm.networks.transformer import Block, Rope, Transformer, fused_linear
+
+# Token steps in one CUDA graph: what the host does for a replay is shared by so many.
+_STEPS_PER_GRAPH = 8
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How each token is drawn."""
+
+    # Guidance scale s of u + s (c - u) on logits; 1 is the plain conditional model, half the work.
+    guidance: float = 1.0
+    # Divides the logits; 0 takes the most likely value.
+    temperature: float = 1.0
+    # Keep this many of the most likely values; 0: all.
+    top_k: int = 0
+    # Keep the most likely values up to this mass.
+    top_p: float = 1.0
+    # Keep values at least this share as likely as the most likely.
+    min_p: float = 0.0
+    # Round the weights to 8 bits, with a scale for each output: less to read, a little worse.
+    int8: bool = False
+    # On a GPU, replay captured steps instead of launching every kernel.
+    graph: bool = True
+
+
+class Decoder:
+    """One run: tensors that stay where they are, so that steps can be CUDA graphs.
+
+    Args:
+        prefix: (P, M) tokens, M >= 1.
+        order: (R,) the prefix of each row. With guidance R is twice the number of samples, the
+            unconditional rows first.
+        length: tokens to draw for each sample.
+        index: (samples,) the number of each sample.
+        rope: tables of all places, prefix included, or None.
+        first: position of the first token that is drawn, by which the noise is numbered; so many
+            tokens at least are in the prefix.
+        offsets: (first + length,), added to the value drawn at a position for the token that it is
+            there; None: a value is its token.
+    """
+
+    def __init__(
+        self,
+        network: Transformer,
+        prefix: Tensor,
+        order: Tensor,
+        length: int,
+        options: SamplingConfig,
+        *,
+        seed: int | Tensor,
+        index: Tensor,
+        rope: Rope | None,
+        first: int = 0,
+        offsets: Tensor | None = None,
+    ) -> None:
+        device = index.device
+        self.network = network = network.int8() if options.int8 else network
+        self.order, self.rope, self.offsets = order, rope, offsets
+        self.first, self.length = first, length
+        self.graph = options.graph and index.is_cuda
+        self.index, self.seed = index, as_seed(seed, device)[0]
+        self.copies = len(order) // len(index)
+        self.tokens = torch.zeros(len(index), first + length, dtype=torch.int64, device=device)
+        if network.positions is not None:  # of the tokens that are drawn, by their positions
+            self.places = network.positions.weight[prefix.shape[1] - first :]
+
+        # Each prefix alone: what the others are must not change its bits.
+        head = None if rope is None else (rope[0][: prefix.shape[1]], rope[1][: prefix.shape[1]])
+        parts = [network.prefill(one[None], head) for one in prefix]
+        self.prefix_keys, self.prefix_values = (
+            torch.cat([part[i] for part in parts], 1) for i in (1, 2)
+        )
+        last = torch.cat([part[0][:, -1] for part in parts])
+        self.first_logits = fused_linear(last, network.head, network.norm)[order]
+        self.logits = torch.empty_like(self.first_logits)
+        dtype = self.logits.dtype
+        self.drawing: dict[str, Any] = {
+            "scale": options.guidance if self.copies > 1 else None,
+            "temperature": options.temperature,
+            "top_p": options.top_p if options.top_p != 1 else None,
+            "min_p": options.min_p or None,
+        }
+        # Checked here as numbers, by name; as tensors they cost a step no launch.
+        cgkernels.sample_logits(
+            self.first_logits[: self.copies], seed=0, top_k=options.top_k or None, **self.drawing
+        )
+        for name, value in self.drawing.items():
+            if value is not None:
+                self.drawing[name] = torch.full((), float(value), dtype=dtype, device=device)
+        if options.top_k:
+            self.drawing["top_k"] = torch.full((), options.top_k, device=device)
+
+        c = network.config
+        shape = (c.layers, len(order), max(1, length - 1), c.key_heads, c.head_size)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.lengths = torch.zeros(len(order), dtype=torch.int32, device=device)
+        self.prefix_length = torch.full(
+            (len(prefix),), prefix.shape[1], dtype=torch.int32, device=device
+        )
+        self.position = torch.zeros((), dtype=torch.int64, device=device)
+        self._reset()
+
+    def run(self) -> Tensor:
+        """The tokens drawn, (samples, length)."""
+        steps = self.length - 1
+        if self.graph and steps >= _STEPS_PER_GRAPH:
+            replay = captured(self._step, _STEPS_PER_GRAPH)
+            self._reset()
+            for _ in range(steps // _STEPS_PER_GRAPH):
+                replay()
+            steps %= _STEPS_PER_GRAPH
+        for _ in range(steps):
+            self._step()
+        self._draw()
+        return self.tokens[:, self.first :]
+
+    def _reset(self) -> None:
+        self.logits.copy_(self.first_logits)
+        self.lengths.zero_()
+        self.position.fill_(self.first)
+
+    def _step(self) -> None:
+        """Draws a token of each row, and makes the logits of the next."""
+        network = self.network
+        token = self._draw()
+        if self.offsets is not None:
+            token = token + self.offsets[self.position]
+        x = network.embedding(token.repeat(self.copies))
+        if network.positions is not None:
+            x = x + self.places[self.position]
+        for layer, block in enumerate(network.blocks):
+            assert isinstance(block, Block)
+            x = block.step(
+                x,
+                self.keys[layer],
+                self.values[layer],
+                self.lengths,
+                rope=self.rope,
+                rope_interleaved=network.config.interleaved,
+                prefix_k=self.prefix_keys[layer],
+                prefix_v=self.prefix_values[layer],
+                prefix_length=self.prefix_length,
+                prefix_id=self.order,
+            )
+        self.logits.copy_(fused_linear(x, network.head, network.norm))
+        self.lengths.add_(1)
+        self.position.add_(1)
+
+    def _draw(self) -> Tensor:
+        """The next token of each sample, which is also written."""
+        token, _ = cgkernels.sample_logits(
+            self.logits, seed=self.seed, index=self.index, position=self.position, **self.drawing
+        )
+        self.tokens.index_copy_(1, self.position[None], token[:, None])
+        return token
+
+
+@torch.no_grad()
+def generate(
+    network: Transformer,
+    prompt: Tensor,
+    length: int,
+    *,
+    n: int | None = None,
+    seed: int | Tensor = 0,
+    index: Tensor | None = None,
+    **solver: Any,
+) -> Tensor:
+    """Tokens that continue prompts; those of one prompt share its keys and values.
+
+    Args:
+        network: whose output is a token, for instance of `from_transformers`.
+        prompt: (B, M) int64, M >= 1.
+        length: tokens to draw after each; none of them ends it.
+        n: draws for each prompt; None: one, without the leading dimension.
+        seed: 64-bit int or one-element int64 tensor.
+        index: (B,) int64, the number of each prompt; default 0 .. B - 1.
+        solver: fields of `SamplingConfig`, but guidance. `temperature=0` is greedy.
+
+    Returns:
+        (B, length) or (n, B, length) int64, without the prompt. A row depends on (seed, number of
+        the prompt, draw) and on nothing else.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+    """
+    options, c = solver_options(SamplingConfig, solver), network.config
+    if options.guidance != 1:
+        raise ValueError(f"guidance must be 1 for prompts alone, got {options.guidance}")
+    if c.outputs not in (0, c.vocabulary):
+        raise ValueError(f"network must put out its {c.vocabulary} tokens, got {c.outputs}")
+    if prompt.dim() != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt must have shape (B, M > 0), got {tuple(prompt.shape)}")
+    if prompt.dtype != torch.int64:
+        raise TypeError(f"prompt must be int64, got {prompt.dtype}")
+    if readable(prompt) and prompt.numel() and not 0 <= prompt.min() <= prompt.max() < c.vocabulary:
+        raise ValueError(
+            f"prompt must be in [0, {c.vocabulary}), got {prompt.min()} to {prompt.max()}"
+        )
+    most = c.length - prompt.shape[1]
+    if not 0 < length <= most:
+        raise ValueError(f"length must be from 1 to {most} after this prompt, got {length}")
+    rows, shape, index = numbered(n, prompt, index, prompt.device)
+    if index.numel() == 0:
+        return torch.empty((*shape, length), dtype=torch.int64, device=prompt.device)
+    rope = None
+    if c.positions == "rotary":
+        places = torch.arange(prompt.shape[1] + length - 1, device=prompt.device)
+        rope = network.rope_table(places)
+    order = torch.arange(len(index), device=prompt.device) % rows
+    run = Decoder(network, prompt, order, length, options, seed=seed, index=index, rope=rope)
+    return run.run().view(*shape, length)
