@@ -1,8 +1,8 @@
 """What is measured: every op and every reference model, declared once for all doors.
 
 A case is a call of ours on random inputs of a shape that a known model has, with the bytes that it
-must move, the operations that it must do, and the other ways to compute the same. The cases of the ops
-stand in files of their own (`diffusion.py`, `attention.py`, `decoding.py`).
+must move, the operations that it must do, and the other ways to compute the same. The cases of ops
+have their own files (`diffusion.py`, `attention.py`, `decoding.py`).
 
 Plain PyTorch is what one would write without this library: noise comes from PyTorch's own
 generator, whose draws depend on the batch and on the device, and which is cheaper than ours on a
@@ -30,10 +30,11 @@ from benchmarks.opcase import Case, Extent, Inputs, OpCase, Provider, Size
 from benchmarks.records import OURS
 from benchmarks.timing import Call, name_of
 from cgkernels.testing import assert_within_budget, float32_normals
-from cgm.bench import MODES, SOLVERS, compiled_copy, conditions, model_call
+from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
+from cgm.bench import MODES, SOLVERS, compiled_copy, conditions, difference_of, model_call
 from cgm.checkpoints import drawable_names, load_model, shipped
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
-from cgm.families import make_model
+from cgm.families import Model, make_model
 
 COMPILED = {"default": "compile", **{mode: f"compile-{mode}" for mode in MODES[1:]}}
 _LEAST_VALUES = 256  # what the error budget needs to be a judgement
@@ -197,13 +198,17 @@ def _judge_model(
     """The first samples of ours against the same model in float64: a sample is alone in its row."""
     judged = min(rows, _ROWS_JUDGED)
     first = None if cond is None else cond[:judged]
-    ours = model_call(model, "fused", cond, rows=rows, seed=seed, **solver)()
+    ours = model_call(model, "fused", cond, rows=rows, seed=seed, **solver)()[:judged].cpu()
+    wide = copy.deepcopy(model).cpu().double()
+    wide_cond = None if first is None else first.cpu()
+    exact = model_call(wide, "plain", wide_cond, rows=judged, seed=seed, **solver)()
+    if model.discrete:
+        difference = difference_of(model, ours, exact)
+        assert difference == 0, f"samples differ from those in float64 by {difference:.3g}"
+        return
     with float32_normals():
         plain = model_call(model, "plain", first, rows=judged, seed=seed, **solver)()
-    wide = copy.deepcopy(model).cpu().double()
-    first = None if first is None else first.cpu()
-    exact = model_call(wide, "plain", first, rows=judged, seed=seed, **solver)()
-    assert_within_budget(ours[:judged].cpu(), plain.cpu(), exact)
+    assert_within_budget(ours, plain.cpu(), exact)
 
 
 def _diffusers_loop(solver: dict[str, Any]) -> dict[str, Provider]:
@@ -262,6 +267,8 @@ def _growth_cases(device: torch.device) -> Iterator[Case]:
                 yield _op_case("growth", name, op, size, shape, str(shape), dtype, 0, extent)
     for name in drawable_names():
         make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
+        if "steps" not in SOLVERS.get(name, {}):
+            continue
         for rows in (64, 128, 256, 512) if cuda else (4, 8, 16, 32):
             yield _model_case(
                 "growth", name, "", f"b{rows}", f"{rows} samples", rows, 0,
@@ -276,15 +283,28 @@ def _growth_cases(device: torch.device) -> Iterator[Case]:
         # Attention of the lowest resolution is quadratic in the pixels, the rest is linear.
         yield _model_case(
             "growth", "untrained_diffusion", "", f"side{side}", f"(1, {side}, {side})", 2, 0,
-            partial(_untrained, side), {"sampler": "ddim", "steps": 2},
-            Extent("pixels", side**2, 2.0),
+            partial(_untrained, ConditionalDiffusion, DiffusionConfig(event_shape=(1, side, side))),
+            {"sampler": "ddim", "steps": 2}, Extent("pixels", side**2, 2.0),
+        )  # fmt: skip
+    for side, rows in [(side, 2) for side in ((16, 32, 48, 64) if cuda else (8, 12, 16, 24))] + [
+        (8, rows) for rows in ((64, 128, 256, 512) if cuda else (4, 8, 16, 32))
+    ]:
+        # A token a pixel, each of which sees all before it.
+        by_rows = rows > 2
+        yield _model_case(
+            "growth", "untrained_autoregressive", "", f"b{rows}" if by_rows else f"side{side}",
+            f"{rows} of (1, {side}, {side})", rows, 0,
+            partial(
+                _untrained, ConditionalTransformer,
+                AutoregressiveConfig(event_shape=(1, side, side)),
+            ),
+            {}, Extent("batch", rows, 1.0) if by_rows else Extent("pixels", side**2, 2.0),
         )  # fmt: skip
 
 
 @cache
-def _untrained(side: int, device: torch.device) -> Any:
-    config = DiffusionConfig(event_shape=(1, side, side))
-    return make_model(ConditionalDiffusion, config).to(device).eval()
+def _untrained(model_class: type[Model], config: Any, device: torch.device) -> Any:
+    return make_model(model_class, config).to(device).eval()
 
 
 # All of them --------------------------------------------------------------------------------------

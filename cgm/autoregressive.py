@@ -8,6 +8,7 @@ Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GP
          2020); classifier-free guidance arXiv:2207.12598.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -94,6 +95,7 @@ class ConditionalTransformer(Model):
 
     family: ClassVar[str] = "autoregressive"
     sampling_config: ClassVar[type[SamplingConfig]] = SamplingConfig
+    discrete: ClassVar[bool] = True
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
@@ -121,6 +123,17 @@ class ConditionalTransformer(Model):
                 positions="learned" if config.positions == "learned" else "rotary",
             )
         )
+
+    def compile_networks(self, mode: str) -> None:
+        """Puts the token step under torch.compile."""
+        step = torch.compile(self.transformer.step, mode=mode, dynamic=False)
+        self.transformer.step = step  # type: ignore[method-assign]
+
+    def int8(self) -> "ConditionalTransformer":
+        """A copy for sampling and likelihoods, with weights of 8 bits."""
+        twin = copy.copy(self)
+        twin._modules = {"transformer": self.transformer.int8()}
+        return twin
 
     # Likelihood -----------------------------------------------------------------------------------
     def loss(

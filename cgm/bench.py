@@ -39,7 +39,7 @@ class Result:
     """Samples a second of one model in one way; status says why there are none.
 
     p20, p50, p80: quantiles. ratio: to plain PyTorch. first_call_s: seconds of the first call.
-    difference: largest between these samples and those in plain PyTorch, of a range of [-1, 1].
+    difference: from the samples in plain PyTorch, by `difference_of`.
     """
 
     model: str
@@ -89,9 +89,18 @@ def model_call(
 def compiled_copy(model: Any, mode: str = "default") -> Any:
     """A copy whose networks are under torch.compile."""
     twin = copy.deepcopy(model)
-    for network in twin.children():
-        network.compile(mode=mode, dynamic=False)
+    twin.compile_networks(mode)
     return twin
+
+
+def difference_of(model: Any, found: Tensor, expected: Tensor) -> float:
+    """The largest between the samples of two ways, of a range of [-1, 1].
+
+    Where values are drawn one after another, one sample in four may come out otherwise: round-off
+    may tip a draw over, and then all that follow it are others.
+    """
+    each = (found - expected).abs().flatten(1).amax(1).sort().values
+    return each[len(each) - 1 - (len(each) // 4 if model.discrete else 0)].item()
 
 
 def bench(
@@ -162,7 +171,7 @@ def _bench_model(
         try:
             twin = compiled_copy(model) if way == "compiled" else model
             call = model_call(twin, way, cond, rows=rows, **solver)
-            difference = (call() - expected).abs().max().item()
+            difference = difference_of(model, call(), expected)
         except Exception as error:  # of a compiler that is not there, of memory that is full
             reason = str(error).strip().splitlines() or [""]
             results[way] = Result(name, way, rows, f"failed: {type(error).__name__}: {reason[0]}")

@@ -188,40 +188,49 @@ class _Conditions:
 
 
 def _sample(argv: Sequence[str]) -> None:
-    from cgm.checkpoints import drawable_names, load_model, read_config, write_tensors
-    from cgm.families import family_class
+    path, data, options = _checkpoint_options("sample", argv, SampleOptions)
+    from cgm.checkpoints import load_model, write_tensors
 
-    checkpoint, rest = _first(
-        argv,
-        "cgm sample CHECKPOINT [OPTIONS]\n\n"
-        "CHECKPOINT is the folder of a run, or the name of a shipped checkpoint: "
-        f"{', '.join(drawable_names())}.\ncgm sample CHECKPOINT --help lists its options.",
-    )
-    path = _find_checkpoint(checkpoint)
-    info = read_config(path)
-    model_class = family_class(info["family"])
-    if not hasattr(model_class, "sampling_config"):
-        raise ValueError(f"{path}: is a {info['family']}, which draws nothing")
-    prog = f"cgm sample {shlex.quote(checkpoint)}"
-    options = _parse(SampleOptions, model_class.sampling_config, prog=prog, args=rest)
     if options.n < 1:
         raise ValueError(f"--n must be at least 1, got {options.n}")
     _check_target("--out", options.out, ".png")
     if options.save_array is not None:
         _check_target("--save-array", options.save_array, ".safetensors")
     model = load_model(path, find_device(options.device))
-    data = info.get("data", {})
     given = _conditions(model.config, data, options)
     solver = dataclasses.asdict(options.solver)
     samples = _draw(model, given.cond, options, solver)
     if options.save_array is not None:
         tensors = {"samples": samples} | ({} if given.cond is None else {"cond": given.cond})
-        what = {"checkpoint": checkpoint, "seed": options.seed, "index": options.index, **solver}
+        what = {"checkpoint": argv[0], "seed": options.seed, "index": options.index, **solver}
         write_tensors(options.save_array, tensors, what)
         print(f"{options.save_array}: samples {tuple(samples.shape)}")
     _write_picture(options.out, samples, given, stacked=_task_of(data) == "complete")
     cut = f"; the picture has the first {_SHOWN}" if max(samples.shape[:2]) > _SHOWN else ""
     print(f"{options.out}: {samples.shape[0]} draws for each of {samples.shape[1]}{cut}")
+
+
+def _checkpoint_options(
+    command: str, argv: Sequence[str], options: Any
+) -> tuple[Path, dict[str, Any], Any]:
+    """The checkpoint that a command is given, the data it was trained on, and the options."""
+    from cgm.checkpoints import drawable_names, read_config
+    from cgm.families import family_class
+
+    checkpoint, rest = _first(
+        argv,
+        f"cgm {command} CHECKPOINT [OPTIONS]\n\n"
+        "CHECKPOINT is the folder of a run, or the name of a shipped checkpoint: "
+        f"{', '.join(drawable_names())}.\ncgm {command} CHECKPOINT --help lists its options.",
+    )
+    path = _find_checkpoint(checkpoint)
+    info = read_config(path)
+    model_class = family_class(info["family"])
+    if not hasattr(model_class, "sampling_config"):
+        raise ValueError(f"{path}: is a {info['family']}, which draws nothing")
+    prog = f"cgm {command} {shlex.quote(checkpoint)}"
+    parsed = _parse(options, model_class.sampling_config, prog=prog, args=rest)
+    return path, info.get("data", {}), parsed
 
 
 def _write_picture(file: Path, samples: "Tensor", given: _Conditions, *, stacked: bool) -> None:
@@ -380,6 +389,58 @@ def _check_target(flag: str, file: Path, suffix: str) -> None:
         raise ValueError(f"{flag} must be in a folder that exists, got {file}")
 
 
+# cgm evaluate -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EvaluateOptions(Generic[_Solver]):
+    """Measures a model that was trained on a task, on pictures kept from its training.
+
+    Bits per dimension of a model with likelihoods, and how much its condition tells it; of a model
+    of the ten classes the share of samples in the class that was asked for.
+    """
+
+    solver: Annotated[_Solver, tyro.conf.arg(name="")]
+    # Held-out pictures, the first ones; a sample is drawn for each.
+    rows: int = 200
+    # Seed of the samples.
+    seed: int = 0
+    # cpu, cuda or cuda:N.
+    device: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: cuda if present)")
+    ] = None
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    path, data, options = _checkpoint_options("evaluate", argv, EvaluateOptions)
+    from rich.console import Console
+    from rich.table import Table
+
+    from cgm.checkpoints import load_model
+    from cgm.data import load_task
+    from cgm.evaluation import evaluate
+
+    task = _task_of(data)
+    if task is None:
+        raise ValueError(f"{path}: was not trained on a shipped task, so nothing is held out")
+    model, console = load_model(path, find_device(options.device)), Console()
+    solver = dataclasses.asdict(options.solver)
+    with console.status("") as status:
+        found = evaluate(
+            model,
+            load_task(task, "test"),
+            rows=options.rows,
+            seed=options.seed,
+            say=status.update,
+            **solver,
+        )
+    table = Table(title=f"{path.name} on pictures of {task} that it never saw")
+    for column in ("", "mean", "standard error", "pictures"):
+        table.add_column(column, justify="right" if column else "left")
+    for measure in found:
+        error = "" if measure.error is None else f"{measure.error:.4f}"
+        table.add_row(measure.name, f"{measure.value:.4f}", error, str(measure.rows))
+    console.print(table)
+
+
 # cgm info -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class InfoOptions:
@@ -436,7 +497,7 @@ def _info(argv: Sequence[str]) -> None:
 # cgm demo -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class DemoOptions:
-    """Draws all ten classes of clothes from the shipped model, under a minute on two cores.
+    """Draws all ten classes of clothes and completes upper halves, under a minute on two cores.
 
     Writes demo.png; prints samples per second, in plain PyTorch and by this library, and how many
     of the pictures a classifier puts in the class that was asked for.
@@ -547,6 +608,7 @@ class Command:
 COMMANDS = {
     "train": Command(_train, "FAMILY", "train a model on a task or on your own pictures"),
     "sample": Command(_sample, "CHECKPOINT", "draw from a trained model, or from a shipped one"),
+    "evaluate": Command(_evaluate, "CHECKPOINT", "measure a model on pictures that it never saw"),
     "demo": Command(_demo, "", "draw clothes; how fast and how good they come, in a minute"),
     "bench": Command(_bench, "", "samples per second: fused, plain and compiled"),
     "info": Command(_info, "", "versions, GPU, how each op runs here, shipped checkpoints"),
@@ -577,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [
-        f"  cgm {name + ' ' + command.argument:<18} {command.help}"
+        f"  cgm {name + ' ' + command.argument:<20} {command.help}"
         for name, command in COMMANDS.items()
     ]
     return "\n".join(["cgm COMMAND ...", "", *lines, "", "With --help, each lists its options."])

@@ -15,7 +15,7 @@ import cgkernels
 from cgkernels.checks import as_seed, readable
 from cgm.families import numbered, solver_options
 from cgm.graphs import captured
-from cgm.networks.transformer import Block, Rope, Transformer, fused_linear
+from cgm.networks.transformer import Rope, Transformer, fused_linear
 
 # Token steps in one CUDA graph: what the host does for a replay is shared by so many.
 _STEPS_PER_GRAPH = 8
@@ -144,24 +144,19 @@ class Decoder:
         token = self._draw()
         if self.offsets is not None:
             token = token + self.offsets[self.position]
-        x = network.embedding(token.repeat(self.copies))
-        if network.positions is not None:
-            x = x + self.places[self.position]
-        for layer, block in enumerate(network.blocks):
-            assert isinstance(block, Block)
-            x = block.step(
-                x,
-                self.keys[layer],
-                self.values[layer],
-                self.lengths,
-                rope=self.rope,
-                rope_interleaved=network.config.interleaved,
-                prefix_k=self.prefix_keys[layer],
-                prefix_v=self.prefix_values[layer],
-                prefix_length=self.prefix_length,
-                prefix_id=self.order,
-            )
-        self.logits.copy_(fused_linear(x, network.head, network.norm))
+        logits = network.step(
+            token.repeat(self.copies),
+            None if network.positions is None else self.places[self.position],
+            self.keys,
+            self.values,
+            self.lengths,
+            self.prefix_keys,
+            self.prefix_values,
+            prefix_length=self.prefix_length,
+            prefix_id=self.order,
+            rope=self.rope,
+        )
+        self.logits.copy_(logits)
         self.lengths.add_(1)
         self.position.add_(1)
 

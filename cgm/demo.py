@@ -1,7 +1,8 @@
-"""`cgm demo`: pictures of clothes from the shipped model, and how fast and how good they come.
+"""`cgm demo`: pictures of clothes from the shipped models, and how fast and how good they come.
 
-Every picture that is timed is also judged: the draws are made in batches, each numbered on from the
-one before; the first batches are drawn twice, in plain PyTorch and by this library.
+Diffusion draws clothes of each class. Every picture that is timed is also judged: the draws are
+made in batches, each numbered on from the one before; the first batches are drawn twice, in plain
+PyTorch and by this library. Then an autoregressive model completes upper halves in several ways.
 """
 
 import contextlib
@@ -22,14 +23,15 @@ from cgm.checkpoints import load_model, shipped
 from cgm.data import load_task, to_float
 from cgm.data.fashion import CLASS_NAMES
 from cgm.evaluation import class_accuracy, held_out_accuracy
-from cgm.plots import picture_grid
+from cgm.plots import as_pictures, picture_grid
 
-CHECKPOINT = "class_to_image_diffusion"
+CHECKPOINT, COMPLETING = "class_to_image_diffusion", "complete_autoregressive"
 SOLVER: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}
 PLAIN, LIBRARY = "plain PyTorch", "this library"
 _SEED = 0
 _DRAWS = 2  # of each class in a batch
 _SHOWN = 8  # of each class in the picture
+_WAYS_ON = 4  # completions of each upper half
 # Half a level of a picture with 256 of them: what is below cannot be seen or saved.
 _VISIBLE = 1 / 255
 
@@ -41,6 +43,8 @@ class Measured:
     samples: Tensor
     rates: dict[str, list[float]]  # samples per second, of each batch in each way
     difference: float  # largest between the two ways
+    completed: Tensor  # (draws, classes, C, H, W) in [-1, 1]
+    completions: float  # a second
     threads: int  # of PyTorch on the CPU
 
 
@@ -48,7 +52,7 @@ def demo(
     out: Path,
     *,
     device: torch.device | str = "cpu",
-    seconds: float = 40.0,
+    seconds: float = 30.0,
     samples: int = 500,
     timed: int = 6,
     console: Console | None = None,
@@ -66,39 +70,63 @@ def demo(
     if not out.is_dir():
         raise ValueError(f"out must be a folder, got {out}")
     model = load_model(shipped(CHECKPOINT), device, expected_family="diffusion")
+    completing = load_model(shipped(COMPLETING), device, expected_family="autoregressive")
+    held_out = load_task("class_to_image", "test")
+    assert held_out.cond is not None
+    classes = range(len(CLASS_NAMES))
+    real = to_float(torch.stack([held_out.y[held_out.cond == label][0] for label in classes]))
     threads = torch.get_num_threads()
     try:
         with console.status("drawing") as status:
-            measured = _measure(model, seconds, samples, timed, status.update)
+            drawn, rates, difference = _draw(model, seconds, samples, timed, status.update)
+            status.update("completing upper halves")
+            completed, completions = _complete(completing, real)
+        measured = Measured(
+            drawn, rates, difference, completed, completions, torch.get_num_threads()
+        )
     finally:
         torch.set_num_threads(threads)
     if measured.difference > _VISIBLE:
         raise RuntimeError(f"{PLAIN} and {LIBRARY} differ by {measured.difference:.3g} of [-1, 1]")
-    real = load_task("class_to_image", "test")
-    assert real.cond is not None
-    first = torch.stack([real.y[real.cond == label][0] for label in range(len(CLASS_NAMES))])
     options = ", ".join(f"{name} {value}" for name, value in SOLVER.items())
+    upper = real.clone()
+    upper[:, :, upper.shape[2] // 2 :] = 1  # white
     picture_grid(
         file,
         [
-            (f"drawn: {options}", measured.samples[:_SHOWN]),
-            ("real, held out", to_float(first)[None]),
+            (f"diffusion: {options}", measured.samples[:_SHOWN]),
+            ("given", upper[None]),
+            ("autoregressive: completed", measured.completed),
+            ("real", real[None]),
         ],
         row_labels=CLASS_NAMES,
     )
     _print(console, measured, torch.device(device))
     console.print(
-        f"{file}: pictures that the model drew, and a column of real ones, which it never saw.",
+        f"{file}: clothes that diffusion drew; upper halves of pictures that no model ever saw, "
+        f"each completed in {_WAYS_ON} ways; the real ones.",
         highlight=False,
         soft_wrap=True,
     )
     return measured
 
 
-def _measure(
+def _complete(model: Any, real: Tensor) -> tuple[Tensor, float]:
+    """Upper halves of real (classes, C, H, W) with lower halves drawn, and how many a second."""
+    upper = real[:, :, : real.shape[2] // 2].to(next(model.parameters()).device)
+    start = time.perf_counter()
+    lower = model.sample(_WAYS_ON, cond=upper, seed=_SEED).cpu()  # waits for the device
+    rate = lower.shape[0] * lower.shape[1] / (time.perf_counter() - start)
+    return as_pictures(lower, upper.cpu(), stacked=True), rate
+
+
+def _draw(
     model: Any, seconds: float, samples: int, timed: int, say: Callable[[str], None]
-) -> Measured:
-    """Batches in the order plain, library, library, plain, ...; then the library's alone."""
+) -> tuple[Tensor, dict[str, list[float]], float]:
+    """Samples, samples a second of each batch in each way, and the difference of the ways.
+
+    Batches in the order plain, library, library, plain, ...; then the library's alone.
+    """
     cond = torch.arange(len(CLASS_NAMES), device=next(model.parameters()).device)
 
     def draw(way: str, batch: int, **changed: Any) -> tuple[Tensor, float]:
@@ -143,7 +171,7 @@ def _measure(
         parts.append(drawn[LIBRARY])
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
-    return Measured(torch.cat(parts), rates, difference, torch.get_num_threads())
+    return torch.cat(parts), rates, difference
 
 
 def _print(console: Console, measured: Measured, device: torch.device) -> None:
@@ -168,14 +196,18 @@ def _print(console: Console, measured: Measured, device: torch.device) -> None:
         if device.type == "cpu"
         else "the network is the same, and what differs are the ops around it"
     )
-    n, classes = measured.samples.shape[:2]
-    labels = torch.arange(classes).repeat(n)
-    drawn = class_accuracy(measured.samples.flatten(0, 1), labels)
+    shares, counts = [], []
+    for pictures in (measured.samples, measured.completed):
+        labels = torch.arange(pictures.shape[1]).repeat(len(pictures))
+        shares.append(class_accuracy(pictures.flatten(0, 1), labels))
+        counts.append(len(labels))
     lines = (
         f"This library to plain PyTorch, batch by batch: {ratio:.2f}; {why}.",
         f"Same weights, seed and numbers: largest difference {measured.difference:.1e} of [-1, 1].",
-        f"The shipped classifier puts {drawn:.1%} of {len(labels)} drawn pictures in the asked "
-        f"class, and {held_out_accuracy():.1%} of 1000 real ones.",
+        f"The shipped classifier puts {shares[0]:.1%} of {counts[0]} drawn pictures in the asked "
+        f"class, {shares[1]:.1%} of {counts[1]} completed ones in that of their upper half, and "
+        f"{held_out_accuracy():.1%} of 1000 real ones.",
+        f"{counts[1]} upper halves completed, {measured.completions:.3g} a second.",
     )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -30,10 +30,18 @@ class Model(nn.Module):
     phases: ClassVar[tuple[str, ...]] = ("model",)  # of one training step, in this order
     config: Any  # frozen dataclass; also the annotation of the constructor's argument `config`
     sampling_config: ClassVar[type[Any]]  # frozen dataclass: the solver options of `sample`
+    # Samples are values drawn one after another: round-off changes nothing, or, if it tips one
+    # over, all that follow.
+    discrete: ClassVar[bool] = False
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         """The parameters that a phase updates; no parameter is in two phases."""
         return list(self.parameters())
+
+    def compile_networks(self, mode: str) -> None:
+        """Puts what `sample` runs of the networks under torch.compile, in one of its modes."""
+        for network in self.children():
+            network.compile(mode=mode, dynamic=False)
 
     def loss(
         self,

@@ -224,6 +224,34 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    def step(
+        self,
+        tokens: Tensor,
+        place: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        prefix_keys: Tensor,
+        prefix_values: Tensor,
+        **attention: Any,
+    ) -> Tensor:
+        """Logits (B, outputs) after one more token of each row (B,).
+
+        place: the learned vector of its position, or None. Caches (layers, B, S, H_kv, D) hold
+        `lengths` tokens of each row and take one more; prefixes are (layers, P, M, H_kv, D).
+        attention: further arguments of `cgkernels.decode_attention`.
+        """
+        x = self.embedding(tokens)
+        x = x if place is None else x + place
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            x = block.step(
+                x, keys[i], values[i], lengths,
+                prefix_k=prefix_keys[i], prefix_v=prefix_values[i],
+                rope_interleaved=self.config.interleaved, **attention,
+            )  # fmt: skip
+        return fused_linear(x, self.head, self.norm)
+
     def int8(self) -> "Transformer":
         """A copy for sampling and likelihoods, with weights of 8 bits in all linear layers."""
         twin = copy.deepcopy(self)

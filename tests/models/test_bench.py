@@ -1,6 +1,7 @@
 """cgm bench: the three ways draw the same samples, and what is written says how fast."""
 
 import csv
+import itertools
 import time
 
 import pytest
@@ -10,7 +11,8 @@ from rich.console import Console
 
 import cgkernels
 from cgm import bench as module
-from cgm.bench import bench, compiled_copy, conditions, model_call
+from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
+from cgm.bench import CHECKPOINT, bench, compiled_copy, conditions, difference_of, model_call
 from cgm.checkpoints import drawable_names
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import make_model
@@ -73,11 +75,11 @@ def test_the_compiled_copy_is_another_model():
 
 
 def test_table_and_files(tmp_path, tiny, capsys):
-    (name,) = drawable_names()
+    names = drawable_names()
     ways = ["plain", "fused"]
     results = bench(tmp_path, ways=ways, rows=4, seconds=0.05, console=tiny)
     out = capsys.readouterr().out
-    assert [r.way for r in results] == ways and {r.model for r in results} == {name}
+    assert [(r.model, r.way) for r in results] == list(itertools.product(names, ways))
     assert all(r.status == "ok" and r.p20 <= r.p50 <= r.p80 and r.difference == 0 for r in results)
     assert results[0].ratio == 1 and 0.2 < results[1].ratio < 5
     assert "plain" in out and "fused" in out and "Samples per second on CPU" in out
@@ -94,7 +96,9 @@ def test_rates_are_samples_a_second(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(
         module, "model_call", lambda *a, **k: lambda: time.sleep(0.02) or slow.clone()
     )
-    (result,) = bench(tmp_path, ways=["plain"], rows=4, seconds=0.05, console=tiny)
+    (result,) = bench(
+        tmp_path, models=[CHECKPOINT], ways=["plain"], rows=4, seconds=0.05, console=tiny
+    )
     assert 100 < result.p50 <= 200
 
 
@@ -104,7 +108,12 @@ def test_a_way_that_fails_is_a_row(tmp_path, tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "compiled_copy", no_compiler)
     fused, compiled = bench(
-        tmp_path, ways=["fused", "compiled"], rows=1, seconds=0.01, console=tiny
+        tmp_path,
+        models=[CHECKPOINT],
+        ways=["fused", "compiled"],
+        rows=1,
+        seconds=0.01,
+        console=tiny,
     )
     assert compiled.status == "failed: RuntimeError: no C++ compiler was found"
     assert fused.status == "ok" and fused.ratio is None and compiled.p50 is None
@@ -124,10 +133,39 @@ def test_a_way_that_draws_something_else_is_refused(tmp_path, tiny, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_one_discrete_sample_in_four_may_differ():
+    continuous, discrete = small("none"), small("none")
+    discrete.discrete = True
+    expected = torch.zeros(8, 1, 2, 2)
+    found = expected.clone()
+    found[3, 0, 1, 1], found[6, 0, 0, 1] = -1, 0.5
+    assert difference_of(continuous, found, expected) == 1
+    assert difference_of(discrete, found, expected) == 0
+    found[0] = 0.25
+    assert difference_of(discrete, found, expected) == 0.25
+    assert difference_of(discrete, found[3:4], expected[:1]) == 1
+
+
+def test_the_token_step_is_what_is_compiled():
+    config = AutoregressiveConfig(event_shape=(1, 2, 3), layers=1, width=8, heads=1, hidden=8)
+    model = make_model(ConditionalTransformer, config).eval()
+    twin = compiled_copy(model)
+    assert twin.transformer.step is not model.transformer.step
+    assert "step" in vars(twin.transformer) and "step" not in vars(model.transformer)
+    drawn = [
+        model_call(of, way, None, rows=3)()
+        for of, way in ((model, "fused"), (model, "plain"), (twin, "compiled"))
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"models": ["gpt"]}, "models must be of class_to_image_diffusion, got 'gpt'"),
+        (
+            {"models": ["gpt"]},
+            "models must be of class_to_image_diffusion, complete_autoregressive, got 'gpt'",
+        ),
         ({"ways": ["quick"]}, "ways must be of fused, plain, compiled, got 'quick'"),
         ({"ways": []}, "ways must be of fused, plain, compiled, got none"),
         ({"rows": 0}, "rows must be at least 1, got 0"),

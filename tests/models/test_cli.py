@@ -1,8 +1,10 @@
 """The command line: what a user types, and what comes of it."""
 
 import inspect
+import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,14 +75,23 @@ def test_help_lists_the_commands_without_torch():
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("[]")
-    for command in ("train FAMILY", "sample CHECKPOINT", "demo", "bench", "info"):
+    for command in (
+        "train FAMILY",
+        "sample CHECKPOINT",
+        "evaluate CHECKPOINT",
+        "demo",
+        "bench",
+        "info",
+    ):
         assert f"cgm {command} " in out.stdout
 
 
 def test_usage(cgm):
     assert cgm("")[0] == cgm("train")[0] == cgm("sample")[0] == cgm("train --task x")[0] == 2
     code, out, _ = cgm("train --help")
-    assert code == 0 and "one of diffusion." in out  # and no classifier: it generates nothing
+    assert (
+        code == 0 and "one of autoregressive, diffusion." in out
+    )  # and no classifier: it generates nothing
     code, out, _ = cgm("sample --help")
     assert code == 0 and "CHECKPOINT" in out
 
@@ -99,6 +110,8 @@ def comments(options):
         ("train diffusion --help", "training.", TrainingConfig),
         ("sample CHECKPOINT --help", "", cli.SampleOptions),
         ("sample CHECKPOINT --help", "", SamplingConfig),
+        ("evaluate CHECKPOINT --help", "", cli.EvaluateOptions),
+        ("evaluate CHECKPOINT --help", "", SamplingConfig),
         ("demo --help", "", cli.DemoOptions),
         ("bench --help", "", cli.BenchOptions),
     ],
@@ -129,6 +142,28 @@ def test_data_fields_are_no_flags(cgm, tmp_path):
     line = f"train diffusion --task complete --model.num-classes 3 --out {tmp_path / 'x'}"
     code, _, err = cgm(line)
     assert code == 2 and "--model.num-classes" in err and not (tmp_path / "x").exists()
+
+
+# Evaluate -----------------------------------------------------------------------------------------
+def test_evaluate_prints_what_is_measured(cgm, trained):
+    code, out, err = cgm(f"evaluate {trained['class_to_image']} --rows 20 --steps 1")
+    assert code == 0 and err == ""
+    assert "class_to_image on pictures of class_to_image that it never saw" in " ".join(out.split())
+    assert re.search(r"share of samples in the asked class\s*│\s*0\.\d+ │\s*│\s*20 │", out)
+
+
+def test_an_autoregressive_model_from_training_to_bits(cgm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = "--model.layers 1 --model.width 8 --model.heads 1 --model.hidden 8 --model.levels 2"
+    batch = "--training.steps 2 --training.batch-size 2"
+    code, out, err = cgm(f"train autoregressive --task complete {sizes} {batch}")
+    assert code == 0 and "step 2/2" in out and err == ""
+    code, out, err = cgm("sample runs/autoregressive-complete --rows 3 --n 2 --top-k 1 --int8")
+    assert code == 0 and "2 draws for each of 1" in out and err == ""
+    assert Image.open("samples.png").height > 28
+    code, out, err = cgm("evaluate runs/autoregressive-complete --rows 3")
+    assert code == 0 and err == "" and "bits per dimension, held out" in out
+    assert "of 8 bits, what is lost" in out
 
 
 # Train and sample ---------------------------------------------------------------------------------
@@ -276,9 +311,9 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("paint", "COMMAND must be one of train, sample, demo, bench, info, got 'paint'"),
-        ("train autoencoder", "FAMILY must be one of diffusion, got 'autoencoder'"),
-        ("train classifier", "FAMILY must be one of diffusion, got 'classifier'"),
+        ("paint", "COMMAND must be one of train, sample, evaluate, demo, bench, info, got 'paint'"),
+        ("train autoencoder", "FAMILY must be one of autoregressive, diffusion, got 'autoencoder'"),
+        ("train classifier", "FAMILY must be one of autoregressive, diffusion, got 'classifier'"),
         ("train diffusion --out {new}", "one of --task and --data"),
         ("train diffusion --task complete --data {tmp} --out {new}", "one of --task and --data"),
         ("train diffusion --task paint --out {new}", "one of class_to_image, complete, colorize"),
@@ -316,6 +351,12 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
         ("sample {complete} --out {png} --rows 1000", "--rows must be in [0, 999], got (1000,)"),
         ("sample {complete} --out {png} --rows 1 --cond {tmp}", "one of --rows and --cond"),
         ("sample {complete} --out {png} --cond {tmp}/corrupt/b.png", "b.png: cannot be read"),
+        ("evaluate {tmp}/classifier", "is a classifier, which draws nothing"),
+        ("evaluate {run} --rows 1", "rows must be from 2 to 1000, got 1"),
+        ("evaluate {run} --rows 9 --steps 0", "steps must be from 1"),
+        ("evaluate {complete} --rows 9", "model must have likelihoods, or draw the classes"),
+        ("evaluate {pairs}", "was not trained on a shipped task, so nothing is held out"),
+        ("train autoregressive --task complete --out {new} --model.heads 5", "heads must"),
         ("demo --out {tmp}/nothing", "out must be a folder"),
         ("bench --out {tmp}/nothing", "out must be a folder"),
         ("bench --ways slow --out {new}", "ways must be of fused, plain, compiled, got 'slow'"),
@@ -327,6 +368,10 @@ def test_user_errors(cgm, tmp_path, trained, line, words):
     picture(tmp_path / "corrupt" / "a.png", 32, 16)
     (tmp_path / "corrupt" / "b.png").write_bytes(b"\x89PNG and no more")
     save_model(tmp_path / "classifier", make_model(Classifier, ClassifierConfig()))
+    shutil.copytree(trained["class_to_image"], tmp_path / "pairs")
+    info = json.loads((tmp_path / "pairs" / "config.json").read_text())
+    info["data"]["name"] = "pairs"
+    (tmp_path / "pairs" / "config.json").write_text(json.dumps(info))
     (tmp_path / "truncated").mkdir()
     for file in ("config.json", "model.safetensors"):
         whole = (trained["class_to_image"] / file).read_bytes()
@@ -337,6 +382,7 @@ def test_user_errors(cgm, tmp_path, trained, line, words):
         "new": tmp_path / "new",
         "png": tmp_path / "a.png",
         "run": trained["class_to_image"],
+        "pairs": tmp_path / "pairs",
         "complete": trained["complete"],
     }
     before = everything_in(tmp_path)

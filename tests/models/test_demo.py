@@ -12,8 +12,10 @@ from rich.console import Console
 import cgm.demo
 import cgm.evaluation
 from cgkernels.library import using_reference
+from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.checkpoints import load_model, save_model
 from cgm.cli import main
+from cgm.data import load_task, to_float
 from cgm.demo import LIBRARY, PLAIN, SOLVER, demo
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import make_model
@@ -26,7 +28,13 @@ def tiny(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(cgm.demo.SOLVER, "steps", 3)
     save_model(tmp_path / "tiny", make_model(ConditionalDiffusion, config))
-    monkeypatch.setattr(cgm.demo, "shipped", lambda name: tmp_path / "tiny")
+    lower = AutoregressiveConfig(
+        event_shape=(1, 14, 28), cond_kind="image", cond_shape=(1, 14, 28), levels=2, layers=1,
+        width=8, heads=1, hidden=8,
+    )  # fmt: skip
+    save_model(tmp_path / "completing", make_model(ConditionalTransformer, lower))
+    folders = {cgm.demo.CHECKPOINT: "tiny", cgm.demo.COMPLETING: "completing"}
+    monkeypatch.setattr(cgm.demo, "shipped", lambda name: tmp_path / folders[name])
     monkeypatch.setattr(cgm.demo, "class_accuracy", lambda pictures, labels: 0.25)
     monkeypatch.setattr(cgm.demo, "held_out_accuracy", lambda: 0.75)
     return load_model(tmp_path / "tiny")
@@ -58,8 +66,17 @@ def test_draws_are_measured_in_turn_and_numbered_on(tiny, ways, tmp_path):
     expected = tiny.sample(6, cond=torch.arange(10), seed=0, **SOLVER)
     # Round-off: the network saw other batches.
     torch.testing.assert_close(measured.samples, expected, rtol=0, atol=1e-3)
-    for words in ("CPU", PLAIN, LIBRARY, "25.0% of 60 drawn", "75.0% of 1000 real", "0.0e+00"):
+    shares = ("25.0% of 60 drawn", "25.0% of 40 completed", "75.0% of 1000 real")
+    for words in ("CPU", PLAIN, LIBRARY, *shares, "0.0e+00", "40 upper halves completed, "):
         assert words in text.getvalue()
+    assert measured.completed.shape == (4, 10, 1, 28, 28) and measured.completions > 0
+    lower = measured.completed[:, :, :, 14:]
+    assert len(lower.unique()) == 2  # two levels, and different in each draw
+    assert not torch.equal(lower[0], lower[1])
+    real = load_task("class_to_image", "test")
+    first = torch.stack([real.y[real.cond == label][0] for label in range(10)])
+    upper = (to_float(first)[:, :, :14]).expand(4, -1, -1, -1, -1)
+    assert torch.equal(measured.completed[:, :, :, :14], upper)
     assert Image.open(tmp_path / "demo.png").height > 10 * 28
 
 
@@ -95,4 +112,8 @@ def test_shipped_model_draws_clothes(tmp_path):
     measured = demo(tmp_path, seconds=0.0, console=Console(file=io.StringIO()))
     labels = torch.arange(10).repeat(len(measured.samples))
     assert cgm.evaluation.class_accuracy(measured.samples.flatten(0, 1), labels) > 0.8
+    completed = cgm.evaluation.class_accuracy(
+        measured.completed.flatten(0, 1), torch.arange(10).repeat(len(measured.completed))
+    )
+    assert completed > 0.5
     assert Path(tmp_path / "demo.png").exists()

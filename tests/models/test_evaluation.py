@@ -9,10 +9,21 @@ import torch
 import torch.nn.functional as F
 
 from cgm import evaluation
-from cgm.checkpoints import read_config, shipped
-from cgm.data import load_task
-from cgm.evaluation import class_accuracy, held_out_accuracy, load_classifier, train_classifier
+from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer, dequantise
+from cgm.checkpoints import load_model, read_config, shipped
+from cgm.data import Dataset, load_task
+from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
+from cgm.evaluation import (
+    bits_per_dimension,
+    class_accuracy,
+    evaluate,
+    held_out_accuracy,
+    load_classifier,
+    train_classifier,
+)
+from cgm.families import make_model
 from cgm.networks.classifier import Classifier, ClassifierConfig
+from cgm.training import TrainingConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +110,85 @@ def test_other_sizes():
     model = Classifier(config)
     loss = model.loss(torch.zeros(2, 3, 20, 33), cond=torch.tensor([0, 3]), seed=1)
     assert loss["total"].shape == (2,) and model(torch.zeros(0, 3, 20, 33)).shape == (0, 4)
+
+
+# Likelihood ---------------------------------------------------------------------------------------
+def stripes(rows, seed=0):
+    """Pictures of four values in stripes, with noise, whose condition is the phase."""
+    generator = torch.Generator().manual_seed(seed)
+    phase = torch.randint(4, (rows,), generator=generator)
+    value = (torch.arange(16) + phase[:, None]) % 4
+    noise = torch.rand(rows, 16, generator=generator) < 0.1
+    value = torch.where(noise, torch.randint(4, (rows, 16), generator=generator), value)
+    pictures = ((dequantise(value, 4, (1, 4, 4)) + 1) * 127.5).round().to(torch.uint8)
+    return Dataset("stripes", pictures, phase, "class", 4)
+
+
+def untrained():
+    config = AutoregressiveConfig(
+        event_shape=(1, 4, 4), cond_kind="class", num_classes=4, levels=4, layers=2, width=32,
+        heads=2, hidden=64,
+    )  # fmt: skip
+    return make_model(ConditionalTransformer, config).eval()
+
+
+def test_bits_per_dimension_is_minus_log_prob():
+    model, data = untrained(), stripes(120)
+    batch = data.batch(torch.arange(120))
+    bits = bits_per_dimension(model, batch["y"], batch["cond"])
+    nats = -model.log_prob(batch["y"], cond=batch["cond"]).double()
+    torch.testing.assert_close(bits, nats / (16 * torch.tensor(2.0).double().log()))
+    assert abs(bits.mean() - 2) < 0.2  # four values, nothing learned
+
+
+def test_training_lowers_the_bits_and_uses_the_condition(tmp_path):
+    held_out = stripes(200, seed=1)
+    before = {m.name: m for m in evaluate(untrained(), held_out, rows=100)}
+    training = TrainingConfig(
+        steps=250, batch_size=32, learning_rate=3e-3, warmup=20, ema_decay=0.9, threads=1
+    )
+    model = train(untrained(), stripes(1000), training, tmp_path)
+    after = {m.name: m for m in evaluate(model, held_out, rows=100)}
+    bits = "bits per dimension, held out"
+    assert after[bits].value < before[bits].value - 0.5
+    assert after[bits].error > 0 and after[bits].rows == 100
+    assert after["... given another's condition"].value > after[bits].value + 0.02
+    own, other = "bits per dimension, samples", "... drawn given another's condition"
+    assert after[own].value < after[other].value - 0.02
+    lost = after["... of 8 bits, what is lost"]
+    assert abs(lost.value) < 0.05
+    assert after["... with weights of 8 bits"].value == pytest.approx(
+        after[bits].value + lost.value
+    )
+
+
+def test_class_accuracy_of_samples(monkeypatch):
+    drawn = []
+
+    def sample(self, n=None, *, cond, seed, steps):
+        drawn.append((seed, steps))
+        real = load_task("class_to_image", "test")
+        return real.batch(torch.arange(len(cond)))["y"]
+
+    monkeypatch.setattr(ConditionalDiffusion, "sample", sample)
+    config = DiffusionConfig(cond_kind="class", num_classes=10, channels=8, heads=2)
+    model = make_model(ConditionalDiffusion, config)
+    held_out = load_task("class_to_image", "test")
+    samples, real = evaluate(model, held_out, rows=300, seed=4, steps=5)
+    assert drawn == [(4, 5)] and samples.rows == 300 and samples.error is None
+    assert samples.value == class_accuracy(held_out.y[:300], held_out.cond[:300])
+    assert real.value == held_out_accuracy()
+    with pytest.raises(ValueError, match="rows must be from 2 to 1000, got 1001"):
+        evaluate(model, held_out, rows=1001)
+    with pytest.raises(ValueError, match="model must have likelihoods, or draw"):
+        evaluate(model, stripes(10), rows=5)
+
+
+@torch.no_grad()
+def test_shipped_model_knows_lower_halves_by_their_upper_ones():
+    model = load_model(shipped("complete_autoregressive"))
+    found = {m.name: m.value for m in evaluate(model, load_task("complete", "test"), rows=24)}
+    assert found["bits per dimension, held out"] < 1.3  # of at most 4
+    assert found["... given another's condition"] > found["bits per dimension, held out"] + 0.05
+    own, other = "bits per dimension, samples", "... drawn given another's condition"
+    assert found[other] > found[own] + 0.05
