@@ -11,8 +11,11 @@ from torch import Tensor
 
 from benchmarks.records import version_of
 from benchmarks.timing import Call, input_sets, name_of
+from cgm.bench import MODES
 
 Inputs = dict[str, Any]
+# Providers of the modes of torch.compile.
+COMPILED = {"default": "compile", **{mode: f"compile-{mode}" for mode in MODES[1:]}}
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ class OpCase:
     make: inputs of a shape, dtype, generator and device. ours and plain take them by keyword.
     cost: bytes that must be moved and operations that must be done, of a shape and an element's
     size. finish: what of the result is judged and timed, where that is more (a backward). sweep:
-    how it must grow.
+    how it must grow. exact: the truth that ours is judged against, where it is not ours run plainly
+    in float64. values: how many of each output make a judgement.
     """
 
     variant: str
@@ -148,6 +152,8 @@ class OpCase:
     peers: Callable[[], dict[str, Provider]] = dict
     sizes: Mapping[str, Size] = field(default_factory=lambda: SIZES)
     sweep: Sweep = Sweep("elements", tuple((rows, 4, 64, 64) for rows in (4, 8, 16, 32, 64)), 16)
+    exact: Callable[..., Any] | None = None
+    values: int = 256  # what the error budget needs
 
 
 def passes(passes: int, flops: int) -> Callable[[tuple[int, ...], int], tuple[int, int]]:

@@ -254,7 +254,7 @@ class ConditionalTransformer(Model):
         run = Decoder(
             self.transformer, prefix, order, total - known.shape[1], options,
             seed=seed, index=index, rope=self._rope(device), first=known.shape[1],
-            offsets=self._offsets(total, device),
+            offsets=self._offsets(total, device) if config.event_shape[0] > 1 else None,
         )  # fmt: skip
         values = torch.cat([known[of_condition], run.run()], 1)
         pictures = dequantise(values, config.levels, config.event_shape)

@@ -112,11 +112,12 @@ class Decoder:
         shape = (c.layers, len(order), max(1, length - 1), c.key_heads, c.head_size)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        self.lengths = torch.zeros(len(order), dtype=torch.int32, device=device)
+        # Together, so that one launch counts on: cached tokens of each row, the position (1,).
+        self.counts = torch.zeros(len(order) + 1, dtype=torch.int64, device=device)
+        self.lengths, self.position = self.counts[:-1], self.counts[-1:]
         self.prefix_length = torch.full(
             (len(prefix),), prefix.shape[1], dtype=torch.int32, device=device
         )
-        self.position = torch.zeros((), dtype=torch.int64, device=device)
         self._reset()
 
     def run(self) -> Tensor:
@@ -143,10 +144,10 @@ class Decoder:
         network = self.network
         token = self._draw()
         if self.offsets is not None:
-            token = token + self.offsets[self.position]
+            token = token + self.offsets.index_select(0, self.position)
         logits = network.step(
             token.repeat(self.copies),
-            None if network.positions is None else self.places[self.position],
+            None if network.positions is None else self.places.index_select(0, self.position),
             self.keys,
             self.values,
             self.lengths,
@@ -157,15 +158,14 @@ class Decoder:
             rope=self.rope,
         )
         self.logits.copy_(logits)
-        self.lengths.add_(1)
-        self.position.add_(1)
+        self.counts.add_(1)
 
     def _draw(self) -> Tensor:
         """The next token of each sample, which is also written."""
         token, _ = cgkernels.sample_logits(
-            self.logits, seed=self.seed, index=self.index, position=self.position, **self.drawing
+            self.logits, seed=self.seed, index=self.index, position=self.position[0], **self.drawing
         )
-        self.tokens.index_copy_(1, self.position[None], token[:, None])
+        self.tokens.index_copy_(1, self.position, token[:, None])
         return token
 
 
