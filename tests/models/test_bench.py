@@ -13,7 +13,6 @@ import cgkernels
 from cgm import bench as module
 from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.bench import CHECKPOINT, bench, compiled_copy, conditions, difference_of, model_call
-from cgm.checkpoints import drawable_names
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import make_model
 
@@ -75,7 +74,7 @@ def test_the_compiled_copy_is_another_model():
 
 
 def test_table_and_files(tmp_path, tiny, capsys):
-    names = drawable_names()
+    names = [CHECKPOINT]
     ways = ["plain", "fused"]
     results = bench(tmp_path, ways=ways, rows=4, seconds=0.05, console=tiny)
     out = capsys.readouterr().out
