@@ -263,34 +263,29 @@ def _merge(
     lane, D: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Partial results 0 .. splits - 1 of each lane, in this order, whoever made them."""
-    most = tl.max(tl.where(mask, splits, 0), 0)
-    peaks = tl.full((M, 256 // M), float("-inf"), tl.float32)
-    for start in range(0, most, 256 // M):
-        i = start + tl.arange(0, 256 // M)
-        at = (part[:, None] + i[None, :]) * (2 * LANES) + lane[:, None]
-        inside = mask[:, None] & (i[None, :] < splits[:, None])
-        peak = tl.load(peak_ptr + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        peaks = tl.maximum(peaks, peak)
-    highest = tl.max(peaks, 1)
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    peak = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, d.shape[0]), tl.float32)
-    for start in range(0, most, AT_ONCE):
+    for start in range(0, tl.max(tl.where(mask, splits, 0), 0), AT_ONCE):
         for j in tl.static_range(AT_ONCE):  # so many loads in flight
             inside = mask & (start + j < splits)
             at = (part + start + j) * LANES
             one = peak_ptr + 2 * at + lane
-            peak = tl.load(one, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            new = tl.load(one, mask=inside, other=float("-inf"), cache_modifier=".cg")
             sum = tl.load(one + LANES, mask=inside, other=0.0, cache_modifier=".cg")
-            weight = tl.exp2(peak - safe)
             value = tl.load(
                 acc_ptr + (at + lane)[:, None] * D + d[None, :],
                 mask=inside[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".cg",
             )  # fmt: skip
+            higher = tl.maximum(peak, new)
+            safe = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink, weight = tl.exp2(peak - safe), tl.exp2(new - safe)
             # Explicit, so that lanes of different tiles cannot be contracted differently.
-            total = tl.fma(weight, sum, total)
-            acc = tl.fma(tl.broadcast_to(weight[:, None], acc.shape), value, acc)
-    _write(out_ptr, lse_ptr, acc, highest, total, row, query, head, mask, queries, q_heads, d, D)
+            total = tl.fma(weight, sum, total * shrink)
+            weight = tl.broadcast_to(weight[:, None], acc.shape)
+            acc = tl.fma(weight, value, acc * shrink[:, None])
+            peak = higher
+    _write(out_ptr, lse_ptr, acc, peak, total, row, query, head, mask, queries, q_heads, d, D)
 
 
 @triton.jit
@@ -312,7 +307,7 @@ def _work(
     """
     APPEND: tl.constexpr = k_new_ptr is not None
     w, program = program % width, program // width
-    kv_head = program % kv_heads
+    kv_head = (program % kv_heads).to(tl.int64)
     unit = program // kv_heads
     j, d = tl.arange(0, M), tl.arange(0, D_PAD)
     if SHARED:
@@ -381,16 +376,15 @@ def _work(
         if first_split + w < end_split:
             q_position = place - pad + before
             if position_ptr is not None:
-                q_position = tl.load(position_ptr + row64 * queries + query, mask=mask, other=0).to(
-                    tl.int32
-                )
+                q_position = tl.load(position_ptr + row64 * queries + query, mask=mask, other=0)
             q = _rotated(
                 q_ptr, q_strides, row64, query, head, d, q_position,
                 mask[:, None] & (d < D)[None, :], cos_ptr, sin_ptr, positions, ROTARY, INTERLEAVED,
                 NEW_UNIT,
             ).to(q_ptr.dtype.element_ty)  # fmt: skip
             first = last - window + 1
-            for split in range(first_split + w, end_split, width):
+            # What is the same for all splits is computed again: kept in registers, it spills.
+            for split in tl.range(first_split + w, end_split, width, disable_licm=True):
                 acc = tl.zeros((M, D_PAD), tl.float32)
                 peak = tl.full((M,), float("-inf"), tl.float32)
                 total = tl.zeros((M,), tl.float32)
@@ -405,10 +399,8 @@ def _work(
                         inside = (index < split_hi)[:, None] & (d < D)[None, :]
                         position = index - pad + before
                         if position_ptr is not None:
-                            position = tl.load(
-                                position_ptr + row64 * queries + token, mask=index < split_hi,
-                                other=0,
-                            ).to(tl.int32)  # fmt: skip
+                            at = position_ptr + row64 * queries + token
+                            position = tl.load(at, mask=index < split_hi, other=0)
                         k = _rotated(
                             k_new_ptr, k_new_strides, row64, token, kv_head, d, position,
                             inside, cos_ptr, sin_ptr, positions, ROTARY, INTERLEAVED, NEW_UNIT,
@@ -526,23 +518,18 @@ def _kernel(
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_config(head_size, dtype):
+def _launch_config(head_size, itemsize):
     """Sizes that may depend on nothing else, or a row would depend on its batch.
 
     A split is 32 to 128 KiB of keys and values, what one program streams in about as long as it
     takes to start one; a block of both, three times for the pipeline, fits the 99 KiB of sm_120.
     """
-    pad = max(16, triton.next_power_of_2(head_size))
-    wide = pad > 128
-    if dtype == torch.float32:
-        return {
-            "D": head_size, "D_PAD": pad, "SPLIT": 128, "BLOCK": 16, "STAGES": 2,
-            "num_warps": 8 if wide else 4,
-        }  # fmt: skip
-    return {
-        "D": head_size, "D_PAD": pad, "SPLIT": 128 if wide else 256, "BLOCK": 32 if wide else 64,
-        "STAGES": 3, "num_warps": 8 if wide else 4,
-    }  # fmt: skip
+    wide = head_size > 128
+    if itemsize == 4:
+        return {"SPLIT": 128, "BLOCK": 16, "STAGES": 2, "num_warps": 8 if wide else 4}
+    if wide:
+        return {"SPLIT": 128, "BLOCK": 32, "STAGES": 3, "num_warps": 8}
+    return {"SPLIT": 256, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
 
 
 def _width(others, splits):
@@ -574,7 +561,7 @@ def _launch_append(
     rows, queries, q_heads, head_size = q.shape
     capacity, kv_heads = k_cache.shape[1:3]
     group = q_heads // kv_heads
-    config = _launch_config(head_size, q.dtype)
+    config = _launch_config(head_size, q.element_size())
     # 64 lanes would spill; float32 has no tensor cores, which more lanes than needed slow down.
     shared_tile = 16 if q.dtype == torch.float32 else 32
     lanes = min(shared_tile, triton.next_power_of_2(queries * group))
@@ -614,6 +601,7 @@ def _launch_append(
         rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity,
         0 if cos is None else cos.shape[0], chunks, slots, width, prefix_programs, prefix_width,
         tiles_each, window, scale, softcap, TILE=max(16, lanes), SHARED_TILE=shared_tile,
+        D=head_size, D_PAD=max(16, triton.next_power_of_2(head_size)),
         ROTARY=0 if cos is None else 2 * cos.shape[1], INTERLEAVED=interleaved,
         SOFTCAP=softcap != 0, LANES=lanes, UNIT=unit, NEW_UNIT=new_unit,
         enable_fp_fusion=True,
@@ -640,19 +628,20 @@ def _with_strides(unit, *tensors):
 
 def _launches() -> Iterator[Launch]:
     for label, bits, inputs in _meta_inputs():
-        args = {**inputs, "k_new": None, "v_new": None}
-        yield Launch(label, partial(_launch_append, **args), bits)
+        yield Launch(label, partial(_launch_fwd, *inputs.values()), bits)
 
 
 def _append_launches() -> Iterator[Launch]:
     for label, bits, inputs in _meta_inputs():
         q, (kv_heads, head_size) = inputs["q"], inputs["k_cache"].shape[2:]
         new = q.new_empty(q.shape[0], q.shape[1], kv_heads, head_size)
-        yield Launch(label, partial(_launch_append, **inputs, k_new=new, v_new=new), bits)
+        values = [*inputs.values()]
+        values[4:4] = [new, new]
+        yield Launch(label, partial(_launch_append, *values), bits)
 
 
 def _meta_inputs():
-    """(label, bits of loads and stores, arguments of both launchers but the new tokens)."""
+    """(label, bits of loads and stores, arguments but the new tokens in the order of the op)."""
 
     def inputs(dtype, head_size, queries=1, heads=(12, 12), heads_first=False, **options):
         rows, (q_heads, kv_heads) = 8, heads
@@ -684,7 +673,7 @@ def _meta_inputs():
         grouped = inputs(dtype, 128, heads=(32, 8), **shared(dtype, 8, 128))
         yield f"prefix {dtype}", 0, grouped  # scans of prefix_id are narrow
     half = torch.bfloat16
-    for head_size, bits in ((32, 128), (80, 128), (96, 128), (100, 64)):
+    for head_size, bits in ((32, 64), (80, 128), (96, 128), (100, 64)):
         yield f"D {head_size}", bits, inputs(half, head_size)
     table = torch.empty(4096, 32, device="meta")
     for interleaved in (False, True):
@@ -725,7 +714,7 @@ def _cpu_append(
     q, k_cache, v_cache, lengths, k_new, v_new, cos, sin, position, prefix_k, prefix_v,
     prefix_length, prefix_id, left_pad, interleaved, window, softcap, scale,
 ):  # fmt: skip
-    """Neighbouring rows that see the same tokens at once, on views of caches and prefixes."""
+    """Neighbouring rows that see as many tokens at once, on views of caches and prefixes."""
     out, lse = _outputs(q)
     if out.numel() == 0:
         return out, lse
@@ -734,45 +723,54 @@ def _cpu_append(
     group = q_heads // kv_heads
     counts = (lengths, left_pad, prefix_k, prefix_length, prefix_id, k_cache.shape[1])
     plan = _cpu_plan(*counts, 0 if k_new is None else queries)
+    places = [before + end - pad - queries for end, pad, before, _ in plan]  # of first queries
     if cos is not None:
-        first = {before + end - pad - queries for end, pad, before, _ in plan}
-        if position is None and len(first) == 1 and 0 <= min(first) <= cos.shape[0] - queries:
+        both = q if k_new is None else torch.cat([q, k_new], 2)
+        first = places[0]
+        if position is None and len(set(places)) == 1 and 0 <= first <= cos.shape[0] - queries:
             # The usual case: all rows stand at one place, and their angles are a view.
-            c, s = (t[min(first) : min(first) + queries] for t in (cos, sin))
-            q, k_new = (x if x is None else _turned(x, c, s, interleaved) for x in (q, k_new))
+            c, s = (t[first : first + queries] for t in (cos, sin))
+            both = _turned(both, c, s, interleaved)
         else:
             if position is None:
-                places = [[before + end - pad - queries] for end, pad, before, _ in plan]
-                position = torch.tensor(places) + torch.arange(queries)
-            q, k_new = (
-                x if x is None else rotated_ref(x, cos, sin, position, interleaved)
-                for x in (q, k_new)
-            )  # fmt: skip
+                position = torch.tensor(places)[:, None] + torch.arange(queries)
+            both = rotated_ref(both, cos, sin, position, interleaved)
+        q, k_new = both[:, :, :q_heads], None if k_new is None else both[:, :, q_heads:]
     q = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    see = partial(_cpu_part, queries, window, softcap, scale)
+    parts = []
     start = 0
-    for (end, pad, before, prefix), run in groupby(plan):
+    for (end, pad), run in groupby(row[:2] for row in plan):
         some = slice(start, start := start + len(list(run)))
         if end < 0:  # more tokens than the cache holds, or no prefix
-            out[some], lse[some] = torch.nan, torch.nan
+            parts.append((q[some] * torch.nan, q[some, ..., 0] * torch.nan))
             continue
         if k_new is not None:
-            k_cache[some, end - queries : end] = k_new[some]
-            v_cache[some, end - queries : end] = v_new[some]
-        place = before + end - pad - queries  # of the first query
-        see = partial(_cpu_part, q[some], place, queries, window, softcap, scale)
-        part, part_lse = see(k_cache[some], v_cache[some], max(pad, 0), end, before - pad)
-        if before:
-            k, v = (t[prefix].expand(part.shape[0], -1, -1, -1) for t in (prefix_k, prefix_v))
-            other, other_lse = see(k, v, 0, before, 0)
-            both = torch.logaddexp(part_lse, other_lse)
-            safe = both.masked_fill(both == -torch.inf, 0)
-            part = part * torch.exp(part_lse - safe)[..., None]
-            part = part + other * torch.exp(other_lse - safe)[..., None]
-            part_lse = both
-        part = part.unflatten(2, (group, queries)).permute(0, 3, 1, 2, 4)
-        out[some].unflatten(2, (kv_heads, group)).copy_(part)
-        lse[some].copy_(part_lse.flatten(1).view_as(lse[some]))
+            for cache, fresh in ((k_cache, k_new), (v_cache, v_new)):
+                cache[some].narrow(1, end - queries, queries).copy_(fresh[some])
+        parts.append(see(q[some], k_cache[some], v_cache[some], end - queries, max(pad, 0), end))
+    part, part_lse = _joined(parts)
+    if prefix_k is not None:
+        parts = []
+        for some, which, before, place in _prefix_runs(plan, places, queries, window):
+            shape = (some.stop - some.start, -1, -1, -1)
+            k, v = (t[which].expand(shape) for t in (prefix_k, prefix_v))
+            parts.append(see(q[some], k, v, place, 0, before))
+        other, other_lse = _joined(parts)
+        both = torch.logaddexp(part_lse, other_lse)
+        safe = both.masked_fill(both == -torch.inf, 0)
+        part = part * torch.exp(part_lse - safe)[..., None]
+        part = part + other * torch.exp(other_lse - safe)[..., None]
+        part_lse = both
+    part = part.unflatten(2, (group, queries)).permute(0, 3, 1, 2, 4)
+    out.unflatten(2, (kv_heads, group)).copy_(part)
+    lse.copy_(part_lse.flatten(1).view_as(lse))
     return out, lse
+
+
+def _joined(parts):
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _cpu_plan(lengths, left_pad, prefix_k, prefix_length, prefix_id, capacity, new):
@@ -783,22 +781,43 @@ def _cpu_plan(lengths, left_pad, prefix_k, prefix_length, prefix_id, capacity, n
         return [(end, pad, 0, 0) for end, pad in zip(ends, pads, strict=True)]
     prefixes, prefix_capacity = prefix_k.shape[:2]
     known = [n if 0 <= n <= prefix_capacity else -1 for n in prefix_length.tolist()]
-    befores = [known[p] if 0 <= p < prefixes else -1 for p in prefix_id.tolist()]
-    rows = zip(ends, pads, befores, prefix_id.tolist(), strict=True)
-    return [row if row[2] >= 0 else (-1, 0, 0, 0) for row in rows]
+    which = prefix_id.tolist()
+    befores = [known[p] if 0 <= p < prefixes else -1 for p in which]
+    rows = zip(ends, pads, befores, which, strict=True)
+    return [row if row[0] >= 0 and row[2] >= 0 else (-1, 0, 0, 0) for row in rows]
 
 
-def _cpu_part(q, first, queries, window, softcap, scale, k, v, lo, hi, shift):
-    """Attention and log-sum-exp over tokens lo .. hi - 1, which have the places lo + shift .."""
-    lo = max(lo, first - window + 1 - shift)
-    hi = min(hi, first + queries - shift)
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
+def _prefix_runs(plan, places, queries, window):
+    """(rows, prefixes, their length, place of the first query): neighbours that one call serves.
+
+    Their prefixes are one, or one after another, so that neither has to be copied. Rows at other
+    places belong together as long as all their queries see the whole prefix.
+    """
+    kinds = [
+        (before, None if place >= before - 1 and place + queries <= window else place)
+        for (_, _, before, _), place in zip(plan, places, strict=True)
+    ]
+    start = 0
+    while start < len(plan):
+        stop, first, step = start + 1, plan[start][3], None
+        while stop < len(plan) and kinds[stop] == kinds[start]:
+            ahead = plan[stop][3] - plan[stop - 1][3]
+            if ahead not in ((0, 1) if step is None else (step,)):
+                break
+            stop, step = stop + 1, ahead
+        yield slice(start, stop), slice(first, plan[stop - 1][3] + 1), plan[start][2], places[start]
+        start = stop
+
+
+def _cpu_part(queries, window, softcap, scale, q, k, v, first, lo, hi):
+    """Attention and log-sum-exp over tokens lo .. hi - 1, for queries from the place `first` on."""
+    lo, hi = max(lo, first - window + 1), min(hi, first + queries)
     if lo >= hi:
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf)
     k, v = (t[:, lo:hi].transpose(1, 2).to(q.dtype) for t in (k, v))
     mask = hidden = None
-    if first < hi - 1 + shift or first + queries - 1 - window >= lo + shift:
-        place = torch.arange(lo, hi) + shift
+    if first < hi - 1 or first + queries - 1 - window >= lo:
+        place = torch.arange(lo, hi)
         last = first + torch.arange(queries)[:, None]
         hidden = ((place > last) | (place <= last - window)).repeat(q.shape[2] // queries, 1)
         mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)

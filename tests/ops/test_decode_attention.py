@@ -34,7 +34,7 @@ LAUNCHERS = {
 
 NAN = float("nan")
 ROWS = ("q", "k_cache", "v_cache", "lengths", "k_new", "v_new", "position", "prefix_id", "left_pad")
-SPLIT = {dtype: op._launch_config(64, dtype)["SPLIT"] for dtype in FLOATS}
+SPLIT = {dtype: op._launch_config(64, dtype.itemsize)["SPLIT"] for dtype in FLOATS}
 
 
 def inputs_of(
@@ -279,20 +279,52 @@ def test_a_prefix_is_the_beginning_of_a_cache():
         torch.testing.assert_close(run(alone)[:2], (out[b : b + 1], lse[b : b + 1]))
 
 
-def test_the_cpu_path_reads_the_live_slots_only_and_copies_none(monkeypatch):
-    """Views of the cache go to the fused attention, as long as the row is."""
+@pytest.fixture
+def attended(monkeypatch):
+    """(rows, tokens, memory) of the keys that go to the fused attention on the CPU."""
     seen = []
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def watched(q, k, v, **options):
-        seen.append((k.shape[2], k.untyped_storage().data_ptr()))
+        seen.append((k.shape[0], k.shape[2], k.untyped_storage().data_ptr()))
         return flash(q, k, v, **options)
 
-    inputs = inputs_of(rows=4, lengths=(5, 5, 11, 5), pads=(0, 0, 2, 0), capacity=500)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", watched)
+    return seen
+
+
+def test_the_cpu_path_reads_the_live_slots_only_and_copies_none(attended):
+    """Views of the cache go to the fused attention, as long as the row is."""
+    inputs = inputs_of(rows=4, lengths=(5, 5, 11, 5), pads=(0, 0, 2, 0), capacity=500)
     decode_attention(**inputs)
     storage = inputs["k_cache"].untyped_storage().data_ptr()
-    assert seen == [(6, storage), (10, storage), (6, storage)]
+    assert attended == [(2, 6, storage), (1, 10, storage), (1, 6, storage)]
+
+
+@pytest.mark.parametrize(
+    ("which", "lengths", "options", "runs"),
+    [
+        ([1] * 6, (3, 8, 3, 0, 4, 4), {}, [(6, 9)]),  # wherever in their own caches
+        ([0, 1, 2, 0, 1, 2], (3,) * 6, {}, [(3, 9), (3, 9)]),
+        ([0, 0, 1, 1, 2, 2], (3,) * 6, {}, [(2, 9)] * 3),
+        ([2, 1, 0, 3, 3, 0], (3,) * 6, {}, [(1, 9)] * 3 + [(2, 4), (1, 9)]),
+        ([0, 1, 2, 0, 1, 2], (3, 3, 3, 3, 4, 4), {"window": 8}, [(3, 4), (1, 4), (2, 3)]),
+    ],
+)  # fmt: skip
+def test_the_cpu_path_takes_neighbouring_prefixes_at_once(which, lengths, options, runs, attended):
+    """One for all, or one after another, by views; the rows have the bits that they have alone."""
+    inputs = inputs_of(6, lengths=lengths, prefixes=(9, 9, 9, 4), prefix_id=which, **options)
+    whole = run(inputs)
+    alone = Sample("", decode_attention, inputs, (), tuple(n for n in ROWS if n in inputs))
+    attended.clear()
+    decode_attention(**{**inputs, **{n: inputs[n].clone() for n in WRITTEN}})
+    storage = inputs["prefix_k"].untyped_storage().data_ptr()
+    assert [(rows, n) for rows, n, memory in attended if memory == storage] == runs
+    exact = tuple(t.float() for t in by_hand(inputs))
+    torch.testing.assert_close(whole[:2], exact, rtol=1e-5, atol=1e-6)
+    for i in range(6):
+        part = run(alone.take([i]).inputs)
+        assert_equal(part, tuple(t[i : i + 1] for t in whole), equal_nan=True)
 
 
 def test_reference_is_differentiable():
@@ -420,7 +452,7 @@ def on(inputs, device):
 @pytest.mark.parametrize("append", [True, False], ids=["append", "cached"])
 def test_lengths_around_every_edge(append, dtype, device):
     """Of a block and of a split, with NaN in the slots that hold nothing."""
-    split, block = SPLIT[dtype], op._launch_config(64, dtype)["BLOCK"]
+    split, block = SPLIT[dtype], op._launch_config(64, dtype.itemsize)["BLOCK"]
     lengths = [n + i for n in (0, block, split, 2 * split) for i in (-1, 0, 1) if n + i >= 0]
     options = {"append": append, "heads": (1, 1), "size": 64, "dtype": dtype}
     assert_kernel_is_accurate(device, inputs_of(len(lengths), lengths=lengths, **options))
@@ -440,7 +472,7 @@ def test_many_splits(dtype, device):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("size", [20, 32, 64, 80, 96, 100, 128, 256])
 def test_head_sizes(size, dtype, device):
-    split = op._launch_config(size, dtype)["SPLIT"]
+    split = op._launch_config(size, dtype.itemsize)["SPLIT"]
     options = {"size": size, "heads": (4, 2), "rotary": 16, "dtype": dtype}
     assert_kernel_is_accurate(device, inputs_of(2, lengths=(3, split + 9), **options))
 
@@ -485,6 +517,24 @@ def test_shared_prefixes(queries, dtype, device):
         prefixes=(split + 5, 9, 0, 2 * split), prefix_id=which, dtype=dtype,
     )  # fmt: skip
     assert_kernel_is_accurate(device, made, order_seed=1)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_windows_that_begin_inside_a_prefix(dtype, device):
+    """Rows of one tile then begin with different splits of it, or see nothing of it."""
+    split = SPLIT[dtype]
+    made = inputs_of(
+        5, 2, (2, 1), 32, (0, 3, split - 2, split + 1, 2 * split), prefixes=(2 * split + 5,),
+        prefix_id=[0] * 5, pads=(0, 2, 0, 1, 0), window=split + 4, dtype=dtype,
+    )  # fmt: skip
+    assert_kernel_is_accurate(device, made, order_seed=2)
+    sample = Sample("", decode_attention, on(made, device), (), tuple(n for n in ROWS if n in made))
+    with kernels(device):
+        whole = run(sample.inputs)
+        for i in range(5):
+            part = run(sample.take([i]).inputs)
+            assert_equal(part, tuple(t[i : i + 1] for t in whole), equal_nan=True)
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
@@ -586,9 +636,9 @@ def test_what_cannot_be_refused_is_not_a_number(append, device):
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_a_position_outside_the_tables_is_not_a_number(device):
-    made = inputs_of(rotary=8, device=device)
+    made = inputs_of(4, lengths=(0, 5, 11, 2), rotary=8, device=device)
     cos, sin = made["rope"]
-    position = torch.tensor([[3], [cos.shape[0]], [-1]], device=device)
+    position = torch.tensor([[3], [cos.shape[0]], [-1], [2**32 + 3]], device=device)
     args = (
         made["q"], made["k_cache"], made["v_cache"], made["lengths"], made["k_new"], made["v_new"],
         cos, sin, position, None, None, None, None, None, False, 2**30, 0.0, 0.2,
@@ -631,9 +681,10 @@ def test_tanh(device):
 def test_splits_depend_on_head_size_and_dtype_alone():
     for dtype in FLOATS:
         for size in (32, 64, 65, 128, 129, 256):
-            config = op._launch_config(size, dtype)
-            assert config["SPLIT"] % config["BLOCK"] == 0 and config["D_PAD"] >= size
-            assert 32 << 10 <= 2 * config["SPLIT"] * config["D_PAD"] * dtype.itemsize <= 256 << 10
+            config = op._launch_config(size, dtype.itemsize)
+            assert config["SPLIT"] % config["BLOCK"] == 0
+            padded = 1 << (size - 1).bit_length()
+            assert 32 << 10 <= 2 * config["SPLIT"] * padded * dtype.itemsize <= 256 << 10
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""Causal attention over whole sequences, their first tokens bidirectional where asked for.
+
+    out_i = sum_j softmax_j(cap(scale q_i . k_j)) v_j,   cap(s) = softcap tanh(s / softcap) or s
+    over j in (i - window, i], and over all j < bidirectional where i < bidirectional
+
+No op of its own but PyTorch's scaled_dot_product_attention, composed so that its kernels without a
+mask are taken wherever they fit: a mask of T x T keeps the fastest ones out.
+
+Shapes   q, out: (B, T, Hq, D); k, v: (B, T, Hkv, D), Hkv a divisor of Hq.
+Dtypes   float32, float16, bfloat16 (float64 on CPU), one for all; out has it too. In half types
+         the weights that values are multiplied with are rounded to the dtype.
+Backward by PyTorch: once. Twice, and in forward mode, inside reference() or within
+         torch.nn.attention.sdpa_kernel(SDPBackend.MATH), as PyTorch's fused kernels have neither.
+Source   arXiv:1706.03762; bidirectional prefixes: arXiv:1910.10683; softcap: arXiv:2408.00118.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgkernels.checks import check_float, check_integers, check_same_device, check_shape
+from cgkernels.library import using_reference
+
+
+# Reference ----------------------------------------------------------------------------------------
+def prefill_attention_ref(q, k, v, bidirectional, left_pad, window, softcap, scale):
+    narrow, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    mask, blind = _mask(length, q.device, bidirectional, left_pad, window)
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k.repeat_interleave(group, 2),
+                                                      v.repeat_interleave(group, 2)))  # fmt: skip
+    score = scale * (q @ k.mT)
+    score = softcap * torch.tanh(score / softcap) if softcap else score
+    weight = score.masked_fill(~mask, -torch.inf).softmax(-1).to(narrow).to(dtype)
+    out = (weight @ v).transpose(1, 2)
+    return out if blind is None else out.masked_fill(blind, 0)
+
+
+def _mask(length, device, bidirectional, left_pad, window):
+    """What each query sees, (B or 1, 1, T, T), and which queries are padding, (B, T, 1, 1).
+
+    Padding sees itself, lest a softmax be taken over nothing; its outputs are put to zero.
+    """
+    at = torch.arange(length, device=device)
+    ahead = at - at[:, None]  # of the key, (T, T)
+    seen = (ahead <= 0) & (ahead > -window)
+    start = at.new_zeros(1) if left_pad is None else left_pad
+    inside = at < (start + bidirectional)[:, None]  # of the bidirectional block, (B, T)
+    seen = seen | (inside[:, :, None] & inside[:, None])
+    padding = at < start[:, None]
+    seen = (seen & ~padding[:, None]) | (ahead == 0)
+    return seen[:, None], None if left_pad is None else padding[:, :, None, None]
+
+
+# Composition --------------------------------------------------------------------------------------
+def _composed(q, k, v, bidirectional, left_pad, window, scale):
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    whole = left_pad is None and window >= length and not isinstance(bidirectional, Tensor)
+    if not whole:
+        mask, blind = _mask(length, q.device, bidirectional, left_pad, window)
+        # Kernels that take a mask take no groups.
+        k, v = (t if group == 1 else t.repeat_interleave(group, 2) for t in (k, v))
+        out = _attend(q, k, v, scale, attn_mask=mask)
+        return out if blind is None else out.masked_fill(blind, 0)
+    if bidirectional == length:
+        return _attend(q, k, v, scale)
+    out = _attend(q, k, v, scale, is_causal=True)
+    if bidirectional <= 1:
+        return out
+    # The square of the block once more: less than what a mask would cost, and is_causal would align
+    # the first of the later queries, not the last, with the first key.
+    block = _attend(q[:, :bidirectional], k[:, :bidirectional], v[:, :bidirectional], scale)
+    return torch.cat([block, out[:, bidirectional:]], 1)
+
+
+def _attend(q, k, v, scale, **how):
+    how |= {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # no symbol, in a trace
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, **how).transpose(1, 2)
+
+
+# Public function ----------------------------------------------------------------------------------
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bidirectional: int | Tensor = 0,
+    left_pad: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of every token over those before it, as in training and for a prefix.
+
+    What `decode_attention` computes token by token, at once and with gradients: the same k and v
+    fill its cache or its shared prefix. Keys and queries come rotated, where they are.
+
+    Args:
+        q: (B, T, Hq, D). Any strides, as for all that follow.
+        k, v: (B, T, Hkv, D), Hkv a divisor of Hq.
+        bidirectional: the first so many tokens of a row, counted after its padding, all see one
+            another, whatever the window (a prefix language model); a number for all rows or (B,)
+            integers.
+        left_pad: (B,) integer, tokens at the start of a row that nobody sees, and which give zero;
+            default 0.
+        window: each token sees the last `window` tokens, itself included; default all.
+        softcap: scores s become softcap tanh(s / softcap); default off.
+        scale: of scores; default 1 / sqrt(D).
+
+    Plain causal attention and one number of bidirectional tokens need no mask of T x T, the other
+    options do; softcap also has all scores in memory.
+
+    Returns:
+        (B, T, Hq, D) in q's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
+        >>> out = prefill_attention(q, k, v, bidirectional=3)
+        >>> torch.allclose(out[:, :3], prefill_attention(q, k, v)[:, :3])
+        False
+        >>> torch.allclose(out[:, 3:], prefill_attention(q, k, v)[:, 3:], atol=1e-6)
+        True
+    """
+    check_float(q=q, k=k, v=v)
+    if q.dim() != 4 or q.shape[3] == 0:
+        raise ValueError(f"q must have shape (B, T, Hq, D > 0), got {tuple(q.shape)}")
+    rows, length, heads, head_size = q.shape
+    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (rows, length, head_size):
+        raise ValueError(
+            f"k must have shape ({rows}, {length}, Hkv, {head_size}), got {tuple(k.shape)}"
+        )
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"k must have a divisor of q's {heads} heads, got {k.shape[2]}")
+    check_shape("v", v, tuple(k.shape))
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
+    check_same_device(q=q, k=k, v=v)
+    if isinstance(bidirectional, Tensor):
+        check_integers("bidirectional", bidirectional, (rows,), q.device, 0, length)
+    elif isinstance(bidirectional, bool) or not isinstance(bidirectional, int | torch.SymInt):
+        raise TypeError(f"bidirectional must be an int or a tensor, got {bidirectional!r}")
+    elif not 0 <= bidirectional <= length:
+        raise ValueError(f"bidirectional must be in [0, {length}], got {bidirectional}")
+    if left_pad is not None:
+        check_integers("left_pad", left_pad, (rows,), q.device, 0, length)
+    if window is not None and (isinstance(window, bool) or window < 1):
+        raise ValueError(f"window must be a positive number of tokens, got {window}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    scale = head_size**-0.5 if scale is None else scale
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+    window = length if window is None else window
+    if using_reference() or softcap is not None:
+        out = prefill_attention_ref(q, k, v, bidirectional, left_pad, window, softcap, scale)
+        return out.to(q.dtype)
+    return _composed(q, k, v, bidirectional, left_pad, window, scale)
