@@ -588,6 +588,30 @@ def test_a_row_has_the_same_bits_in_any_batch(shared, rows, dtype, device):
         assert_equal(part, tuple(t[some] for t in whole), equal_nan=True)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [2, 9, 70, 300])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_has_the_same_bits_in_any_batch_on_the_cpu(seed, rows, softcap):
+    """Many rows: a last bit that depends on the place in a vector is seen in one of thirty."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (3 * torch.randn(rows, n, 4, 8, generator=generator) for n in (1, 7, 7))
+    prefix = torch.randn(rows, 5, 4, 8, generator=generator)
+    lengths = torch.full((rows,), 3 + seed)
+
+    def attend(some):
+        return decode_attention(
+            q[some], k[some], v[some], lengths[some], prefix_k=prefix[some],
+            prefix_v=prefix[some], prefix_id=torch.arange(len(some)), softcap=softcap,
+            return_lse=True,
+        )  # fmt: skip
+
+    everything = torch.arange(rows)
+    whole = attend(everything)
+    order = torch.randperm(rows, generator=generator)
+    for some in (*everything[-40:].split(1), order[: rows // 2 + 1], order):
+        assert_equal(attend(some), tuple(t[some] for t in whole))
+
+
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_appending_is_the_same_as_having_appended(device):
     """To the bit: new tokens are read back from the cache."""
