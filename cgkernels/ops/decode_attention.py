@@ -768,28 +768,24 @@ def _cpu_append(
     return out, lse
 
 
+_MERGED_AT_ONCE = 64  # rows, on a CPU
+
+
 def _merged(part, lse, other, other_lse):
-    """Attention over the tokens of both, of each with its log-sum-exp."""
-    peak = torch.maximum(lse, other_lse)
-    safe = peak.masked_fill(peak == -torch.inf, 0)
-    weight, other_weight = _in_rows(
-        torch.exp, torch.stack([lse - safe, other_lse - safe], 1)
-    ).unbind(1)
-    total = weight + other_weight
-    out = part * weight[..., None] + other * other_weight[..., None]
-    out = out / total.masked_fill(total == 0, 1)[..., None]
-    return out, peak + _in_rows(torch.log, total.masked_fill(total == 0, 1))
+    """Attention over the tokens of both, of each with its log-sum-exp.
 
-
-def _in_rows(function, x):
-    """function of x (B, ...) with each value at the same place of the CPU's vectors.
-
-    Vectors and what is left over beside them may differ in the last bit. So every row is padded to
-    whole vectors, and not more of them go at once than one thread takes.
+    PyTorch's vectors and what is left over beside them may differ in the last bit. So every row is
+    padded to whole vectors, and not more of them go at once than one thread takes.
     """
-    flat = F.pad(x.flatten(1), (0, -x[0].numel() % 64), value=1.0)
-    parts = [function(part) for part in flat.split(max(1, 2**14 // flat.shape[1]))]
-    return torch.cat(parts)[:, : x[0].numel()].view(x.shape)
+    if len(lse) > _MERGED_AT_ONCE:
+        parts = (t.split(_MERGED_AT_ONCE) for t in (part, lse, other, other_lse))
+        return _joined([_merged(*some) for some in zip(*parts, strict=True)])
+    count = lse[0].numel()
+    a, b = F.pad(torch.stack([lse, other_lse], 1).flatten(2), (0, -count % 64)).unbind(1)
+    both = torch.logaddexp(a, b)
+    weight = torch.exp(a - both).nan_to_num_(0)  # where both are -inf
+    both, weight = (t[:, :count].view(lse.shape) for t in (both, weight))
+    return other + weight[..., None] * (part - other), both
 
 
 def _joined(parts):
