@@ -25,24 +25,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgkernels
-from benchmarks import diffusion
-from benchmarks.opcase import Case, Extent, Inputs, OpCase, Provider, Size
+from benchmarks import attention, decoding, diffusion
+from benchmarks.generation import generation_cases
+from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, Size
 from benchmarks.records import OURS
 from benchmarks.timing import Call, name_of
 from cgkernels.testing import assert_within_budget, float32_normals
 from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
-from cgm.bench import MODES, SOLVERS, compiled_copy, conditions, difference_of, model_call
+from cgm.bench import SOLVERS, compiled_copy, conditions, difference_of, model_call
 from cgm.checkpoints import drawable_names, load_model, shipped
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import Model, make_model
 
-COMPILED = {"default": "compile", **{mode: f"compile-{mode}" for mode in MODES[1:]}}
-_LEAST_VALUES = 256  # what the error budget needs to be a judgement
 _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index alone
 
 
 # Ops ----------------------------------------------------------------------------------------------
-OP_CASES: dict[str, list[OpCase]] = {**diffusion.CASES}
+OP_CASES: dict[str, list[OpCase]] = {**diffusion.CASES, **attention.CASES, **decoding.CASES}
 
 
 def _op_case(
@@ -76,7 +75,7 @@ def _op_case(
 
 
 def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
-    """Ours on these inputs against float64, all sets together where one gives few values."""
+    """Ours on these inputs against the truth, all sets together where one gives few values."""
     results: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
     sets, extra = list(sets), 0
     while True:
@@ -84,15 +83,26 @@ def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
             ours = _outputs(op, op.ours, _fresh(given))
             with float32_normals():
                 plain = _outputs(op, _plainly(op.ours), _fresh(given))
-            exact = _outputs(op, _plainly(op.ours), _fresh(given, torch.float64))
+            exact = _outputs(op, _plainly(op.exact or op.ours), _fresh(given, torch.float64))
             results.append((ours, plain, exact))
         fewest = min(sum(r[0][i].numel() for r in results) for i in range(len(results[0][0])))
-        if fewest >= _LEAST_VALUES:
+        if fewest >= op.values:
             break
         extra += 1
         sets = [make(10_000 + extra, _device_of(sets[0]))]
     for of_output in range(len(results[0][0])):
-        assert_within_budget(*([r[i][of_output] for r in results] for i in range(3)))
+        ours, plain, exact = ([r[i][of_output] for r in results] for i in range(3))
+        if ours[0].is_floating_point():
+            assert_within_budget(ours, plain, exact)
+        else:
+            _assert_equal(ours, exact)
+
+
+def _assert_equal(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Whole numbers, such as tokens, have no budget."""
+    wrong = sum(int((a.cpu() != b).sum()) for a, b in zip(ours, exact, strict=True))
+    if wrong:
+        raise AssertionError(f"{wrong} of {sum(t.numel() for t in ours)} whole numbers are wrong")
 
 
 def _outputs(op: OpCase, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
@@ -353,6 +363,7 @@ def _model_cases(device: torch.device) -> Iterator[Case]:
                 "models", name, "", size, f"{batch.what}, {batch.rows}", batch.rows, rank,
                 make, solver,
             )  # fmt: skip
+    yield from generation_cases(device)
 
 
 def select(

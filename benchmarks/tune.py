@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -34,8 +34,9 @@ from benchmarks.opcase import Case
 from benchmarks.records import OURS
 from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows
+from cgkernels.ops import decode_attention, norm_linear, sample_logits
 
-Config = dict[str, int]
+Config = dict[str, Any]
 
 _SECONDS = 0.05  # of timing for each candidate on each case
 
@@ -95,15 +96,59 @@ def _row_blocks(numel: int, dense: bool) -> Iterator[Config]:
                 yield {"BLOCK": block, "num_warps": warps}
 
 
+def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
+    """Splits of 16 to 256 KiB of keys and values, in blocks of 2 to 32 KiB of each."""
+    token = itemsize << (head_size - 1).bit_length()
+    for split, block in product((64, 128, 256, 512), (16, 32, 64, 128)):
+        fits = block < split and 2 << 10 <= block * token <= 32 << 10
+        if fits and 16 << 10 <= 2 * split * token <= 256 << 10:
+            for stages, warps in product((2, 3), (4, 8)):
+                yield {"SPLIT": split, "BLOCK": block, "STAGES": stages, "num_warps": warps}
+
+
 _ROWS = Tunable(rows, "row_block", _row_blocks)
+
+
+def _linear_tiles(
+    channels: int, features: int, dtype: torch.dtype, activation: str | None
+) -> Iterator[Config]:
+    """Tiles of 16 to 64 rows of the weight; of the features all, or parts of 256 or more."""
+    few = [n for n in (1, 2, 4, 8) if n == 1 or features >= 256 * n]
+    for block_n, block_k, warps, splits in product((16, 32, 64), (64, 128), (1, 2, 4), few):
+        if block_n * block_k > 4096:
+            continue
+        split = block_k * math.ceil(features / (splits * block_k))
+        yield {
+            "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
+            "SPLITS": math.ceil(features / split), "STAGES": 4, "num_warps": warps,
+            "maxnreg": None,
+        }  # fmt: skip
+
+
+def _vocabulary_walks(vocabulary: int) -> Iterator[Config]:
+    """A row in registers where 32 of each thread's hold it; pieces of 4 to 16 tokens a thread."""
+    whole = max(128, 2 ** (vocabulary - 1).bit_length())
+    for warps, tokens in product((1, 2, 4, 8, 16, 32), (4, 8, 16)):
+        piece = 32 * warps * tokens
+        if piece > whole:
+            continue
+        for held in (True, False) if whole <= min(16384, 32 * 32 * warps) else (False,):
+            yield {
+                "HELD": held, "BLOCK": whole if held else piece, "PIECE": piece,
+                "num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps)),
+            }  # fmt: skip
+
 
 TUNABLES = {
     "guided_step": _ROWS,
     "add_noise": _ROWS,
     "diffusion_loss": _ROWS,
     "philox_normal": _ROWS,
+    "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
+    "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
+    "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
 }
-"""For each op of the benchmarks; none of their kernels has a loop for num_stages to act on."""
+"""For each op of the benchmarks."""
 
 
 # Sweeps -------------------------------------------------------------------------------------------

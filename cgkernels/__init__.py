@@ -10,6 +10,7 @@ from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
 from cgkernels.ops.norm_linear import norm_linear
 from cgkernels.ops.philox_normal import philox_normal
+from cgkernels.ops.prefill_attention import prefill_attention
 from cgkernels.ops.sample_logits import sample_logits
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "guided_step_",
     "norm_linear",
     "philox_normal",
+    "prefill_attention",
     "reference",
     "sample_logits",
 ]

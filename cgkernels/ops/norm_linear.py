@@ -15,7 +15,7 @@ Source   RMSNorm: arXiv:1910.07467; LayerNorm: arXiv:1607.06450; GELU: arXiv:160
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ ACTIVATIONS = (None, "gelu", "gelu_tanh", "swiglu")
 
 # More rows than this are a matrix product, which cuBLAS and MKL do better.
 FEW_ROWS = 64
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 # 1. Reference -------------------------------------------------------------------------------------
@@ -330,10 +332,11 @@ def _launches() -> Iterator[Launch]:
             "bias": None, "residual": None, "norm": "rms", "activation": None, **options,
         }  # fmt: skip
         kind = "int8" if int8 else ""
-        run = partial(_launch, x, weight, **inputs, eps=1e-5)
+        args = (x, weight, *inputs.values(), 1e-5)
         # Scales and bias are too few for a full vector.
         bits = 64 if int8 else 32 if inputs["bias"] is not None else bits
-        return Launch(f"{label} {channels} x {features} {dtype} {kind}", run, bits)
+        name = f"{label} {channels} x {features} {dtype} {kind}"
+        return Launch(name, partial(_launch, *args), bits)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for channels, features in ((2304, 768), (768, 3072), (16384, 768)):
@@ -358,40 +361,147 @@ def _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activ
 
 
 def _plain(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
-    """The CPU path, and that of many rows on CUDA."""
-    out = _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps)
+    """The CPU path, and that of many rows on CUDA.
+
+    It skips what would change nothing: for one row of a small model each call of PyTorch is a
+    share of the time.
+    """
     if x.numel() == 0:
-        return out
-    h = x.reshape(-1, x.shape[-1]).contiguous()  # sums follow the layout
-    h = _normed_ref(h, norm_weight, norm_bias, norm, eps)
-    y = _affine_ref(_product(h, weight), scales, bias)
-    # PyTorch's vectors and the rest that is left over differ in their last bits: row by row, a
-    # value stays in its place.
-    parts = y.split(1) if activation is not None and len(h) <= FEW_ROWS else [y]
-    y = torch.cat([_activated_ref(part, activation) for part in parts]).view(out.shape)
-    return _added_ref(y, residual).to(x.dtype).contiguous()
+        return _fake(
+            x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps
+        )
+    h = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if norm is not None:
+        h = _normed(h.contiguous(), norm_weight, norm_bias, norm, eps)
+    transposed = weight.stride() == (1, len(weight))
+    if not transposed and not weight.is_contiguous():
+        weight = weight.contiguous()
+    product, activate = _product, _activated_ref
+    if len(h) <= FEW_ROWS and not x.is_cuda:
+        onednn = _wide(x) == torch.float32 and _onednn_keeps_rows(transposed)
+        product, activate = _by_halves if onednn else _by_rows, _activated_rows
+    y = _affine_ref(product(h, weight), scales, bias)
+    if activation is not None:
+        y = activate(y, activation)
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+    if residual is not None:
+        y += residual
+    return _as(x.dtype, y)
+
+
+def _as(dtype, x):
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _normed(x, norm_weight, norm_bias, norm, eps):
+    """As `_normed_ref`, in fewer steps; F.layer_norm loses what is small beside a mean."""
+    wide = _wide(x)
+    gain, shift = (None if t is None else _as(wide, t) for t in (norm_weight, norm_bias))
+    h = _as(wide, x)
+    if norm == "layer":
+        h = h - h.mean(-1, keepdim=True)
+    h = h * h.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    h = h if gain is None else h.mul_(gain)
+    h = h if shift is None else h.add_(shift)
+    return _as(x.dtype, h)
+
+
+def _activated_rows(y, activation):
+    """The activation of few rows, each value in the same place of a vector of the CPU.
+
+    PyTorch's vectors and what is left over beside them differ in their last bits. So rows go one by
+    one; those of swiglu, which do not touch, together, but for 2^15 values and more, which threads
+    would divide among them. GELU is oneDNN's, to which a place is nothing.
+    """
+    if activation == "gelu" and y.dtype == torch.float32 and y.shape[1] > 1 and _HAS_ONEDNN:
+        return F.gelu(y)
+    parts = y.split(max(1, (2**15 - 1) // y.shape[1]) if activation == "swiglu" else 1)
+    return torch.cat([_activated_ref(part, activation) for part in parts])
 
 
 def _product(h, weight):
-    """h weight^T in at least float32; a weight of another dtype is cast a part at a time."""
-    rows, features = h.shape
-    wide, few = _wide(h), len(h) <= FEW_ROWS
+    """h weight^T in at least float32."""
+    wide = _wide(h)
     dtype = h.dtype if h.is_cuda else wide  # cuBLAS multiplies half types and returns float32
-    size = len(weight)
-    if weight.dtype != dtype:  # parts of 512 KiB stay in a core's cache; a GPU takes larger ones
-        size = max(1, (2**24 if h.is_cuda else 2**17) // features)
-    # Rows that start at 64 bytes, all alike: MKL's order of summation follows the alignment.
-    aligned = h.new_empty(rows, features + -features % 16, dtype=dtype)[:, :features]
-    h = aligned.copy_(h) if few else h.to(dtype)
-    y = h.new_empty(rows, len(weight), dtype=wide)
-    for part, out in zip(weight.split(size), y.split(size, 1), strict=True):
-        part = part.to(dtype).t()
-        if few:  # a matrix-vector product for each row, so that none depends on the others
-            out.copy_(torch.bmm(h[:, None], part.expand(rows, -1, -1))[:, 0])
-        elif dtype != wide:
-            out.copy_(torch.mm(h, part, out_dtype=wide))
+    h, y = _as(dtype, h), h.new_empty(len(h), len(weight), dtype=wide)
+    for part, at in _parts(weight, dtype, 2**24 if h.is_cuda else 2**17):
+        if dtype != wide:
+            y[:, at] = torch.mm(h, part.t(), out_dtype=wide)
         else:
-            torch.mm(h, part, out=out)
+            torch.mm(h, part.t(), out=y[:, at])
+    return y
+
+
+def _parts(weight, dtype, size=2**17):
+    """A weight of another dtype is cast a part at a time: 2^17 numbers stay in a core's cache."""
+    step = len(weight) if weight.dtype == dtype else max(1, size // weight.shape[1])
+    for start in range(0, len(weight), step):
+        at = slice(start, start + step)
+        yield weight[at].to(dtype), at
+
+
+def _by_halves(h, weight):
+    """h weight^T by oneDNN, for rows that must not depend on each other.
+
+    It adds up in order, with errors that are twice those of other libraries. So the even and the
+    odd features are two rows, with zeros between, which are added at the end. One row comes out as
+    two, too: of one alone oneDNN would compute the product in another way.
+    """
+    rows, features = h.shape
+    h = torch.where(_even_and_odd(features), _as(torch.float32, h), 0)
+    h = h.reshape(2 * rows, features).contiguous()
+    if weight.dtype == torch.float32:
+        y = _onednn(h, weight)
+    else:
+        y = h.new_empty(2 * rows, len(weight))
+        for part, at in _parts(weight, torch.float32):
+            y[:, at] = _onednn(h, part)
+    return y[:rows].add_(y[rows:])
+
+
+@cache
+def _even_and_odd(features: int) -> Tensor:
+    even = torch.arange(features, device="cpu") % 2 == 0
+    return torch.stack([even, ~even])[:, None]
+
+
+def _onednn(h, weight):
+    return torch.ops.mkldnn._linear_pointwise(h, weight, None, "none", [], "none")
+
+
+@cache
+def _onednn_keeps_rows(transposed: bool) -> bool:
+    """Whether its products of two rows or more give a row the same bits in any batch.
+
+    oneDNN does not promise it, so it is tried: from version 3.12 on it does, on processors with
+    AVX2 or more; older ones only with a weight that is stored transposed.
+    """
+    if not _HAS_ONEDNN:
+        return False
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    numbers = torch.arange(464 * 385, dtype=torch.float32, device="cpu").sin_().view(464, 385)
+    h, weight = numbers[:64], numbers[64:]
+    weight = weight.t().contiguous().t() if transposed else weight
+    whole = _onednn(h, weight)
+    return all(torch.equal(_onednn(h[:rows], weight), whole[:rows]) for rows in (2, 3, 8, 17, 33))
+
+
+def _by_rows(h, weight):
+    """h weight^T in at least float32, by a matrix-vector product for each row.
+
+    MKL's order of summation follows the alignment: of the vector, whose rows here all start at 64
+    bytes, and of the result where the matrix is transposed, which here it is not. Two rows at
+    least, since of one alone it computes the product in another way.
+    """
+    rows, features = h.shape
+    dtype, weight = _wide(h), weight.contiguous()
+    aligned = h.new_zeros(max(2, rows), features + -features % 16, dtype=dtype)[:, :features]
+    aligned[:rows] = h
+    y = h.new_empty(rows, len(weight), dtype=dtype)
+    for part, at in _parts(weight, dtype):
+        matrices = part.t().expand(len(aligned), -1, -1)
+        y[:, at] = torch.bmm(aligned[:, None], matrices)[:rows, 0]
     return y
 
 
@@ -500,16 +610,16 @@ def norm_linear(
     if norm != "layer" and norm_bias is not None:
         raise ValueError("norm_bias must be None unless norm is 'layer'")
     channels = lines // 2 if activation == "swiglu" else lines
-    shapes = {
-        "norm_weight": (norm_weight, (features,)), "norm_bias": (norm_bias, (features,)),
-        "bias": (bias, (lines,)), "scales": (scales, (lines,)),
-        "residual": (residual, (*x.shape[:-1], channels)),
-    }  # fmt: skip
-    for name, (tensor, shape) in shapes.items():
+    for name, tensor, shape in (
+        ("norm_weight", norm_weight, (features,)), ("norm_bias", norm_bias, (features,)),
+        ("bias", bias, (lines,)), ("scales", scales, (lines,)),
+        ("residual", residual, (*x.shape[:-1], channels)),
+    ):  # fmt: skip
         if tensor is not None:
             check_float(**{name: tensor})
-            check_shape(name, tensor, shape)
-            check_same_device(x=x, **{name: tensor})
+            if tensor.shape != shape or tensor.device != x.device:
+                check_shape(name, tensor, shape)
+                check_same_device(x=x, **{name: tensor})
     check_same_device(x=x, weight=weight)
     if scales is not None and scales.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"scales must be float32, got {scales.dtype}")

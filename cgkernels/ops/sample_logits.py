@@ -222,12 +222,16 @@ def _search(
                 held, logits, uncond, scale, row, start, vocabulary, HELD, BLOCK
             )  # fmt: skip
             above = logit > edge
-            count += tl.sum(above.to(tl.int32), 0)
-            if BY_MASS:
-                mass = held_mass
-                if not HELD:
+            if BY_MASS and HELD:  # both in one number: the masses of a held row are below 2^45
+                counted = held_mass.to(tl.int64) + 35184372088832
+                both = tl.sum(tl.where(above, counted, 0), 0)
+                count += (both >> 45).to(tl.int32)
+                weight += both & 35184372088831
+            else:
+                count += tl.sum(above.to(tl.int32), 0)
+                if BY_MASS:
                     mass = _mass_of(logit, largest, inverse)
-                weight += tl.sum(tl.where(above, mass, 0).to(tl.int64), 0)
+                    weight += tl.sum(tl.where(above, mass, 0).to(tl.int64), 0)
         if not BY_MASS:
             weight += count
         enough = weight >= target
@@ -531,6 +535,7 @@ def _meta_inputs():
     hf = (number, None, number, None, "hf")
     odd = torch.empty(rows, 10007, device="meta")
     yield "top-p of hf, odd size", odd, None, None, hf, 0
+    yield "all filters, short odd rows", odd[:, :99], None, None, every, 0
 
 
 # 4. Registration ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """norm_linear: a norm, a linear layer and what follows it, in one launch for few rows."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -184,20 +185,82 @@ def test_a_large_mean_costs_no_digits():
     assert_within_budget(norm_linear(x, **inputs), by_modules(x, **inputs), exact)
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "by rows"])
+def product(request, monkeypatch):
+    """How the CPU multiplies a few rows: as it finds best, or as it can everywhere."""
+    if not request.param:
+        monkeypatch.setattr(op, "_onednn_keeps_rows", lambda transposed: False)
+
+
+@contextlib.contextmanager
+def threads(count) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "swiglu"])
 @pytest.mark.parametrize(("features", "channels"), [(33, 19), (65, 7), (385, 400)])
 def test_on_the_cpu_a_row_has_the_same_bits_in_any_batch(
-    features, channels, activation, int8, dtype
+    features, channels, activation, int8, dtype, product
 ):
     """In spite of MKL, whose sums follow sizes and alignment, and of vectorised loops."""
-    options = {"norm": "layer", "options": EVERYTHING, "activation": activation}
+    norm = "rms" if features == 65 else "layer"
+    options = EVERYTHING if norm == "layer" else ("norm_weight", "bias", "residual")
+    options = {"norm": norm, "options": options, "activation": activation}
     inputs = make_inputs((64, features), channels, dtype, int8=int8, **options)
     whole = norm_linear(**inputs)
     for rows in ([63], [5, 0], list(range(8)), list(range(30))[::-1]):
         taken = {name: inputs[name][rows] for name in ("x", "residual")}
         assert_equal(norm_linear(**{**inputs, **taken}), whole[rows])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("features", "channels", "activation"),
+    [(384, 512, "gelu"), (1537, 33, None), (64, 1100, "swiglu"), (1, 1, None)],
+)
+def test_on_the_cpu_batches_of_many_sizes_agree(
+    features, channels, activation, count, transposed, product
+):
+    options = {"norm": "rms", "options": ("bias", "residual"), "activation": activation}
+    inputs = make_inputs((64, features), channels, torch.float32, **options)
+    if transposed:
+        inputs["weight"] = inputs["weight"].t().contiguous().t()
+    with threads(count):
+        whole = norm_linear(**inputs)
+        for rows in (*range(1, 18), 33, 63):
+            taken = {name: inputs[name][64 - rows :] for name in ("x", "residual")}
+            assert_equal(norm_linear(**{**inputs, **taken}), whole[64 - rows :])
+
+
+@pytest.mark.parametrize("features", [384, 1536, 3072])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_long_sums_on_the_cpu_are_as_accurate_as_those_of_pytorch(rows, features, product):
+    inputs = make_inputs((rows, features), 1536, torch.float32)
+    exact = by_modules(**widened(inputs))
+    assert_within_budget(norm_linear(**inputs), by_modules(**inputs), exact)
+
+
+@pytest.mark.parametrize("strides", ["transposed", "every other", "expanded", "shifted"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_of_any_strides(int8, strides, product):
+    inputs = make_inputs((5, 40), 24, torch.float32, int8=int8, activation="gelu")
+    weight = inputs["weight"]
+    viewed = {
+        "transposed": lambda: weight.t().contiguous().t(),
+        "every other": lambda: weight.repeat_interleave(2, 0).repeat(1, 2)[::2, :40],
+        "expanded": lambda: weight[:1].expand(24, 40),
+        "shifted": lambda: torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view(24, 40),
+    }[strides]()
+    expected = norm_linear(**{**inputs, "weight": viewed.contiguous()})
+    torch.testing.assert_close(norm_linear(**{**inputs, "weight": viewed}), expected)
 
 
 def test_no_wide_copy_of_the_weight_is_made(monkeypatch):

@@ -289,6 +289,34 @@ def test_temperature_0_takes_the_first_of_the_largest(where):
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_temperature_0_takes_the_first_of_all_pieces(device):
+    x = torch.zeros(2, 600, device=device)
+    x[1, [300, 400, 599]] = 1
+    with rereading(), kernels(device):
+        token, _ = sample_logits(x, temperature=0, seed=0)
+    assert token.tolist() == [0, 300]
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_as_large_as_they_come(dtype, where):
+    """Kept sets and tokens; the difference of two logits may be infinite."""
+    largest = torch.finfo(dtype).max
+    x = torch.zeros(4, 70, dtype=dtype)
+    x[0, :3], x[0, 3] = largest, -largest
+    x[1] = -largest
+    x[2, ::2] = largest / 2
+    x[3, 5:] = -largest
+    for options in ({"top_k": 2}, {"top_p": 0.7}, {"temperature": 1e-30}, {"temperature": 1e30}):
+        expected = [sorted_reference(row, **options) for row in x]
+        with place(where) as device:
+            token, log_prob = sample_logits(x.to(device), seed=0, **options)
+        for row, kept in enumerate(expected):
+            assert token[row] in kept and log_prob[row].isfinite()
+        assert_equal(token.cpu(), sample_logits(x, seed=0, **options)[0])
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 128, 129, 1000, 4097, 16384])
 def test_kernels_draw_the_tokens_of_plain_pytorch(vocabulary, device):
     """To the last one: what decides is rounded in the same way everywhere."""
