@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cgkernels
 from benchmarks import attention, decoding, diffusion
-from benchmarks.generation import generation_cases
+from benchmarks.generation import decoding_cost, generation_cases
 from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, Size
 from benchmarks.records import OURS
 from benchmarks.timing import Call, name_of
@@ -179,12 +179,11 @@ def _model_case(
     }
     for mode, provider in COMPILED.items():
         providers[provider] = Provider(partial(compiled, mode), cuda=mode != "default")
-    weights = sum(p.nbytes for p in model.parameters())
-    samples = 4 * rows * math.prod(model.config.event_shape)
+    nbytes, flops = _model_cost(model, rows, solver)
     return Case(
         suite, name, variant, size, label, torch.float32, inputs, gate,
         providers | _PEER_LOOPS.get(model.family, lambda solver: {})(solver),
-        nbytes=weights + samples, flops=rows * _flops_of_one(model, solver), items=rows,
+        nbytes=nbytes, flops=flops, items=rows,
         source=type(model).__module__, rank=rank, extent=extent, rotate=False,
     )  # fmt: skip
 
@@ -194,12 +193,18 @@ def _shipped_model(name: str, device: torch.device) -> Any:
     return load_model(shipped(name), device)
 
 
-def _flops_of_one(model: Any, solver: dict[str, Any]) -> int:
-    """Of the matrix products and convolutions of one sample, counted by drawing it."""
+def _model_cost(model: Any, rows: int, solver: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that must be moved and operations that must be done to draw so many samples."""
+    values = math.prod(model.config.event_shape)
+    if isinstance(model, ConditionalTransformer):
+        prefix = model.config.prefix_length
+        return decoding_cost(model.transformer.config, rows, prefix, values, 4)
+    weights = sum(p.nbytes for p in model.parameters())
+    # Operations of the matrix products and convolutions of one sample, counted by drawing it.
     draw = model_call(model, "plain", conditions(model, 1), rows=1, **solver)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         draw()
-    return counter.get_total_flops()
+    return weights + 4 * rows * values, rows * counter.get_total_flops()
 
 
 def _judge_model(
@@ -296,7 +301,7 @@ def _growth_cases(device: torch.device) -> Iterator[Case]:
             partial(_untrained, ConditionalDiffusion, DiffusionConfig(event_shape=(1, side, side))),
             {"sampler": "ddim", "steps": 2}, Extent("pixels", side**2, 2.0),
         )  # fmt: skip
-    for side, rows in [(side, 2) for side in ((16, 32, 48, 64) if cuda else (8, 12, 16, 24))] + [
+    for side, rows in [(side, 2) for side in ((16, 32, 48, 64) if cuda else (6, 8, 12, 16))] + [
         (8, rows) for rows in ((64, 128, 256, 512) if cuda else (4, 8, 16, 32))
     ]:
         # A token a pixel, each of which sees all before it.

@@ -268,8 +268,17 @@ class ModelChecks:
         return f"within the error budget, differ by up to {(alone - batch).abs().max().item():.3g}"
 
     def never_waits(self) -> str:
-        if not {"graph", "steps"} <= self.options:
-            raise Skipped("its sampler has no options graph and steps")
-        counts = [cuda_syncs(partial(self.draw, graph=False, steps=n)) for n in (4, 8)]
-        assert counts[0] == counts[1], f"waits for the device {counts} times in 4 and 8 steps"
-        return f"waits {counts[0]} times, whatever the number of steps"
+        """Runs of different length wait equally often."""
+        runs: list[dict[str, Any]]
+        if "steps" in self.options:
+            runs = [{"steps": n} for n in (4, 8)]
+        elif self.model.discrete:  # with fewer rows given there are more values to draw
+            channels, height, width = self.model.config.event_shape
+            shape = (_ROWS if self.cond is not None else 1, channels, height - 1, width)
+            given = torch.zeros(shape, device=self.index.device)
+            runs = [{"given": given[:, :, :n]} for n in (height - 1, height - 2)]
+        else:
+            raise Skipped("its sampler has neither steps nor values to be given")
+        counts = [cuda_syncs(partial(self.draw, graph=False, **run)) for run in runs]
+        assert counts[0] == counts[1], f"waits for the device {counts} times in runs of two lengths"
+        return f"waits {counts[0]} times, whatever the length of the run"

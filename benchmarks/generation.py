@@ -111,8 +111,7 @@ def _case(of: Decode, dtype: torch.dtype, rank: int) -> Case:
     providers["transformers-static"] = Provider(
         partial(transformers, "static"), needs="transformers", cuda=True
     )
-    weights = sum(p.numel() for p in _network(config, dtype, torch.device("meta")).parameters())
-    nbytes, flops = _cost(of, weights, dtype.itemsize)
+    nbytes, flops = decoding_cost(config, of.rows, of.prompt, of.length, dtype.itemsize)
     return Case(
         "models", of.name, "greedy", f"b{of.rows}", f"{of.rows} x {of.prompt} + {of.length} tokens",
         dtype, inputs, partial(_gate, of), providers, nbytes=nbytes, flops=flops,
@@ -120,14 +119,22 @@ def _case(of: Decode, dtype: torch.dtype, rank: int) -> Case:
     )  # fmt: skip
 
 
-def _cost(of: Decode, weights: int, size: int) -> tuple[int, int]:
-    """Weights once a token step, and the keys and values that each row has by then."""
-    c = of.config
-    cached = 2 * c.layers * c.key_heads * c.head_size
-    seen = sum(of.prompt + i for i in range(of.length)) * of.rows
-    matrices = weights - c.length * c.width  # all but the positions; the embedding is the head
-    tokens = of.rows * (of.prompt + of.length)
-    return (of.length * matrices + seen * cached) * size, 2 * tokens * matrices + 2 * seen * cached
+def decoding_cost(
+    config: TransformerConfig, rows: int, prefix: int, length: int, size: int
+) -> tuple[int, int]:
+    """Bytes that must be moved and operations that must be done for so many tokens of some rows.
+
+    The weights are read once a token, and by then each row's keys and values.
+    """
+    c = config
+    matrices = c.layers * c.width * ((c.heads + 2 * c.key_heads) * c.head_size + c.width)
+    matrices += c.layers * c.width * c.hidden * (3 if c.activation == "swiglu" else 2)
+    matrices += c.width * (c.outputs or c.vocabulary)
+    seen = rows * sum(range(prefix, prefix + length))  # tokens, by all that are drawn
+    cached = 2 * c.layers * c.key_heads * c.head_size  # numbers of a token
+    attention = 4 * c.layers * c.heads * c.head_size * (seen + rows * prefix * (prefix + 1) // 2)
+    flops = 2 * rows * (prefix + length) * matrices + attention
+    return (length * matrices + seen * cached) * size, flops
 
 
 def _plainly(network: Transformer, prompt: Tensor, length: int) -> Tensor:

@@ -26,6 +26,7 @@ from benchmarks.timing import Ceilings, environment
 from cgkernels import library
 from cgkernels.ops import add_noise as op
 from cgm import diffusion
+from cgm.checkpoints import read_config, shipped
 from tests.support import kernels, launchers
 
 CPU = torch.device("cpu")
@@ -368,14 +369,12 @@ def test_growth_beyond_the_limit_is_a_problem(capsys):
 def test_every_op_and_model_is_swept():
     found = select("growth", CPU)
     swept = {case.name for case in found}
-    assert declared.OP_CASES.keys() <= swept and set(declared.drawable_names()) <= swept
-    assert {case.extent.name for case in found} >= {
-        "elements",
-        "batch",
-        "steps",
-        "pixels",
-        "context",
-    }
+    assert declared.OP_CASES.keys() <= swept
+    for name in declared.drawable_names():
+        family = read_config(shipped(name))["family"]
+        assert {name, f"untrained_{family}"} & swept
+    extents = {case.extent.name for case in found}
+    assert extents >= {"elements", "batch", "steps", "pixels", "context"}
     assert all(list(case.providers) == [OURS] for case in found)
 
 

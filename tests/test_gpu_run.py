@@ -20,6 +20,7 @@ from benchmarks.records import OURS, Row, Writer, read
 from benchmarks.timing import ROOT, Ceilings
 from cgkernels.library import LAUNCHES, OPS
 from cgkernels.ops import guided_step as step_op
+from cgm.autoregressive import dequantise
 from tests.test_benchmarks import ENVIRONMENT
 
 CPU = torch.device("cpu")
@@ -225,7 +226,15 @@ def test_models_are_judged(model, monkeypatch):
     assert model.graph_is_eager() == ""
     assert "equal to the bit" in (said := model.alone_is_batch()) or "budget" in said
     monkeypatch.setattr(correctness, "cuda_syncs", lambda call: len(call().shape))
-    assert model.never_waits() == "waits 4 times, whatever the number of steps"
+    assert model.never_waits() == "waits 4 times, whatever the length of the run"
+
+
+def test_waits_of_a_model_that_draws_values(monkeypatch):
+    checks, drawn = correctness.ModelChecks("complete_autoregressive", CPU), []
+    monkeypatch.setattr(correctness, "cuda_syncs", lambda call: drawn.append(call()) or 3)
+    assert checks.never_waits() == "waits 3 times, whatever the length of the run"
+    kept = [(sample == dequantise(torch.tensor([8]), 16, (1, 1, 1))).all(3) for sample in drawn]
+    assert kept[0][:, :, :13].all() and kept[1][:, :, :12].all() and not kept[1].all()
 
 
 def test_wrong_models_are_found(model, monkeypatch):
@@ -449,10 +458,10 @@ def test_all_stages(tmp_path, small, capsys):
     assert not runner.failed, runner.summary()
     keys = list(runner.last)
     assert keys[0].startswith("philox_normal: contiguous") and keys[1].startswith("graph of ")
-    assert [key.partition(": ")[2] for key in keys[2:5]] == [
-        "graph and eager", "alone and in a batch", "waits in the loop",
-    ]  # fmt: skip
-    assert keys[5:] == ["pytest -m cuda", f"time ops {small}", f"tune {small}", "winners"]
+    checks = ("graph and eager", "alone and in a batch", "waits in the loop")
+    models = [f"{name}: {check}" for name in declared.drawable_names() for check in checks]
+    assert keys[2:8] == models
+    assert keys[8:] == ["pytest -m cuda", f"time ops {small}", f"tune {small}", "winners"]
     (table,) = tmp_path.glob("*.csv")
     assert [row.provider for row in read(table)[1]] == [OURS]
     pasted = "if numel <= 784 and dense: return"

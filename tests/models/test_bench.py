@@ -76,7 +76,7 @@ def test_the_compiled_copy_is_another_model():
 def test_table_and_files(tmp_path, tiny, capsys):
     names = [CHECKPOINT]
     ways = ["plain", "fused"]
-    results = bench(tmp_path, ways=ways, rows=4, seconds=0.05, console=tiny)
+    results = bench(tmp_path, models=names, ways=ways, rows=4, seconds=0.05, console=tiny)
     out = capsys.readouterr().out
     assert [(r.model, r.way) for r in results] == list(itertools.product(names, ways))
     assert all(r.status == "ok" and r.p20 <= r.p50 <= r.p80 and r.difference == 0 for r in results)
