@@ -27,11 +27,11 @@ _HEAD = "op|launch|kernel|arch|warps|regs|stack|spills|shared / limit|load|store
 
 
 def compile_all(
-    ops: list[str], architectures: list[int]
+    ops: list[str], architectures: list[int], every: int = 1
 ) -> Iterator[tuple[str, str, int, list[KernelReport], list[str]]]:
-    """(op, label of the launch, architecture, reports, problems) of each launch."""
+    """(op, label of the launch, architecture, reports, problems) of each, or every n-th, launch."""
     for op in ops:
-        for launch in LAUNCHES[op]():
+        for launch in list(LAUNCHES[op]())[::every]:
             for arch in architectures:
                 try:
                     reports = compile_launch(launch, arch)

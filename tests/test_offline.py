@@ -194,6 +194,8 @@ def test_the_command_refuses_what_it_cannot_do():
 @pytest.mark.offline
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("op", sorted(LAUNCHES))
-def test_every_launch_of_an_op_compiles_well(op, arch):
-    found = [f"{label}: {p}" for _, label, _, _, ps in compile_all([op], [arch]) for p in ps]
+def test_launches_of_an_op_compile_well(op, arch):
+    """All of them for sm_90; a third for the others, which `python -m benchmarks.offline` tries."""
+    every = 1 if arch == 90 else 3
+    found = [f"{label}: {p}" for _, label, _, _, ps in compile_all([op], [arch], every) for p in ps]
     assert not found, "\n".join(found)
