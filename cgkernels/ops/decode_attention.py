@@ -846,11 +846,17 @@ def _cpu_part(queries, window, softcap, scale, q, k, v, first, lo, hi):
         out, lse = (torch.stack(values) for values in zip(*rows, strict=True))
     else:
         # What scaled_dot_product_attention runs on a CPU; only this entry has the log-sum-exp. It
-        # takes the last dimension for dense.
+        # takes the last dimension for dense. Of several threads each has its own scratch memory,
+        # whose alignment MKL's order of summation follows, and a row's place says which is its own.
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask, scale=scale
-        )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, attn_mask=mask, scale=scale
+            )
+        finally:
+            torch.set_num_threads(threads)
     if hidden is not None:
         blind = hidden.all(1)
         out, lse = out.masked_fill(blind[:, None], 0), lse.masked_fill(blind, -torch.inf)

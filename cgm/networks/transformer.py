@@ -169,10 +169,8 @@ class Block(nn.Module):
         q, k, v = self.heads_of(self.qkv(self.norm1(x)))
         if rope is not None:
             q, k = (rotate(t, *rope, interleaved=self.config.interleaved) for t in (q, k))
-        grouped = self.config.key_heads != self.config.heads
-        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
-        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        out = cgkernels.prefill_attention(q, k, v)
+        x = x + self.proj(out.flatten(2))
         return x + self.down(self.activate(self.up(self.norm2(x)))), k, v
 
     def step(

@@ -311,7 +311,9 @@ def test_the_cpu_path_reads_the_live_slots_only_and_copies_none(attended):
         ([0, 1, 2, 0, 1, 2], (3, 3, 3, 3, 4, 4), {"window": 8}, [(3, 4), (1, 4), (2, 3)]),
     ],
 )  # fmt: skip
-def test_the_cpu_path_takes_neighbouring_prefixes_at_once(which, lengths, options, runs, attended):
+def test_the_cpu_path_takes_neighbouring_prefixes_at_once(
+    which, lengths, options, runs, attended, several_threads
+):
     """One for all, or one after another, by views; the rows have the bits that they have alone."""
     inputs = inputs_of(6, lengths=lengths, prefixes=(9, 9, 9, 4), prefix_id=which, **options)
     whole = run(inputs)
@@ -588,10 +590,19 @@ def test_a_row_has_the_same_bits_in_any_batch(shared, rows, dtype, device):
         assert_equal(part, tuple(t[some] for t in whole), equal_nan=True)
 
 
+@pytest.fixture
+def several_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    assert torch.get_num_threads() == 3  # as it was before the calls
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("rows", [2, 9, 70, 300])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_row_has_the_same_bits_in_any_batch_on_the_cpu(seed, rows, softcap):
+def test_a_row_has_the_same_bits_in_any_batch_on_the_cpu(seed, rows, softcap, several_threads):
     """Many rows: a last bit that depends on the place in a vector is seen in one of thirty."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (3 * torch.randn(rows, n, 4, 8, generator=generator) for n in (1, 7, 7))
