@@ -288,7 +288,7 @@ def _growth_cases(device: torch.device) -> Iterator[Case]:
                 yield _op_case("growth", name, op, size, shape, str(shape), dtype, 0, extent)
     for name in drawable_names():
         make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
-        if "steps" not in SOLVERS.get(name, {}):
+        if "steps" not in solver:
             continue
         for rows in (64, 128, 256, 512) if cuda else (4, 8, 16, 32):
             yield _model_case(

@@ -17,7 +17,7 @@ from benchmarks.opcase import COMPILED, Case, Inputs, Provider
 from benchmarks.records import OURS
 from benchmarks.timing import Call
 from cgm.decoding import generate
-from cgm.networks.transformer import Transformer, TransformerConfig
+from cgm.networks.transformer import GPT2, Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _plainly(network: Transformer, prompt: Tensor, length: int) -> Tensor:
 
 def _gate(of: Decode, sets: Sequence[Inputs]) -> None:
     """The first tokens are those in float64; in half types, where logits tie, the very first."""
-    half = next(iter(sets))["network"].embedding.weight.dtype != torch.float32
+    half = sets[0]["network"].embedding.weight.dtype != torch.float32
     length = 1 if half else _JUDGED
     for given in sets:
         ours = generate(**given, length=length, temperature=0).cpu()
@@ -165,10 +165,7 @@ def _to_gpt2(network: Transformer) -> Any:
     )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(config)
     state = network.state_dict()
-    names = {
-        "norm1": "ln_1", "norm2": "ln_2", "qkv": "attn.c_attn", "proj": "attn.c_proj",
-        "up": "mlp.c_fc", "down": "mlp.c_proj",
-    }  # fmt: skip
+    names = {ours: of_gpt2 for of_gpt2, ours in GPT2.items()}
     tensors = {
         "transformer.wte.weight": state["embedding.weight"], "lm_head.weight": state["head.weight"],
         "transformer.wpe.weight": state["positions.weight"],
@@ -178,7 +175,7 @@ def _to_gpt2(network: Transformer) -> Any:
     for name, value in state.items():
         if name.startswith("blocks."):
             _, layer, part, kind = name.split(".")
-            value = value.mT if value.dim() == 2 else value  # theirs are (in, out)
+            value = value.mT if value.dim() == 2 else value
             tensors[f"transformer.h.{layer}.{names[part]}.{kind}"] = value
     theirs.load_state_dict(tensors)
     return theirs.to(weight.device, weight.dtype).eval()

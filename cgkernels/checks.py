@@ -192,5 +192,15 @@ def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> 
     return torch.full((), value, dtype=dtype, device=like.device).expand(rows)
 
 
+def check_attention(window: int | None, softcap: float | None, scale: float) -> None:
+    """Raise unless these options of attention make sense."""
+    if window is not None and (isinstance(window, bool) or window < 1):
+        raise ValueError(f"window must be a positive number of tokens, got {window}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
 def _described(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgkernels.checks import check_shape, readable
+from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
 from cgm.decoding import Decoder, SamplingConfig
 from cgm.families import Model, numbered, solver_options
@@ -150,8 +150,7 @@ class ConditionalTransformer(Model):
         y is (B, C, H, W) in [-1, 1]; which conditions are dropped depends on (seed, index) only.
         Returns {"total": (B,) nats per dimension, "bits": (B,) bits per dimension}.
         """
-        if phase not in self.phases:
-            raise ValueError(f"phase must be one of {self.phases}, got {phase!r}")
+        self.check_phase(phase)
         rows = self._check(y, cond)
         prefix = self._prefix(cond, rows, y.device)
         dropout = self.config.cond_dropout
@@ -216,17 +215,7 @@ class ConditionalTransformer(Model):
         options = solver_options(SamplingConfig, solver)
         config, device = self.config, self.transformer.embedding.weight.device
         rows, shape, index = numbered(n, cond, index, device)
-        if cond is None:
-            if config.cond_kind != "none" and config.cond_dropout == 0:
-                raise ValueError("cond must be given: this model was trained without dropping it")
-            if options.guidance != 1:
-                raise ValueError(f"guidance must be 1 without cond, got {options.guidance}")
-        else:
-            self._check_cond(cond, rows)
-            if options.guidance != 1 and config.cond_dropout == 0:
-                raise ValueError(
-                    "guidance must be 1: this model was trained without dropping its condition"
-                )
+        self.check_sampling(cond, rows, config.num_classes - 1, options.guidance)
         conditions = 1 if cond is None else rows
         if given is not None:
             channels, height, width = config.event_shape
@@ -301,31 +290,8 @@ class ConditionalTransformer(Model):
         check_shape("y", y, (y.shape[0], *self.config.event_shape))
         if not y.is_floating_point():
             raise TypeError(f"y must be floating, got {y.dtype}")
-        self._check_cond(cond, y.shape[0])
+        self.check_cond(cond, y.shape[0], self.config.num_classes - 1)
         return y.shape[0]
-
-    def _check_cond(self, cond: Tensor | None, rows: int) -> None:
-        config = self.config
-        if config.cond_kind == "none":
-            if cond is not None:
-                raise TypeError("cond must be None: this model has no condition")
-            return
-        if cond is None:
-            if config.cond_dropout == 0:
-                raise ValueError(f"cond must be given: {config.cond_kind}")
-            return
-        check_shape("cond", cond, (rows, *config.cond_shape))
-        if config.cond_kind == "image":
-            if not cond.is_floating_point():
-                raise TypeError(f"cond must be floating, got {cond.dtype}")
-            return
-        if cond.dtype != torch.int64:
-            raise TypeError(f"cond must be int64 ids, got {cond.dtype}")
-        highest = config.num_classes - 1
-        if readable(cond) and cond.numel() and not 0 <= cond.min() <= cond.max() <= highest:
-            raise ValueError(
-                f"cond must be in [0, {highest}], got {int(cond.min())} to {int(cond.max())}"
-            )
 
 
 def quantise(y: Tensor, levels: int) -> Tensor:

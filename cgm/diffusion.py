@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape, readable
+from cgkernels.checks import as_seed, check_shape
 from cgkernels.random import (
     STREAM_CONDITION_DROPOUT,
     STREAM_INITIAL,
@@ -183,11 +183,11 @@ class ConditionalDiffusion(Model):
         (seed, index) only. Returns {"total": (B,), "denoising": (B,)}, with a learned variance also
         "bound", in bits per dimension.
         """
-        self._check_phase(phase)
+        self.check_phase(phase)
         config = self.config
         check_shape("y", y, (y.shape[0], *config.event_shape))
         rows = y.shape[0]
-        self._check_cond(cond, rows)
+        self.check_cond(cond, rows, self._highest())
         if index is None:
             index = torch.arange(rows, device=y.device)
         draws: dict[str, Any] = {"seed": seed, "index": index}
@@ -270,17 +270,7 @@ class ConditionalDiffusion(Model):
             raise ValueError(f"guidance must be finite, got {options.guidance}")
         config, device = self.config, self.noise_table.device
         rows, shape, index = numbered(n, cond, index, device)
-        if cond is None:
-            if config.cond_kind != "none" and config.cond_dropout == 0:
-                raise ValueError("cond must be given: this model was trained without dropping it")
-            if options.guidance != 1:
-                raise ValueError(f"guidance must be 1 without cond, got {options.guidance}")
-        else:
-            self._check_cond(cond, rows)
-            if options.guidance != 1 and config.cond_dropout == 0:
-                raise ValueError(
-                    "guidance must be 1: this model was trained without dropping its condition"
-                )
+        self.check_sampling(cond, rows, self._highest(), options.guidance)
         elements = (*shape, *config.event_shape)
         if index.numel() == 0:
             return torch.empty(elements, device=device)
@@ -313,32 +303,8 @@ class ConditionalDiffusion(Model):
             return None, cond, None
         return None, None, self.unet.token_context(cond)
 
-    def _check_cond(self, cond: Tensor | None, rows: int) -> None:
-        config = self.config
-        if config.cond_kind == "none":
-            if cond is not None:
-                raise TypeError("cond must be None: this model has no condition")
-            return
-        if cond is None:
-            if config.cond_dropout == 0:
-                raise ValueError(f"cond must be given: {config.cond_kind}")
-            return
-        check_shape("cond", cond, (rows, *config.cond_shape))
-        if config.cond_kind == "image":
-            if not cond.is_floating_point():
-                raise TypeError(f"cond must be floating, got {cond.dtype}")
-            return
-        if cond.dtype != torch.int64:
-            raise TypeError(f"cond must be int64 ids, got {cond.dtype}")
-        highest = config.num_classes - (config.cond_kind == "class")  # tokens may be padded
-        if readable(cond) and cond.numel() and not 0 <= cond.min() <= cond.max() <= highest:
-            raise ValueError(
-                f"cond must be in [0, {highest}], got {int(cond.min())} to {int(cond.max())}"
-            )
-
-    def _check_phase(self, phase: str) -> None:
-        if phase not in self.phases:
-            raise ValueError(f"phase must be one of {self.phases}, got {phase!r}")
+    def _highest(self) -> int:
+        return self.config.num_classes - (self.config.cond_kind == "class")  # tokens may be padded
 
 
 class _Run:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cgkernels.checks import check_shape
+from cgkernels.checks import check_shape, readable
 
 _Options = TypeVar("_Options")
 
@@ -54,6 +54,53 @@ class Model(nn.Module):
     ) -> dict[str, Tensor]:
         """{"total": (B,), parts: (B,)} of y (B, *event); random only through (seed, index)."""
         raise NotImplementedError
+
+    # What every loss and sample is given ----------------------------------------------------------
+    def check_phase(self, phase: str) -> None:
+        """ValueError for a phase that this model has not."""
+        if phase not in self.phases:
+            raise ValueError(f"phase must be one of {self.phases}, got {phase!r}")
+
+    def check_cond(self, cond: Tensor | None, rows: int, highest: int) -> None:
+        """ValueError or TypeError unless cond is a condition of this model for so many rows.
+
+        highest: the largest id of a class or token.
+        """
+        config = self.config
+        if config.cond_kind == "none":
+            if cond is not None:
+                raise TypeError("cond must be None: this model has no condition")
+            return
+        if cond is None:
+            if config.cond_dropout == 0:
+                raise ValueError(f"cond must be given: {config.cond_kind}")
+            return
+        check_shape("cond", cond, (rows, *config.cond_shape))
+        if config.cond_kind == "image":
+            if not cond.is_floating_point():
+                raise TypeError(f"cond must be floating, got {cond.dtype}")
+            return
+        if cond.dtype != torch.int64:
+            raise TypeError(f"cond must be int64 ids, got {cond.dtype}")
+        if readable(cond) and cond.numel() and not 0 <= cond.min() <= cond.max() <= highest:
+            raise ValueError(
+                f"cond must be in [0, {highest}], got {int(cond.min())} to {int(cond.max())}"
+            )
+
+    def check_sampling(self, cond: Tensor | None, rows: int, highest: int, guidance: float) -> None:
+        """As `check_cond`, for samples: a model draws without cond, or guided, if it learned to."""
+        config = self.config
+        if cond is None:
+            if config.cond_kind != "none" and config.cond_dropout == 0:
+                raise ValueError("cond must be given: this model was trained without dropping it")
+            if guidance != 1:
+                raise ValueError(f"guidance must be 1 without cond, got {guidance}")
+            return
+        self.check_cond(cond, rows, highest)
+        if guidance != 1 and config.cond_dropout == 0:
+            raise ValueError(
+                "guidance must be 1: this model was trained without dropping its condition"
+            )
 
 
 def family_class(family: str) -> type[Model]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cgkernels._triton import tl, triton
 from cgkernels.checks import (
+    check_attention,
     check_float,
     check_integers,
     check_no_grad,
@@ -542,14 +543,8 @@ def _width(others, splits):
     return max(1, min(splits, 2048 // max(1, others)))
 
 
-def _launch_fwd(
-    q, k_cache, v_cache, lengths, cos, sin, position, prefix_k, prefix_v, prefix_length, prefix_id,
-    left_pad, interleaved, window, softcap, scale,
-):  # fmt: skip
-    return _launch_append(
-        q, k_cache, v_cache, lengths, None, None, cos, sin, position, prefix_k, prefix_v,
-        prefix_length, prefix_id, left_pad, interleaved, window, softcap, scale,
-    )  # fmt: skip
+def _launch_fwd(q, k_cache, v_cache, lengths, *options):
+    return _launch_append(q, k_cache, v_cache, lengths, None, None, *options)
 
 
 def _launch_append(
@@ -704,14 +699,8 @@ def _fake(q, *others):
     return _outputs(q)
 
 
-def _cpu_fwd(
-    q, k_cache, v_cache, lengths, cos, sin, position, prefix_k, prefix_v, prefix_length, prefix_id,
-    left_pad, interleaved, window, softcap, scale,
-):  # fmt: skip
-    return _cpu_append(
-        q, k_cache, v_cache, lengths, None, None, cos, sin, position, prefix_k, prefix_v,
-        prefix_length, prefix_id, left_pad, interleaved, window, softcap, scale,
-    )  # fmt: skip
+def _cpu_fwd(q, k_cache, v_cache, lengths, *options):
+    return _cpu_append(q, k_cache, v_cache, lengths, None, None, *options)
 
 
 def _cpu_append(
@@ -997,13 +986,8 @@ def decode_attention(
         most = max(before + end - pad for end, pad, before, _ in plan)
         if most > cos.shape[0]:
             raise ValueError(f"rope must have rows for {most} positions, got {cos.shape[0]}")
-    if window is not None and (isinstance(window, bool) or window < 1):
-        raise ValueError(f"window must be a positive number of tokens, got {window}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     scale = head_size**-0.5 if scale is None else scale
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    check_attention(window, softcap, scale)
     options = (
         cos, sin, position, prefix_k, prefix_v, prefix_length, prefix_id, left_pad,
         rope_interleaved, min(window or 2**30, 2**30), float(softcap or 0.0), float(scale),

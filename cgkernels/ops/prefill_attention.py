@@ -14,13 +14,17 @@ Backward by PyTorch: once. Twice, and in forward mode, inside reference() or wit
 Source   arXiv:1706.03762; bidirectional prefixes: arXiv:1910.10683; softcap: arXiv:2408.00118.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgkernels.checks import check_float, check_integers, check_same_device, check_shape
+from cgkernels.checks import (
+    check_attention,
+    check_float,
+    check_integers,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.library import using_reference
 
 
@@ -150,13 +154,8 @@ def prefill_attention(
         raise ValueError(f"bidirectional must be in [0, {length}], got {bidirectional}")
     if left_pad is not None:
         check_integers("left_pad", left_pad, (rows,), q.device, 0, length)
-    if window is not None and (isinstance(window, bool) or window < 1):
-        raise ValueError(f"window must be a positive number of tokens, got {window}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap}")
     scale = head_size**-0.5 if scale is None else scale
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
+    check_attention(window, softcap, scale)
     window = length if window is None else window
     if using_reference() or softcap is not None:
         out = prefill_attention_ref(q, k, v, bidirectional, left_pad, window, softcap, scale)

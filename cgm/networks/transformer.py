@@ -11,6 +11,7 @@ Source   Vaswani et al., arXiv:1706.03762; GPT-2 (LayerNorm, GELU, learned posit
 import copy
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -272,12 +273,12 @@ class Transformer(nn.Module):
         angles = (coordinates[:, :, None] * self.config.rope_base**-powers).flatten(1)
         return angles.cos(), angles.sin()
 
-    def embed(self, tokens: Tensor, first: int = 0) -> Tensor:
-        """Embeddings (B, T, W) of tokens (B, T), the first of which has this position."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, T, W) of tokens (B, T) from the first position on."""
         x = self.embedding(tokens)
         if self.positions is None:
             return x
-        return x + self.positions.weight[first : first + tokens.shape[1]]
+        return x + self.positions.weight[: tokens.shape[1]]
 
     def forward(self, tokens: Tensor, rope: Rope | None = None) -> Tensor:
         """Logits (B, T, outputs) of tokens (B, T); rope defaults to positions 0 .. T - 1."""
@@ -323,6 +324,13 @@ def from_transformers(source: Any) -> Transformer:
     return network.eval()
 
 
+# The parts of a block of GPT-2, whose matrices are (in, out), and of ours.
+GPT2 = {
+    "ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "qkv", "attn.c_proj": "proj",
+    "mlp.c_fc": "up", "mlp.c_proj": "down",
+}  # fmt: skip
+
+
 def _gpt2(c: Any, state: dict[str, Tensor]) -> tuple[TransformerConfig, dict[str, Tensor]]:
     if c.activation_function not in ("gelu_new", "gelu_pytorch_tanh", "gelu"):
         raise ValueError(f"activation_function must be a GELU, got {c.activation_function!r}")
@@ -338,16 +346,9 @@ def _gpt2(c: Any, state: dict[str, Tensor]) -> tuple[TransformerConfig, dict[str
         "embedding.weight": state["transformer.wte.weight"],
         "positions.weight": state["transformer.wpe.weight"],
     }
-    names = {"ln_1": "norm1", "ln_2": "norm2"}
-    linear = {"attn.c_attn": "qkv", "attn.c_proj": "proj", "mlp.c_fc": "up", "mlp.c_proj": "down"}
-    for i in range(config.layers):
-        theirs, ours = f"transformer.h.{i}", f"blocks.{i}"
-        for a, b in names.items():
-            for part in ("weight", "bias"):
-                tensors[f"{ours}.{b}.{part}"] = state[f"{theirs}.{a}.{part}"]
-        for a, b in linear.items():  # theirs are (in, out)
-            tensors[f"{ours}.{b}.weight"] = state[f"{theirs}.{a}.weight"].mT
-            tensors[f"{ours}.{b}.bias"] = state[f"{theirs}.{a}.bias"]
+    for i, (theirs, ours), kind in product(range(c.n_layer), GPT2.items(), ("weight", "bias")):
+        value = state[f"transformer.h.{i}.{theirs}.{kind}"]
+        tensors[f"blocks.{i}.{ours}.{kind}"] = value.mT if value.dim() == 2 else value
     for part in ("weight", "bias"):
         tensors[f"norm.{part}"] = state[f"transformer.ln_f.{part}"]
     return config, tensors
