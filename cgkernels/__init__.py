@@ -8,7 +8,7 @@ from cgkernels.ops.add_noise import add_noise
 from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
-from cgkernels.ops.norm_linear import norm_linear
+from cgkernels.ops.norm_linear import norm_linear, pack_weight
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
 from cgkernels.ops.sample_logits import sample_logits
@@ -20,6 +20,7 @@ __all__ = [
     "guided_step",
     "guided_step_",
     "norm_linear",
+    "pack_weight",
     "philox_normal",
     "prefill_attention",
     "reference",

@@ -133,7 +133,7 @@ def as_step(
         if device is not None and step.device.type != torch.device(device).type:
             raise ValueError(f"{name} must be on {device}, got {step.device}")
         if readable(step) and step.numel():
-            low, high = (int(v) for v in step.aminmax())
+            low, high = _ends(step)
             if low < least or high >= limit:
                 raise ValueError(
                     f"{name} must be in [{least}, {limit}), got values from {low} to {high}"
@@ -156,7 +156,7 @@ def check_integers(
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if readable(tensor) and tensor.numel():
-        least, most = (int(v) for v in tensor.aminmax())
+        least, most = _ends(tensor)
         if least < low or most > high:
             raise ValueError(
                 f"{name} must be in [{low}, {high}], got values from {least} to {most}"
@@ -200,6 +200,14 @@ def check_attention(window: int | None, softcap: float | None, scale: float) -> 
         raise ValueError(f"softcap must be positive and finite, got {softcap}")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _ends(tensor: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of integers on the CPU."""
+    if tensor.numel() > 64:
+        return tuple(int(v) for v in tensor.aminmax())  # type: ignore[return-value]
+    values = tensor.flatten().tolist()  # of a few, sooner than a reduction
+    return min(values), max(values)
 
 
 def _described(value: object) -> str:

@@ -72,7 +72,7 @@ class Decoder:
         offsets: Tensor | None = None,
     ) -> None:
         device = index.device
-        self.network = network = network.int8() if options.int8 else network
+        network = network.int8() if options.int8 else network
         self.order, self.rope, self.offsets = order, rope, offsets
         self.first, self.length = first, length
         self.graph = options.graph and index.is_cuda
@@ -89,6 +89,7 @@ class Decoder:
             torch.cat([part[i] for part in parts], 1) for i in (1, 2)
         )
         last = torch.cat([part[0][:, -1] for part in parts])
+        self.network = network = network if index.is_cuda else network.packed()
         self.first_logits = fused_linear(last, network.head, network.norm)[order]
         self.logits = torch.empty_like(self.first_logits)
         dtype = self.logits.dtype

@@ -708,12 +708,10 @@ def _cpu_append(
     prefix_length, prefix_id, left_pad, interleaved, window, softcap, scale,
 ):  # fmt: skip
     """Neighbouring rows that see as many tokens at once, on views of caches and prefixes."""
-    out, lse = _outputs(q)
-    if out.numel() == 0:
-        return out, lse
-    queries, q_heads = q.shape[1:3]
-    kv_heads = k_cache.shape[2]
-    group = q_heads // kv_heads
+    rows, queries, q_heads, head_size = q.shape
+    if q.numel() == 0:
+        return _outputs(q)
+    kv_heads, dtype = k_cache.shape[2], q.dtype
     counts = (lengths, left_pad, prefix_k, prefix_length, prefix_id, k_cache.shape[1])
     plan = _cpu_plan(*counts, 0 if k_new is None else queries)
     places = [before + end - pad - queries for end, pad, before, _ in plan]  # of first queries
@@ -729,8 +727,10 @@ def _cpu_append(
                 position = torch.tensor(places)[:, None] + torch.arange(queries)
             both = rotated_ref(both, cos, sin, position, interleaved)
         q, k_new = both[:, :, :q_heads], None if k_new is None else both[:, :, q_heads:]
-    q = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    if queries > 1:
+        q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    q = q.reshape(rows, kv_heads, -1, head_size)
+    q = q.to(torch.promote_types(dtype, torch.float32))
     see = partial(_cpu_part, queries, window, softcap, scale)
     parts = []
     start = 0
@@ -739,22 +739,26 @@ def _cpu_append(
         if end < 0:  # more tokens than the cache holds, or no prefix
             parts.append((q[some] * torch.nan, q[some, ..., 0] * torch.nan))
             continue
+        tensors = [q, k_cache, v_cache, k_new, v_new]
+        if start - some.start < rows:
+            tensors = [t if t is None else t[some] for t in tensors]
+        query, k, v, *new = tensors
         if k_new is not None:
-            for cache, fresh in ((k_cache, k_new), (v_cache, v_new)):
-                cache[some].narrow(1, end - queries, queries).copy_(fresh[some])
-        parts.append(see(q[some], k_cache[some], v_cache[some], end - queries, max(pad, 0), end))
-    part, part_lse = _joined(parts)
+            for cache, fresh in zip((k, v), new, strict=True):
+                cache.narrow(1, end - queries, queries).copy_(fresh)
+        parts.append(see(query, k, v, end - queries, max(pad, 0), end))
+    out, lse = _joined(parts)
     if prefix_k is not None:
         parts = []
         for some, which, before, place in _prefix_runs(plan, places, queries, window):
             shape = (some.stop - some.start, -1, -1, -1)
             k, v = (t[which].expand(shape) for t in (prefix_k, prefix_v))
             parts.append(see(q[some], k, v, place, 0, before))
-        part, part_lse = _merged(part, part_lse, *_joined(parts))
-    part = part.unflatten(2, (group, queries)).permute(0, 3, 1, 2, 4)
-    out.unflatten(2, (kv_heads, group)).copy_(part)
-    lse.copy_(part_lse.flatten(1).view_as(lse))
-    return out, lse
+        out, lse = _merged(out, lse, *_joined(parts))
+    if queries > 1:
+        out = out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4)
+    out = out.reshape(rows, queries, q_heads, head_size).to(dtype).contiguous()
+    return out, lse.reshape(rows, q_heads, queries).contiguous()
 
 
 _MERGED_AT_ONCE = 64  # rows, on a CPU
@@ -769,12 +773,12 @@ def _merged(part, lse, other, other_lse):
     if len(lse) > _MERGED_AT_ONCE:
         parts = (t.split(_MERGED_AT_ONCE) for t in (part, lse, other, other_lse))
         return _joined([_merged(*some) for some in zip(*parts, strict=True)])
-    count = lse[0].numel()
-    a, b = F.pad(torch.stack([lse, other_lse], 1).flatten(2), (0, -count % 64)).unbind(1)
+    count, shape = lse[0].numel(), lse.shape
+    a, b = (F.pad(t.flatten(1), (0, -count % 64)) for t in (lse, other_lse))
     both = torch.logaddexp(a, b)
-    weight = torch.exp(a - both).nan_to_num_(0)  # where both are -inf
-    both, weight = (t[:, :count].view(lse.shape) for t in (both, weight))
-    return other + weight[..., None] * (part - other), both
+    weight = a.sub_(both).exp_().nan_to_num_(0)  # where both are -inf
+    both, weight = (t[:, :count].view(shape) for t in (both, weight))
+    return (part - other).mul_(weight[..., None]).add_(other), both
 
 
 def _joined(parts):
@@ -837,7 +841,8 @@ def _cpu_part(queries, window, softcap, scale, q, k, v, first, lo, hi):
         # What scaled_dot_product_attention runs on a CPU; only this entry has the log-sum-exp. It
         # takes the last dimension for dense. Of several threads each has its own scratch memory,
         # whose alignment MKL's order of summation follows, and a row's place says which is its own.
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        if q.stride(-1) * k.stride(-1) * v.stride(-1) != 1:
+            q, k, v = (t.contiguous() for t in (q, k, v))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

@@ -554,6 +554,16 @@ def _fake_bwd(
     return dlogits, logits.new_empty(0) if uncond is None else uncond.new_empty(uncond.shape)
 
 
+def _cpu_fwd(logits, uncond, scale, temperature, top_k, top_p, min_p, *others):
+    if temperature.any():
+        return sample_logits_ref(logits, uncond, scale, temperature, top_k, top_p, min_p, *others)
+    # All rows are greedy: no noise, whose words are most of the work.
+    logit, *_, sound = _tempered_ref(logits, uncond, scale, temperature, top_k, top_p, min_p)
+    token, position = logit.argmax(-1), others[-1]
+    sound = sound & (position >= 0) & (position < 2**24)
+    return torch.where(sound, token, -1), torch.where(sound, temperature, torch.nan)
+
+
 def _cpu_bwd(dlog_prob, token, logits, uncond, *options):
     dlogits, duncond = sample_logits_bwd_ref(dlog_prob, token, logits, uncond, *options)
     return dlogits.contiguous(), logits.new_empty(0) if uncond is None else duncond.contiguous()
@@ -565,7 +575,7 @@ _fwd = define_op(
     "Tensor? top_p, Tensor? min_p, str top_p_rule, Tensor seed, Tensor index, Tensor position) "
     "-> (Tensor, Tensor)",
     cuda=_launch_fwd,
-    cpu=sample_logits_ref,
+    cpu=_cpu_fwd,
     fake=_fake_fwd,
     launches=_launches,
 )

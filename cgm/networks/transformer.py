@@ -10,6 +10,7 @@ Source   Vaswani et al., arXiv:1706.03762; GPT-2 (LayerNorm, GELU, learned posit
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -119,9 +120,17 @@ class Int8Linear(nn.Module):
         return F.linear(x, (self.weight * self.scales[:, None]).to(x.dtype), self.bias)
 
 
+class PackedLinear(nn.Module):
+    """A linear layer for `fused_linear` alone, its weight packed by `cgkernels.pack_weight`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = cgkernels.pack_weight(linear.weight), linear.bias
+
+
 def fused_linear(
     x: Tensor,
-    linear: nn.Linear | Int8Linear,
+    linear: nn.Linear | Int8Linear | PackedLinear,
     norm: Norm | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
@@ -252,12 +261,21 @@ class Transformer(nn.Module):
         return fused_linear(x, self.head, self.norm)
 
     def int8(self) -> "Transformer":
-        """A copy for sampling and likelihoods, with weights of 8 bits in all linear layers."""
-        twin = copy.deepcopy(self)
+        """A twin for sampling and likelihoods, with weights of 8 bits in all linear layers."""
+        return self._with_linear(Int8Linear)
+
+    def packed(self) -> "Transformer":
+        """A twin for `step` with its linear layers packed for a CPU; itself if that is compiled."""
+        return self if "step" in vars(self) else self._with_linear(PackedLinear)
+
+    def _with_linear(self, kind: Callable[[nn.Linear], nn.Module]) -> "Transformer":
+        """A twin with other linear layers; all else is shared."""
+        twin = copy.deepcopy(self, {id(p): p for p in self.parameters()})
+        vars(twin).pop("step", None)  # a compiled one runs with the weights it was made for
         for parent in (twin, *twin.blocks):
             for name, child in parent.named_children():
                 if isinstance(child, nn.Linear):
-                    setattr(parent, name, Int8Linear(child))
+                    setattr(parent, name, kind(child))
         return twin
 
     def rope_table(self, coordinates: Tensor) -> Rope:

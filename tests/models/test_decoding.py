@@ -6,7 +6,13 @@ import torch
 import cgkernels
 from cgkernels.timing import cuda_syncs
 from cgm.decoding import Decoder, SamplingConfig, generate
-from cgm.networks.transformer import Int8Linear, Transformer, TransformerConfig, fused_linear
+from cgm.networks.transformer import (
+    Int8Linear,
+    PackedLinear,
+    Transformer,
+    TransformerConfig,
+    fused_linear,
+)
 
 KINDS = {
     "rotary": {},
@@ -138,6 +144,31 @@ def test_int8_weights():
     assert isinstance(network.blocks[1].up, torch.nn.Linear)  # as it was
     drawn = generate(network, prompt, 12, int8=True, temperature=0)
     assert torch.equal(drawn, slow(twin, prompt, 12, temperature=0))
+
+
+@torch.no_grad()
+def test_packed_weights():
+    """On a CPU tokens are drawn with them; the weights of the network itself stay as they are."""
+    network, prompt = small(bias=True), prompts(4, 9)
+    twin = network.packed()
+    assert isinstance(twin.blocks[1].up, PackedLinear)
+    assert isinstance(network.blocks[1].up, torch.nn.Linear)
+    assert twin.embedding.weight is network.embedding.weight
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(fused_linear(x, twin.head), network.head(x))
+    before = generate(network, prompt, 12, temperature=0)
+    assert torch.equal(before, slow(network, prompt, 12, temperature=0))
+    network.blocks[0].down.weight.data.mul_(-3)  # behind the back of any version counter
+    after = generate(network, prompt, 12, temperature=0)
+    assert torch.equal(after, slow(network, prompt, 12, temperature=0))
+    assert not torch.equal(after, before)
+
+
+def test_a_compiled_step_keeps_its_weights():
+    network = small()
+    network.step = torch.compile(network.step, backend="eager")
+    assert network.packed() is network
+    assert "step" not in vars(network.int8())
 
 
 def test_int8_weights_of_zero():

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cgkernels.library import LAUNCHES, OPS
+from cgkernels.library import LAUNCHES, OPS, reference
 from cgkernels.ops import norm_linear as op
-from cgkernels.ops.norm_linear import norm_linear
+from cgkernels.ops.norm_linear import norm_linear, pack_weight
 from cgkernels.testing import assert_within_budget, compile_launch, values
 from tests.support import (
     FLOATS,
@@ -218,6 +218,67 @@ def test_on_the_cpu_a_row_has_the_same_bits_in_any_batch(
     for rows in ([63], [5, 0], list(range(8)), list(range(30))[::-1]):
         taken = {name: inputs[name][rows] for name in ("x", "residual")}
         assert_equal(norm_linear(**{**inputs, **taken}), whole[rows])
+
+
+@variants
+@pytest.mark.parametrize(("rows", "features"), [(1, 1536), (7, 130), (65, 130)])
+def test_a_packed_weight_is_as_accurate_as_products_row_by_row(rows, features, variant):
+    inputs = make_inputs((rows, features), 300, torch.float32, **VARIANTS[variant])
+    residual = inputs.pop("residual", torch.zeros(rows, 300))
+    with torch.no_grad():
+        exact = by_modules(**widened(inputs), residual=residual.double())
+    alone = [
+        by_modules(**{**inputs, "x": x[None]}, residual=r[None])
+        for x, r in zip(inputs["x"], residual, strict=True)
+    ]
+    packed = {**inputs, "weight": pack_weight(inputs["weight"]), "residual": residual}
+    assert_within_budget(norm_linear(**packed), torch.cat(alone), exact)
+    with reference():
+        assert_within_budget(norm_linear(**packed), torch.cat(alone), exact)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize(
+    ("features", "channels", "activation"),
+    [(384, 1536, "gelu_tanh"), (1536, 384, None), (64, 1100, "swiglu"), (33, 19, "gelu")],
+)
+def test_with_a_packed_weight_a_row_has_the_same_bits_in_any_batch(
+    features, channels, activation, count
+):
+    options = {"norm": "layer", "options": ("bias", "residual"), "activation": activation}
+    inputs = make_inputs((64, features), channels, torch.float32, **options)
+    with threads(count):
+        inputs["weight"] = pack_weight(inputs["weight"])
+        whole = norm_linear(**inputs)
+        for rows in (*range(1, 18), 33, 63):
+            taken = {name: inputs[name][64 - rows :] for name in ("x", "residual")}
+            assert_equal(norm_linear(**{**inputs, **taken}), whole[64 - rows :])
+
+
+def test_what_is_not_packed():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int8):
+        weight = torch.ones(3, 4, dtype=dtype)
+        assert pack_weight(weight) is weight
+    with pytest.raises(ValueError, match="weight must have shape"):
+        pack_weight(torch.ones(3))
+    with pytest.raises(ValueError, match="weight must have shape"):
+        pack_weight(torch.ones(0, 3))
+
+
+def test_a_onednn_whose_rows_depend_on_their_batch_gets_no_packed_weight(monkeypatch):
+    monkeypatch.setattr(op, "_packing_keeps_rows", lambda *shape: False)
+    weight = torch.ones(3, 4)
+    assert pack_weight(weight) is weight
+
+
+def test_a_packed_weight_has_no_gradient():
+    weight = pack_weight(torch.ones(3, 4, requires_grad=True))
+    x = torch.ones(2, 4, requires_grad=True)
+    with torch.no_grad():
+        assert_equal(norm_linear(x, weight), torch.full((2, 3), 4.0))
+    if weight.layout == torch._mkldnn:
+        with pytest.raises(ValueError, match="x requires grad, but a packed weight"):
+            norm_linear(x, weight)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
