@@ -92,7 +92,7 @@ def norm_act(
     """
     if isinstance(norm, nn.InstanceNorm2d):
         h = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        h = h.contiguous(memory_format=_format(x))  # instance_norm drops it
+        h = h.contiguous(memory_format=memory_format(x))  # instance_norm drops it
     else:
         h = norm(x)
     if activation is not None:
@@ -124,6 +124,12 @@ def init_normal(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for a (B, C, H, W) that is, and is not contiguous as well."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def check_picture(name: str, x: Tensor, channels: int, least: int = 1) -> None:
     """Raise unless x is a floating (B, channels, H, W) with sides of at least `least`."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -147,8 +153,3 @@ def check_choice(config: object, name: str, choices: tuple[object, ...]) -> None
     """Raise unless this field of a config is one of the choices."""
     if (value := getattr(config, name)) not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format

@@ -82,18 +82,13 @@ def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Modul
     state = dict(state)
     accept_main(state)
     network: nn.Module
-    try:
+    with torch.random.fork_rng(devices=[]):  # the initial weights are of no interest
         if "model.model.0.weight" in state:
             network = UNetGenerator(_unet(state, dropout))
         elif any(".conv_block." in name for name in state):
             network = ResnetGenerator(_resnet(state))
         else:
             network = PatchDiscriminator(_discriminator(state))
-    except (KeyError, IndexError) as error:
-        raise ValueError(
-            "state must be of a patch discriminator, a U-Net or a ResNet generator; its names are "
-            f"{', '.join(list(state)[:4])}, ... without {error}"
-        ) from error
     load_weights(network, state, f"state of a {type(network).__name__}")
     return network.eval()
 
@@ -102,10 +97,10 @@ def _unet(state: Mapping[str, Tensor], dropout: bool) -> UNetGeneratorConfig:
     inner, downs = "model.model.1.model.", 2
     while f"{inner}3.model.1.weight" in state:
         inner, downs = f"{inner}3.model.", downs + 1
-    width, in_channels = state["model.model.0.weight"].shape[:2]
+    width, in_channels = _shape(state, "model.model.0.weight")
     return UNetGeneratorConfig(
         in_channels=in_channels,
-        out_channels=state["model.model.3.weight"].shape[1],
+        out_channels=_shape(state, "model.model.3.weight")[1],
         downs=downs,
         width=width,
         norm=_norm(state, "model.model.0.bias"),
@@ -115,12 +110,12 @@ def _unet(state: Mapping[str, Tensor], dropout: bool) -> UNetGeneratorConfig:
 
 def _resnet(state: Mapping[str, Tensor]) -> ResnetGeneratorConfig:
     blocks = len({name.split(".")[1] for name in state if ".conv_block." in name})
-    width, in_channels = state["model.1.weight"].shape[:2]
+    width, in_channels = _shape(state, "model.1.weight")
     # Without dropout number 6 is a normalisation.
     second = state.get("model.10.conv_block.6.weight")
     return ResnetGeneratorConfig(
         in_channels=in_channels,
-        out_channels=state[f"model.{17 + blocks}.weight"].shape[0],
+        out_channels=_shape(state, f"model.{17 + blocks}.weight")[0],
         blocks=blocks,
         width=width,
         norm=_norm(state, "model.1.bias"),
@@ -132,19 +127,30 @@ def _discriminator(state: Mapping[str, Tensor]) -> PatchDiscriminatorConfig:
     prefix = "net" if any(name.startswith("net.") for name in state) else "model"
     spectral = f"{prefix}.0.weight_orig" in state
     weight = "weight_orig" if spectral else "weight"
+    width, in_channels = _shape(state, f"{prefix}.0.{weight}")
     numbered = re.compile(rf"{prefix}\.\d+\.{weight}")
     convs = sum(bool(numbered.fullmatch(name)) and t.dim() == 4 for name, t in state.items())
-    patches = {1: 3} if prefix == "net" else {p: n + 2 for p, n in PATCHES.items() if n}
-    patch = [patch for patch, count in patches.items() if count == convs][0]  # noqa: RUF015
-    width, in_channels = state[f"{prefix}.0.{weight}"].shape[:2]
+    patches = {n + 2: patch for patch, n in PATCHES.items() if patch > 1}
+    if prefix == "model" and convs not in patches:
+        raise ValueError(f"state must have {min(patches)} to {max(patches)} layers, got {convs}")
     actnorm = f"{prefix}.3.loc" in state
     return PatchDiscriminatorConfig(
         in_channels=in_channels,
-        patch=patch,  # type: ignore[arg-type]
+        patch=patches[convs] if prefix == "model" else 1,  # type: ignore[arg-type]
         width=width,
         norm="actnorm" if actnorm else _norm(state, f"{prefix}.2.bias"),
         spectral_norm=spectral,
     )
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Of the weight of a convolution: (out, in), or (in, out) if transposed."""
+    if name not in state or state[name].dim() != 4:
+        raise ValueError(
+            "state must be of a patch discriminator, a U-Net or a ResNet generator, but has no "
+            f"convolution {name}; it has {', '.join(list(state)[:4])}, ..."
+        )
+    return state[name].shape[0], state[name].shape[1]
 
 
 def _norm(state: Mapping[str, Tensor], bias: str) -> Literal["batch", "instance", "none"]:

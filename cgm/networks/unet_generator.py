@@ -23,6 +23,7 @@ from cgm.layers import (
     dropout,
     has_bias,
     init_normal,
+    memory_format,
     new_norm,
     norm_act,
 )
@@ -135,4 +136,6 @@ class UNetGenerator(nn.Module):
 
 def _join(skip: Tensor, inner: Tensor) -> Tensor:
     """What goes up: (relu(skip), inner), along the channels. relu(leaky_relu(h)) is relu(h)."""
+    # Below the innermost level, of one pixel, nothing says which format it is.
+    inner = inner.contiguous(memory_format=memory_format(skip))
     return torch.cat([F.relu(skip), inner], dim=1)
