@@ -127,7 +127,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     return {"family": model.family, "config": dataclasses.asdict(model.config)}
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path | str) -> None:
     """Copies the tensors into the model; ValueError, which names the file, if they do not fit."""
     wanted = model.state_dict()
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)

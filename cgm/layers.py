@@ -1,0 +1,155 @@
+"""What the image-to-image networks share: normalisation with all that follows it, and dropout.
+
+Source   instance norm: Ulyanov et al., arXiv:1607.08022; ActNorm: Kingma, Dhariwal,
+         arXiv:1807.03039, as the discriminator of VQGAN uses it, arXiv:2012.09841.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cgkernels.random import STREAM_DROPOUT, uniform
+
+Norm = Literal["batch", "instance", "none"]
+Activation = Literal["relu", "leaky_relu"]
+
+
+class ActNorm(nn.Module):
+    """scale (x + loc) for each channel of x (B, C, H, W).
+
+    The first forward in training sets both so that its batch comes out with mean 0 and standard
+    deviation 1; that one must hold at least two values a channel, or it is a ValueError.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.initialized = nn.Buffer(torch.tensor(0, dtype=torch.uint8))
+        self._looked = False  # reading the buffer waits for the device: once, not at every forward
+        self.register_load_state_dict_post_hook(_look_again)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), in the memory format of x."""
+        if self.training and not self._looked:
+            if not self.initialized.item():
+                self._initialise(x)
+            self._looked = True
+        return self.scale * (x + self.loc)
+
+    @torch.no_grad()
+    def _initialise(self, x: Tensor) -> None:
+        if x.numel() < 2 * x.shape[1]:
+            raise ValueError(f"x must hold two values a channel or more, got {tuple(x.shape)}")
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        self.loc.copy_(-mean)
+        self.scale.copy_(1 / (std + 1e-6))
+        self.initialized.fill_(1)
+
+
+def _look_again(module: nn.Module, _keys: object) -> None:
+    assert isinstance(module, ActNorm)
+    module._looked = False
+
+
+def new_norm(kind: Literal[Norm, "actnorm"], channels: int) -> nn.Module:
+    """A normalisation as published: batch norm is affine and tracks, instance norm does neither."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "instance":
+        return nn.InstanceNorm2d(channels)
+    return ActNorm(channels) if kind == "actnorm" else nn.Identity()
+
+
+def has_bias(kind: Literal[Norm, "actnorm"]) -> bool:
+    """Whether a convolution before this normalisation has a bias in the published networks."""
+    return kind in ("instance", "actnorm")
+
+
+def norm_act(
+    x: Tensor,
+    norm: nn.Module,
+    activation: Activation | None = None,
+    *,
+    slope: float = 0.2,
+    residual: Tensor | None = None,
+    pad: int = 0,
+) -> Tensor:
+    """activation(norm(x)) + residual, reflected at the border.
+
+    Args:
+        x: (B, C, H, W).
+        norm: one of `new_norm`. Batch norm takes the statistics of the batch in training, which it
+            adds to the running ones, and those in evaluation; instance norm always its own.
+        activation: leaky_relu has this slope below 0.
+        residual: (B, C, H, W), of any strides.
+        pad: width of the border.
+
+    Returns:
+        (B, C, H + 2 pad, W + 2 pad), channels_last if x is.
+    """
+    if isinstance(norm, nn.InstanceNorm2d):
+        h = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        h = h.contiguous(memory_format=memory_format(x))  # instance_norm drops it
+    else:
+        h = norm(x)
+    if activation is not None:
+        h = F.relu(h) if activation == "relu" else F.leaky_relu(h, slope)
+    if residual is not None:
+        h = h + residual
+    return F.pad(h, (pad,) * 4, mode="reflect") if pad else h
+
+
+def dropout(
+    x: Tensor, *, seed: int | Tensor, index: Tensor | None, layer: int, p: float = 0.5
+) -> Tensor:
+    """x (B, *event) with a share p of its values 0, the others divided by 1 - p.
+
+    Which ones depends on (seed, index, layer) alone: layer is the step of the noise.
+    """
+    u = uniform(
+        tuple(x.shape), seed=seed, index=index, step=layer, stream=STREAM_DROPOUT, device=x.device
+    )
+    return x * ((u >= p).to(x.dtype) / (1 - p))
+
+
+def init_normal(network: nn.Module) -> None:
+    """Weights of convolutions normal(0, 0.02), of batch norms normal(1, 0.02); biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for a (B, C, H, W) that is, and is not contiguous as well."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def check_picture(name: str, x: Tensor, channels: int, least: int = 1) -> None:
+    """Raise unless x is a floating (B, channels, H, W) with sides of at least `least`."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating tensor, got {got}")
+    if x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < least:
+        raise ValueError(
+            f"{name} must have shape (B, {channels}, H, W) with H and W of at least {least}, "
+            f"got {tuple(x.shape)}"
+        )
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raise unless these fields of a config are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+def check_choice(config: object, name: str, choices: tuple[object, ...]) -> None:
+    """Raise unless this field of a config is one of the choices."""
+    if (value := getattr(config, name)) not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -1,0 +1,219 @@
+"""PatchGAN discriminators: a map of scores, one for each patch of the picture.
+
+    h <- leaky_relu(norm(conv(h)))   with 4 x 4 convolutions: n of stride 2, then one of stride 1;
+    map = conv(h)                    stride 1, one channel.    First block: no norm.
+
+Patch    16, 34, 70, 142, 286 pixels for n = 1 .. 5; a patch of 1 has three 1 x 1 convolutions.
+Shapes   x (B, C_x, H, W), y (B, C_y, H, W) or None -> (B, 1, h, w); no sigmoid.
+Names    of parameters as in the published discriminators of pix2pix, CycleGAN and VQGAN.
+Source   Isola et al., arXiv:1611.07004; Wang et al., arXiv:1711.11585 (scales, features); Esser et
+         al., arXiv:2012.09841 (ActNorm); Miyato et al., arXiv:1802.05957 (spectral norm).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cgm.layers import (
+    check_choice,
+    check_picture,
+    check_positive,
+    has_bias,
+    init_normal,
+    new_norm,
+    norm_act,
+)
+
+# Convolutions of stride 2 by patch.
+PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
+
+
+@dataclass(frozen=True)
+class PatchDiscriminatorConfig:
+    """Sizes and kinds of the parts."""
+
+    # Channels of x and y together.
+    in_channels: int = 6
+    # Side of the square of pixels that one score sees.
+    patch: Literal[1, 16, 34, 70, 142, 286] = 70
+    # Channels of the first block; they double with each further one, up to eight times as many.
+    width: int = 64
+    # Normalisation; actnorm is an affine map that the first batch initialises.
+    norm: Literal["batch", "instance", "none", "actnorm"] = "batch"
+    # Weights divided by their largest singular value.
+    spectral_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "in_channels", "width")
+        check_choice(self, "patch", tuple(PATCHES))
+        check_choice(self, "norm", ("batch", "instance", "none", "actnorm"))
+
+
+class PatchDiscriminator(nn.Module):
+    """Scores of all patches.
+
+    Parameters are `net.*` for a patch of 1, else `model.*`; `load_state_dict` takes the `main.*` of
+    VQGAN too. With spectral norm the estimate of the singular vectors moves at each forward in
+    training.
+    """
+
+    def __init__(self, config: PatchDiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        geometry, width = _geometry(config), config.width
+        doublings = [min(2**i, 8) for i in range(len(geometry) - 1)]
+        channels = [config.in_channels, *(width * times for times in doublings), 1]
+        self.last = len(geometry) - 1
+        layers = nn.ModuleDict()
+        for i, (kernel, stride, padding) in enumerate(geometry):
+            bias = has_bias(config.norm) if 0 < i < self.last or config.patch == 1 else True
+            conv, norm = _places(i)
+            layers[conv] = nn.Conv2d(
+                channels[i], channels[i + 1], kernel, stride, padding, bias=bias or i == 0
+            )
+            if i < self.last:
+                layers[norm] = new_norm(config.norm if i else "none", channels[i + 1])
+        init_normal(layers)
+        if config.spectral_norm:
+            for layer in layers.values():
+                if isinstance(layer, nn.Conv2d):
+                    nn.utils.spectral_norm(layer)
+        self.add_module("net" if config.patch == 1 else "model", layers)
+        self.register_load_state_dict_pre_hook(_accept_main)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The map (B, 1, h, w) of x (B, C_x, H, W), or of the pair with y (B, C_y, H, W).
+
+        Raises:
+            ValueError: channels are not those of the config, x and y do not fit, or a side is too
+                small for one patch of the map.
+        """
+        out = x
+        for out in self._run(x, y):  # noqa: B007  the last one; others are not kept
+            pass
+        return out
+
+    def features(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
+        """What every block gives, after its activation, and the map as the last; as `forward`."""
+        return list(self._run(x, y))
+
+    def _run(self, x: Tensor, y: Tensor | None) -> Iterator[Tensor]:
+        config = self.config
+        layers: Any = self.net if config.patch == 1 else self.model
+        h = _pair(x, y, config.in_channels, _least_side(config))
+        for i in range(self.last):
+            conv, norm = _places(i)
+            h = norm_act(layers[conv](h), layers[norm], "leaky_relu")
+            yield h
+        yield layers[_places(self.last)[0]](h)
+
+
+def receptive_field(config: PatchDiscriminatorConfig) -> int:
+    """Side of the square of pixels that the convolutions behind one score reach.
+
+    Batch statistics in training, and instance norm, see the whole picture besides.
+    """
+    side = 1
+    for kernel, stride, _ in reversed(_geometry(config)):
+        side = (side - 1) * stride + kernel
+    return side
+
+
+def accept_main(state: dict[str, Any], prefix: str = "") -> None:
+    """Renames the `main.*` of VQGAN, below the prefix, to `model.*`."""
+    theirs, ours = f"{prefix}main.", f"{prefix}model."
+    for key in [key for key in state if key.startswith(theirs)]:
+        state[ours + key.removeprefix(theirs)] = state.pop(key)
+
+
+def _accept_main(_module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    accept_main(state, prefix)
+
+
+def _geometry(config: PatchDiscriminatorConfig) -> list[tuple[int, int, int]]:
+    """Kernel, stride and padding of each convolution."""
+    if config.patch == 1:
+        return [(1, 1, 0)] * 3
+    return [(4, 2, 1)] * PATCHES[config.patch] + [(4, 1, 1)] * 2
+
+
+def _least_side(config: PatchDiscriminatorConfig) -> int:
+    """Smallest side of a picture that gives a score."""
+    side = 1
+    for kernel, stride, padding in reversed(_geometry(config)):
+        side = (side - 1) * stride + kernel - 2 * padding
+    return side
+
+
+def _places(i: int) -> tuple[str, str]:
+    """Published numbers of convolution i and its normalisation; activations have numbers too."""
+    conv = max(3 * i - 1, 0)
+    return str(conv), str(conv + 1)
+
+
+def _pair(x: Tensor, y: Tensor | None, channels: int, least: int) -> Tensor:
+    """The pair as one picture: an op that reads both would save this copy."""
+    if y is None:
+        check_picture("x", x, channels, least)
+        return x
+    check_picture("x", x, x.shape[1], least)
+    if y.dim() != 4 or (y.shape[0], *y.shape[2:]) != (x.shape[0], *x.shape[2:]):
+        raise ValueError(
+            f"y must have the shape of x {tuple(x.shape)}, channels apart, got {tuple(y.shape)}"
+        )
+    if x.shape[1] + y.shape[1] != channels:
+        raise ValueError(
+            f"x and y must have {channels} channels together, got {x.shape[1]} and {y.shape[1]}"
+        )
+    return torch.cat([x, y], dim=1)
+
+
+# Several scales -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class MultiScaleDiscriminatorConfig:
+    """Copies of one discriminator."""
+
+    # Of each copy.
+    discriminator: PatchDiscriminatorConfig = field(
+        default_factory=lambda: PatchDiscriminatorConfig(norm="instance")
+    )
+    # Copies: the first sees the picture, each further one half its size.
+    scales: int = 2
+
+    def __post_init__(self) -> None:
+        check_positive(self, "scales")
+
+
+class MultiScaleDiscriminator(nn.Module):
+    """A patch discriminator for each level of a pyramid of averages."""
+
+    def __init__(self, config: MultiScaleDiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scales = nn.ModuleList(
+            PatchDiscriminator(config.discriminator) for _ in range(config.scales)
+        )
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
+        """A map (B, 1, h, w) of every scale, the finest first; arguments and errors as of one."""
+        return [scale(*pair) for scale, pair in self._levels(x, y)]
+
+    def features(self, x: Tensor, y: Tensor | None = None) -> list[list[Tensor]]:
+        """The features of every scale, the finest first."""
+        return [scale.features(*pair) for scale, pair in self._levels(x, y)]
+
+    def _levels(
+        self, x: Tensor, y: Tensor | None
+    ) -> Iterator[tuple[Any, tuple[Tensor, Tensor | None]]]:
+        for i, scale in enumerate(self.scales):
+            if i:
+                x, y = _half(x), None if y is None else _half(y)
+            yield scale, (x, y)
+
+
+def _half(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)

@@ -1,0 +1,135 @@
+"""ResNet generator of CycleGAN: two convolutions that halve, residual blocks, two that double.
+
+    h = act(conv7(x)),  twice h <- act(conv3 / 2 (h)),   act = relu norm
+    blocks  h <- h + norm(conv3(dropout(act(conv3(h)))))
+    twice h <- act(deconv3(h)),  y = tanh(conv7(h))
+
+The 7 x 7 convolutions and those of the blocks see their input reflected at the border. Whatever
+makes that input writes the border with it: `norm_act` is one pass.
+
+Shapes   x (B, C, H, W) -> (B, C_out, H', W'), sides rounded up to multiples of 4.
+Names    of parameters as in the published generators of CycleGAN.
+Source   Zhu et al., arXiv:1703.10593; Johnson et al., arXiv:1603.08155.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cgm.layers import (
+    check_choice,
+    check_picture,
+    check_positive,
+    dropout,
+    has_bias,
+    init_normal,
+    new_norm,
+    norm_act,
+)
+
+
+@dataclass(frozen=True)
+class ResnetGeneratorConfig:
+    """Sizes and kinds of the parts."""
+
+    # Channels of the picture that comes in.
+    in_channels: int = 3
+    # Channels of the picture that goes out.
+    out_channels: int = 3
+    # Residual blocks: 9 for 256 pixels, 6 for 128.
+    blocks: int = 9
+    # Channels at full resolution; the blocks have four times as many.
+    width: int = 64
+    # Normalisation.
+    norm: Literal["batch", "instance", "none"] = "instance"
+    # Dropout in every block.
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "in_channels", "out_channels", "blocks", "width")
+        check_choice(self, "norm", ("batch", "instance", "none"))
+
+
+class ResnetBlock(nn.Module):
+    """x + norm(conv(dropout(relu(norm(conv(x)))))), both convolutions reflected at the border."""
+
+    def __init__(self, config: ResnetGeneratorConfig, number: int) -> None:
+        super().__init__()
+        width, bias = 4 * config.width, has_bias(config.norm)
+        self.number, self.dropout = number, config.dropout
+        self.second = 6 if config.dropout else 5  # dropout has a published number of its own
+        self.conv_block = nn.ModuleDict(
+            {
+                "1": nn.Conv2d(width, width, 3, bias=bias),
+                "2": new_norm(config.norm, width),
+                str(self.second): nn.Conv2d(width, width, 3, bias=bias),
+                str(self.second + 1): new_norm(config.norm, width),
+            }
+        )
+
+    def forward(
+        self, x: Tensor, *, pad: int, seed: int | Tensor | None, index: Tensor | None
+    ) -> Tensor:
+        """(B, C, H + 2 pad, W + 2 pad) of x (B, C, H + 2, W + 2), borders reflected."""
+        parts = self.conv_block
+        conv, norm = parts[str(self.second)], parts[str(self.second + 1)]
+        dropped = self.dropout and seed is not None
+        h = norm_act(parts["1"](x), parts["2"], "relu", pad=0 if dropped else 1)
+        if self.dropout and seed is not None:
+            h = dropout(h, seed=seed, index=index, layer=self.number)
+            h = F.pad(h, (1,) * 4, mode="reflect")
+        return norm_act(conv(h), norm, residual=x[:, :, 1:-1, 1:-1], pad=pad)
+
+
+class ResnetGenerator(nn.Module):
+    """A picture from a picture."""
+
+    def __init__(self, config: ResnetGeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, n, bias = config.width, config.blocks, has_bias(config.norm)
+        self.model = nn.ModuleDict()
+
+        def layer(place: int, conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+            self.model[str(place)] = conv
+            self.model[str(place + 1)] = new_norm(config.norm, conv.out_channels)
+
+        # By their published numbers, where reflection, activations and dropout have some too.
+        layer(1, nn.Conv2d(config.in_channels, width, 7, bias=bias))
+        layer(4, nn.Conv2d(width, 2 * width, 3, 2, 1, bias=bias))
+        layer(7, nn.Conv2d(2 * width, 4 * width, 3, 2, 1, bias=bias))
+        for i in range(n):
+            self.model[str(10 + i)] = ResnetBlock(config, i)
+        layer(10 + n, nn.ConvTranspose2d(4 * width, 2 * width, 3, 2, 1, 1, bias=bias))
+        layer(13 + n, nn.ConvTranspose2d(2 * width, width, 3, 2, 1, 1, bias=bias))
+        self.model[str(17 + n)] = nn.Conv2d(width, config.out_channels, 7)
+        init_normal(self)
+
+    def forward(
+        self, x: Tensor, *, seed: int | Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """y (B, C_out, H', W') in (-1, 1) of x (B, C, H, W).
+
+        seed: of the dropout, in training and evaluation alike; None: no dropout.
+        index: (B,) int64 numbers of the samples, default 0 .. B - 1. What is dropped of a sample
+            depends on (seed, index) alone.
+
+        Raises:
+            ValueError: channels are not those of the config, or a side is less than 5.
+        """
+        check_picture("x", x, self.config.in_channels, least=5)
+        n = self.config.blocks
+        h = self._layer(1, F.pad(x, (3,) * 4, mode="reflect"))
+        h = self._layer(7, self._layer(4, h), pad=1)
+        for i in range(n):
+            block: Any = self.model[str(10 + i)]
+            h = block(h, pad=int(i < n - 1), seed=seed, index=index)
+        h = self._layer(13 + n, self._layer(10 + n, h), pad=3)
+        return torch.tanh(self.model[str(17 + n)](h))
+
+    def _layer(self, place: int, h: Tensor, pad: int = 0) -> Tensor:
+        conv, norm = self.model[str(place)], self.model[str(place + 1)]
+        return norm_act(conv(h), norm, "relu", pad=pad)
