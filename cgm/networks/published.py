@@ -67,8 +67,7 @@ def _tensors_of(file: BinaryIO, path: str | Path) -> Any:
         # Only tensors and containers are unpickled: no file can run code.
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"{path}: is damaged, or no file of tensors alone: {reason}") from error
+        raise ValueError(f"{path}: is damaged, or holds more than tensors, so not read") from error
 
 
 def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Module:

@@ -220,8 +220,11 @@ def test_names_and_values_are_the_published_ones(pair, kind):
     network, plain = make(kind), make_plain(kind)
     assert list(network.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(network.state_dict())
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # its noise is another
     x = pictures(2, 3, *size)
-    for train in (False, True) if "dropout" not in pair and pair != "unet6" else (False,):
+    for train in (False, True):
         out, expected = network.train(train)(x), plain.train(train)(x.clone())
         if out.shape[1] == 3:  # what tanh saturates would hide differences
             assert out.std() > 0.01 and (out.abs() < 0.9).float().mean() > 0.1
@@ -649,7 +652,7 @@ def test_files_that_run_code_are_refused(tmp_path):
     file, made = tmp_path / "net.pth", tmp_path / "made"
     for content in (Harmful(made), {"model.0.weight": Harmful(made)}, discriminator()):
         torch.save(content, file)
-        with pytest.raises(ValueError, match=f"{re.escape(str(file))}: is damaged, or no file of"):
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))}: is damaged, or holds more"):
             load_published(file)
     assert not made.exists()
 
@@ -752,7 +755,7 @@ def test_impossible_inputs():
         ((x, x), "x and y must have 5 channels together, got 2 and 2"),
         ((x, y[:1]), "y must have the shape of x"),
         ((x, y[..., :-1]), "y must have the shape of x"),
-        ((x, y[0]), "y must have the shape of x"),
+        ((x, y[0]), r"y must have shape \(B, C, H, W\)"),
         ((x[0], y[0]), "x must have shape"),
     ]:
         with pytest.raises(ValueError, match=f"^{words}"):
