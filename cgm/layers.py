@@ -130,15 +130,19 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def check_picture(name: str, x: Tensor, channels: int, least: int = 1) -> None:
-    """Raise unless x is a floating (B, channels, H, W) with sides of at least `least`."""
+def check_picture(name: str, x: Tensor, channels: int | None, least: int = 1) -> None:
+    """Raise unless x is a floating (B, channels, H, W) with sides of at least `least`.
+
+    channels: None for any number.
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating tensor, got {got}")
-    if x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < least:
+    fits = x.dim() == 4 and channels in (None, x.shape[1])
+    if not fits or min(x.shape[2:]) < least:
         raise ValueError(
-            f"{name} must have shape (B, {channels}, H, W) with H and W of at least {least}, "
-            f"got {tuple(x.shape)}"
+            f"{name} must have shape (B, {channels or 'C'}, H, W) with H and W of at least "
+            f"{least}, got {tuple(x.shape)}"
         )
 
 

@@ -92,24 +92,24 @@ class PatchDiscriminator(nn.Module):
             ValueError: channels are not those of the config, x and y do not fit, or a side is too
                 small for one patch of the map.
         """
-        out = x
-        for out in self._run(x, y):  # noqa: B007  the last one; others are not kept
-            pass
-        return out
+        return self._run(x, y, None)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """What every block gives, after its activation, and the map as the last; as `forward`."""
-        return list(self._run(x, y))
+        kept: list[Tensor] = []
+        out = self._run(x, y, kept)
+        return [*kept, out]
 
-    def _run(self, x: Tensor, y: Tensor | None) -> Iterator[Tensor]:
+    def _run(self, x: Tensor, y: Tensor | None, kept: list[Tensor] | None) -> Tensor:
         config = self.config
         layers: Any = self.net if config.patch == 1 else self.model
         h = _pair(x, y, config.in_channels, _least_side(config))
         for i in range(self.last):
             conv, norm = _places(i)
             h = norm_act(layers[conv](h), layers[norm], "leaky_relu")
-            yield h
-        yield layers[_places(self.last)[0]](h)
+            if kept is not None:
+                kept.append(h)
+        return layers[_places(self.last)[0]](h)
 
 
 def receptive_field(config: PatchDiscriminatorConfig) -> int:
@@ -160,8 +160,9 @@ def _pair(x: Tensor, y: Tensor | None, channels: int, least: int) -> Tensor:
     if y is None:
         check_picture("x", x, channels, least)
         return x
-    check_picture("x", x, x.shape[1], least)
-    if y.dim() != 4 or (y.shape[0], *y.shape[2:]) != (x.shape[0], *x.shape[2:]):
+    check_picture("x", x, None, least)
+    check_picture("y", y, None, least)
+    if (len(y), *y.shape[2:]) != (len(x), *x.shape[2:]):
         raise ValueError(
             f"y must have the shape of x {tuple(x.shape)}, channels apart, got {tuple(y.shape)}"
         )
@@ -189,7 +190,10 @@ class MultiScaleDiscriminatorConfig:
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """A patch discriminator for each level of a pyramid of averages."""
+    """A patch discriminator for each level of a pyramid of averages.
+
+    Their names and padding are those of PatchDiscriminator, not of the files of pix2pixHD.
+    """
 
     def __init__(self, config: MultiScaleDiscriminatorConfig) -> None:
         super().__init__()

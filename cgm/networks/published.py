@@ -9,7 +9,7 @@ Source   the networks are those of arXiv:1611.07004, arXiv:1703.10593 and arXiv:
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,10 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
             tensors. The message names the file.
     """
     try:
-        # Only tensors and containers are unpickled: no file can run code.
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with Path(path).open("rb") as file:
+            loaded = _tensors_of(file, path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"{path}: is damaged, or no file of tensors alone: {reason}") from error
     if not isinstance(loaded, Mapping) or not loaded:
         raise ValueError(f"{path}: must be a dict of tensors, got {type(loaded).__name__}")
     state = {name: value for name, value in loaded.items() if name != "_metadata"}
@@ -63,6 +60,14 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
             for running in _RUNNING:
                 state.pop(norm + running, None)
     return state
+
+
+def _tensors_of(file: BinaryIO, path: str | Path) -> Any:
+    try:
+        # Only tensors and containers are unpickled: no file can run code.
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path}: is damaged, or holds more than tensors, so not read") from error
 
 
 def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Module:
