@@ -82,11 +82,12 @@ def _train(argv: Sequence[str]) -> None:
         raise ValueError(f"FAMILY must be one of {', '.join(families)}, got {family!r}")
     model_class = family_class(family)
     model_config = config_class(model_class)
-    configs = _without_data_fields(model_config), TrainingConfig
+    defaults = _with_defaults(TrainingConfig, model_class.training_defaults)
+    configs = _without_data_fields(model_config), defaults
     options = _parse(TrainOptions, *configs, prog=f"cgm train {family}", args=rest)
     device = find_device(options.device)
     dataset = _load_data(options)
-    if not dataset.paired:
+    if not dataset.paired and not model_class.unpaired:
         raise ValueError(f"--layout must be another one: {family} learns from pairs, got unpaired")
     chosen = {
         f.name: getattr(dataset if f.name in DATA_FIELDS else options.model, f.name)
@@ -119,6 +120,15 @@ def _without_data_fields(model_config: type) -> type:
             pass
 
     return dataclass(frozen=True)(Options)
+
+
+def _with_defaults(config: type, defaults: dict[str, Any]) -> type:
+    """The config with other defaults."""
+    hints = typing.get_type_hints(config)
+    fields = {"__annotations__": {name: hints[name] for name in defaults}, **defaults}
+    return dataclass(frozen=True)(
+        type(config.__name__, (config,), fields | {"__doc__": config.__doc__})
+    )
 
 
 def _load_data(options: TrainOptions) -> "Dataset":

@@ -16,7 +16,10 @@ _Options = TypeVar("_Options")
 FAMILIES = {
     "autoregressive": "cgm.autoregressive:ConditionalTransformer",
     "classifier": "cgm.networks.classifier:Classifier",
+    "cyclegan": "cgm.cyclegan:CycleGAN",
     "diffusion": "cgm.diffusion:ConditionalDiffusion",
+    "gan": "cgm.gan:ConditionalGAN",
+    "pix2pix": "cgm.gan:Pix2Pix",
 }
 
 
@@ -33,6 +36,10 @@ class Model(nn.Module):
     # Samples are values drawn one after another: round-off changes nothing, or, if it tips one
     # over, all that follow.
     discrete: ClassVar[bool] = False
+    # Rows of y and cond need not belong together.
+    unpaired: ClassVar[bool] = False
+    # Fields of `cgm.training.TrainingConfig` that `cgm train` sets otherwise for this family.
+    training_defaults: ClassVar[dict[str, Any]] = {}
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         """The parameters that a phase updates; no parameter is in two phases."""
@@ -52,7 +59,11 @@ class Model(nn.Module):
         seed: int | Tensor,
         index: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """{"total": (B,), parts: (B,)} of y (B, *event); random only through (seed, index)."""
+        """{"total": (B,), parts: (B,)} of y (B, *event); random only through (seed, index).
+
+        A family of several phases also takes `shared`, a dict for what the phases of one step have
+        in common: the same object for each of them, empty at first.
+        """
         raise NotImplementedError
 
     # What every loss and sample is given ----------------------------------------------------------

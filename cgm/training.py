@@ -59,8 +59,9 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     # Steps over which the learning rate rises from 0.
     warmup: int = 200
-    # Course of the learning rate after that: to 0 at the last step, or none.
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    # Course of the learning rate after that: to 0 at the last step (late_linear: from half of the
+    # steps on, as GANs are trained), or none.
+    decay: Literal["cosine", "linear", "late_linear", "constant"] = "cosine"
     # Decay of the mean of the gradient (Adam's beta 1).
     beta1: float = 0.9
     # Decay of the mean of its square (Adam's beta 2).
@@ -183,11 +184,14 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     """Learning rate of the step after `step` finished ones.
 
     learning_rate min(1, (step + 1) / warmup) d(p), with p = (step - warmup) / (steps - warmup) in
-    [0, 1] and d(p) = (1 + cos(pi p)) / 2, 1 - p, or 1.
+    [0, 1] and d(p) = (1 + cos(pi p)) / 2, 1 - p, min(1, 2 - 2 p), or 1.
     """
     rising = min(1.0, (step + 1) / max(config.warmup, 1))
     p = min(max((step - config.warmup) / max(config.steps - config.warmup, 1), 0.0), 1.0)
-    course = {"cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p, "constant": 1.0}
+    course = {
+        "cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p,
+        "late_linear": min(1.0, 2 - 2 * p), "constant": 1.0,
+    }  # fmt: skip
     return config.learning_rate * rising * course[config.decay]
 
 
@@ -264,10 +268,14 @@ class _Run:
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
         )
+        # What the phases of a step have in common, such as the pictures that are judged.
+        shared: dict[str, Any] = {"shared": {}} if len(self.model.phases) > 1 else {}
         for number, phase in enumerate(self.model.phases):
             parameters, optimizer = self.parameters[phase], self.optimizers[phase]
             with autocast:
-                losses = self.model.loss(**batch, phase=phase, seed=self.config.seed, index=index)
+                losses = self.model.loss(
+                    **batch, phase=phase, seed=self.config.seed, index=index, **shared
+                )
             losses = {name: loss.float().mean() for name, loss in losses.items()}
             optimizer.zero_grad()
             losses["total"].backward(inputs=parameters)
@@ -312,6 +320,7 @@ class _Run:
         self.check(out)
         tensors = {f"weights/{name}": t for name, t in self.model.state_dict().items()}
         tensors |= {f"average/{name}": t for name, t in self.average.named_parameters()}
+        tensors |= {f"state/{name}": t for name, t in self._state().items()}
         for phase, name, parameter in self._named_parameters():
             for key, t in self.optimizers[phase].state.get(parameter, {}).items():
                 tensors[f"optimizer/{phase}/{name}/{key}"] = t
@@ -330,13 +339,16 @@ class _Run:
         changed = list(_differences(info, {"step": info.get("step"), **self.description}))
         if changed:
             raise ValueError(f"{file}: is of another run: {'; '.join(changed)}")
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
+        kinds = ("weights", "average", "state", "optimizer")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():
             part, rest = name.split("/", 1)
             parts[part][rest] = tensor
         load_weights(self.model, parts["weights"], file)
         # Of buffers there is no average.
         load_weights(self.average, {**parts["weights"], **parts["average"]}, file)
+        for name, buffer in self._state().items():
+            buffer.copy_(parts["state"][name])
         for phase, name, parameter in self._named_parameters():
             prefix = f"{phase}/{name}/"
             state = {
@@ -349,6 +361,11 @@ class _Run:
         self.step = info["step"]
         if self.step > self.config.steps:
             raise ValueError(f"steps must be at least {self.step}, got {self.config.steps}: {file}")
+
+    def _state(self) -> dict[str, Tensor]:
+        """Buffers that are no part of the model to use, such as pools of pictures."""
+        kept = self.model.state_dict().keys()
+        return {name: t for name, t in self.model.named_buffers() if name not in kept}
 
     def _named_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}

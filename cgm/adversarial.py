@@ -1,0 +1,171 @@
+"""What families with a discriminator share: objectives of rows, penalties, the image pool.
+
+Source   penalties: Gulrajani et al., arXiv:1704.00028 (WGAN-GP); Mescheder et al., arXiv:1801.04406
+         (R1). Pool: Shrivastava et al., arXiv:1612.07828.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import cgkernels
+from cgkernels.random import STREAM_POOL, uniform
+from cgm.layers import check_choice, check_positive
+from cgm.networks.patch_discriminator import PATCHES
+from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
+from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
+
+LOSSES = ("lsgan", "vanilla", "hinge", "nonsaturating", "wgan")
+Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
+Target = Literal["real", "fake", "generator"]
+
+
+def row_loss(scores: Tensor, loss: Loss, target: Target) -> Tensor:
+    """The mean of `cgkernels.patch_loss` over the patches of each row: (B, 1, h, w) -> (B,)."""
+    return cgkernels.patch_loss(scores, loss, target).flatten(1).mean(1)
+
+
+def judge(discriminator: nn.Module, x: Tensor | None, y: Tensor) -> Tensor:
+    """The scores of y, beside the condition x where there is one."""
+    return discriminator(y) if x is None else discriminator(x, y)
+
+
+def discriminator_loss(
+    discriminator: nn.Module,
+    x: Tensor | None,
+    real: Tensor,
+    fake: Tensor,
+    loss: Loss,
+    r1_weight: float = 0.0,
+) -> dict[str, Tensor]:
+    """{"total", "real", "fake"}, with a penalty also "r1": (B,) each, of pictures (B, C, H, W)."""
+    parts = {
+        "real": row_loss(judge(discriminator, x, real), loss, "real"),
+        "fake": row_loss(judge(discriminator, x, fake.detach()), loss, "fake"),
+    }
+    total = (parts["real"] + parts["fake"]) / 2
+    if r1_weight:
+        parts["r1"] = gradient_square(lambda y: judge(discriminator, x, y), real)
+        total = total + r1_weight / 2 * parts["r1"]
+    return {"total": total, **parts}
+
+
+def once(name: str, draw: Callable[[], Tensor], shared: dict[str, Tensor] | None) -> Tensor:
+    """What the phases of one step draw in common; without `shared` each draws for itself."""
+    if shared is None:
+        return draw()
+    if name not in shared:
+        shared[name] = draw()
+    return shared[name]
+
+
+def image_generator(config: Any, channels: int, out: int, *, dropout: bool) -> nn.Module:
+    """The network from pictures of so many channels to pictures that a config asks for."""
+    kind: dict[str, Any] = {"width": config.width, "norm": config.norm, "dropout": dropout}
+    if config.generator == "unet":
+        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=config.depth, **kind))
+    return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=config.depth, **kind))
+
+
+def channels_last(model: nn.Module) -> None:
+    """Convolutions in the format in which they, and the norms between them, are fastest."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_image_to_image(config: Any) -> None:
+    """ValueError unless a config from pictures to pictures makes sense."""
+    for name in ("event_shape", "cond_shape"):
+        if len(getattr(config, name)) != 3 or min(getattr(config, name)) < 1:
+            raise ValueError(f"{name} must be (C, H, W), got {getattr(config, name)}")
+    if config.cond_kind != "image":
+        raise ValueError(f"cond_kind must be image: from pictures, got {config.cond_kind!r}")
+    sides = config.event_shape[1:]
+    if sides != config.cond_shape[1:]:
+        raise ValueError(
+            f"cond_shape must have the sides of event_shape {config.event_shape}, "
+            f"got {config.cond_shape}"
+        )
+    check_choice(config, "generator", ("unet", "resnet"))
+    check_choice(config, "norm", ("batch", "instance", "none"))
+    check_choice(config, "patch", tuple(PATCHES))
+    check_choice(config, "loss", LOSSES)
+    check_positive(config, "depth", "width", "discriminator_width")
+    unit = 2**config.depth if config.generator == "unet" else 4
+    if any(side % unit for side in sides):
+        raise ValueError(
+            f"event_shape must have sides that are multiples of {unit} for this generator and "
+            f"depth, got {config.event_shape}"
+        )
+
+
+def check_weights(config: object, *names: str) -> None:
+    """ValueError unless these fields of a config are finite and not negative."""
+    for name in names:
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+
+
+# Penalties ----------------------------------------------------------------------------------------
+def gradient_square(discriminator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """|d D(y) / dy|^2 of each row, D the mean score of its patches: (B, C, H, W) -> (B,).
+
+    Rows must not depend on each other: no batch statistics in the discriminator.
+    """
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        score = discriminator(y).flatten(1).mean(1).sum()
+        (gradient,) = torch.autograd.grad(score, y, create_graph=True)
+    return gradient.square().flatten(1).sum(1)
+
+
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    share: Tensor,
+) -> Tensor:
+    """WGAN-GP, (|d D / dy| - 1)^2 of each row, at share real + (1 - share) fake, share (B,)."""
+    share = share[:, None, None, None]
+    square = gradient_square(discriminator, fake + share * (real - fake))
+    return ((square + 1e-16).sqrt() - 1).square()
+
+
+# Pool ---------------------------------------------------------------------------------------------
+class ImagePool(nn.Module):
+    """The last pictures of a generator, for its discriminator: about half of them from before.
+
+    Each picture first fills the pool; then it is either used itself, or takes the place of one of
+    the pool, which is used instead, with probability 1/2 each. What is drawn depends on (seed,
+    index) of the picture. The pool is state of the training, kept in its checkpoint.
+    """
+
+    def __init__(self, size: int, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.size = size
+        self.pictures = nn.Buffer(torch.zeros(size, *event_shape), persistent=False)
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def exchange(self, fake: Tensor, *, seed: int | Tensor, index: Tensor, step: int = 0) -> Tensor:
+        """Pictures (B, *event) to judge, of fake (B, *event); nothing waits for the device.
+
+        step: of the noise, which tells several pools of a model apart.
+        """
+        if self.size == 0:
+            return fake
+        u = uniform((len(fake), 2), seed=seed, index=index, step=step, stream=STREAM_POOL)
+        out = fake.clone()
+        for row, picture in enumerate(fake):
+            full = self.count >= self.size
+            place = (u[row, 0] * self.size).long().clamp(max=self.size - 1)
+            place = torch.where(full, place, self.count.clamp(max=self.size - 1))[None]
+            swap = full & (u[row, 1] < 0.5)
+            old = self.pictures.index_select(0, place)[0]
+            out[row] = torch.where(swap, old, picture)
+            stored = torch.where(swap | ~full, picture, old)
+            self.pictures.index_copy_(0, place, stored[None].to(self.pictures.dtype))
+            self.count.add_(~full)
+        return out
