@@ -30,8 +30,9 @@ _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 def load_published(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU, under the names that today's modules have.
 
-    Names lose the `module.` of data parallel training. Files from before PyTorch 0.4 lose the
-    running statistics of instance norms, which nothing uses, and gain the counters of batch norms.
+    Names lose the `module.` of data parallel training. Running statistics of instance norms, which
+    files of 2018 and before have, are dropped, as the published code does: a picture is normalised
+    by its own. Batch norms from before PyTorch 0.4 gain their counters.
 
     Raises:
         ValueError: the file cannot be read, would run code, or holds anything but one dict of

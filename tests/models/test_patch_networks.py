@@ -431,6 +431,14 @@ def test_actnorm_takes_the_first_batch_of_training():
         layers.ActNorm(3)(x[:1, :, :1, :1])
 
 
+def test_actnorm_waits_for_the_device_once(monkeypatch):
+    norm, x = layers.ActNorm(3), pictures(2, 3, 4, 4)
+    norm(x)
+    monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("waits"))
+    norm(x)
+    norm.eval()(x)
+
+
 def test_actnorm_in_a_discriminator():
     network = discriminator(norm="actnorm")
     assert [name for name in network.state_dict() if name.startswith(("model.2.", "model.3."))] == [
@@ -564,7 +572,8 @@ def test_every_layer_drops_others(monkeypatch):
     unet(downs=8, width=1)(pictures(1, 3, 256, 256), seed=1)
     assert dropped == [(6, (1, 8, 4, 4)), (5, (1, 8, 8, 8)), (4, (1, 8, 16, 16))]
     dropped.clear()
-    resnet(dropout=True)(pictures(1, 3, 8, 8), seed=1)
+    network, x = resnet(dropout=True), pictures(1, 3, 8, 8)
+    torch.testing.assert_close(network(x, seed=1), network(x))  # record drops nothing
     assert dropped == [(0, (1, 16, 2, 2)), (1, (1, 16, 2, 2))]
     dropped.clear()
     for network in (unet(downs=6, dropout=False), resnet()):
