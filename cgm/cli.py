@@ -125,10 +125,14 @@ def _without_data_fields(model_config: type) -> type:
 def _with_defaults(config: type, defaults: dict[str, Any]) -> type:
     """The config with other defaults."""
     hints = typing.get_type_hints(config)
-    fields = {"__annotations__": {name: hints[name] for name in defaults}, **defaults}
-    return dataclass(frozen=True)(
-        type(config.__name__, (config,), fields | {"__doc__": config.__doc__})
-    )
+
+    class Options(config):  # type: ignore[valid-type, misc]
+        __doc__ = config.__doc__
+        __annotations__ = {name: hints[name] for name in defaults}
+
+    for name, value in defaults.items():
+        setattr(Options, name, value)
+    return dataclass(frozen=True)(Options)
 
 
 def _load_data(options: TrainOptions) -> "Dataset":
