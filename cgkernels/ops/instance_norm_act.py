@@ -171,24 +171,37 @@ def _load(ptr, strides, image, pixel, channel, mask):
 
 
 @triton.jit
-def _merged(mean, m2, count, total):
-    """Mean and M2 of all rows, each with its count: Chan's formula for any number of parts.
+def _first(x_ptr, x_strides, group, channel, channels):
+    """The first value of each channel of a group.
+
+    Where means are large, what is taken off all values leaves them as they are told apart.
+    """
+    at = group.to(tl.int64) * x_strides[0] + channel.to(tl.int64) * x_strides[1]
+    return tl.load(x_ptr + at, mask=channel < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _merged(mean, m2, count, total, origin):
+    """origin + mean, and M2, of all rows, each with its count: Chan's formula for many parts.
 
     A rough mean is taken off first: what is left loses no digits when it is averaged.
     """
     rough = tl.sum(mean * count, 0) / total
     off = tl.where(count > 0, mean - rough[None, :], 0.0)
-    all_mean = rough + tl.sum(off * count, 0) / total
-    off = tl.where(count > 0, mean - all_mean[None, :], 0.0)
-    return all_mean, tl.sum(m2 + count * off * off, 0)
+    rest = tl.sum(off * count, 0) / total
+    off = tl.where(count > 0, mean - (rough + rest)[None, :], 0.0)
+    return (origin + rough) + rest, tl.sum(m2 + count * off * off, 0)
 
 
 @triton.jit
 def _statistics(
-    x_ptr, x_strides, group, channel, channels, first, last, pixels,
+    x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
     BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and M2 of positions first .. last - 1: Welford's in each lane, then all lanes merged."""
+    """Mean (less origin) and M2 of positions first .. last - 1, by Welford's method in each lane.
+
+    Returned are means, M2 and counts of the lanes, which are to be merged.
+    """
     mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     lane = tl.arange(0, BLOCK_P)
@@ -197,13 +210,13 @@ def _statistics(
         position = start + lane
         mask = (position < last)[:, None] & (channel < channels)[None, :]
         image, pixel = _image_of(position, group, pixels, BATCH)
-        x = _load(x_ptr, x_strides, image, pixel, channel, mask)
+        x = _load(x_ptr, x_strides, image, pixel, channel, mask) - origin[None, :]
         step += 1.0
         off = tl.where(mask, x - mean, 0.0)
         mean += off * (1.0 / step)
         m2 += off * (x - mean)
     count = tl.maximum(last - first - lane + BLOCK_P - 1, 0) // BLOCK_P
-    return _merged(mean, m2, count.to(tl.float32)[:, None], last - first)
+    return mean, m2, count.to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -221,24 +234,28 @@ def _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps):
 
 @triton.jit
 def _part_kernel(
-    mean_ptr, m2_ptr, x_ptr, x_strides, channels, pixels, total, split, parts,
+    mean_ptr, m2_ptr, origin_ptr, x_ptr, x_strides, channels, pixels, total, split, parts,
     BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per part of a group and BLOCK_C channels: their mean and M2."""
+    """One program per part of a group and BLOCK_C channels: mean and M2 of x - its first value."""
     group, part, channel = _place(channels, parts, BLOCK_C)
     first = part * split + total * 0  # 64 bits only where the positions need them
     last = tl.minimum(first + split, total)
-    mean, m2 = _statistics(
-        x_ptr, x_strides, group, channel, channels, first, last, pixels, BATCH, BLOCK_P, BLOCK_C
-    )
+    origin = _first(x_ptr, x_strides, group, channel, channels)
+    mean, m2, count = _statistics(
+        x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
+        BATCH, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
+    mean, m2 = _merged(mean, m2, count, last - first, tl.zeros_like(origin))
     at = (group * parts + part).to(tl.int64) * channels + channel
     tl.store(mean_ptr + at, mean, mask=channel < channels)
     tl.store(m2_ptr + at, m2, mask=channel < channels)
+    tl.store(origin_ptr + at, origin, mask=channel < channels)
 
 
 @triton.jit
 def _merge_kernel(
-    mean_ptr, var_ptr, part_mean_ptr, part_m2_ptr, channels, total, split, parts,
+    mean_ptr, var_ptr, part_mean_ptr, part_m2_ptr, origin_ptr, channels, total, split, parts,
     PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per group and BLOCK_C channels: mean and variance of all of its parts."""
@@ -249,7 +266,9 @@ def _merge_kernel(
     mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
     m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
     count = tl.minimum(tl.maximum(total - part.to(tl.int64) * split, 0), split)
-    mean, m2 = _merged(mean, m2, count.to(tl.float32)[:, None], total)
+    at = group.to(tl.int64) * parts * channels + channel  # of the first part: all have the same
+    origin = tl.load(origin_ptr + at, mask=channel < channels, other=0.0)
+    mean, m2 = _merged(mean, m2, count.to(tl.float32)[:, None], total, origin)
     at = group.to(tl.int64) * channels + channel
     tl.store(mean_ptr + at, mean, mask=channel < channels)
     tl.store(var_ptr + at, m2 / total, mask=channel < channels)
@@ -270,10 +289,12 @@ def _fwd_kernel(
     inside = channel < channels
     at = group.to(tl.int64) * channels + channel
     if WHOLE:
-        mean, m2 = _statistics(
-            x_ptr, x_strides, group, channel, channels, 0, total, height * width,
+        origin = _first(x_ptr, x_strides, group, channel, channels)
+        mean, m2, count = _statistics(
+            x_ptr, x_strides, origin, group, channel, channels, 0, total, height * width,
             BATCH, BLOCK_P, BLOCK_C,
         )  # fmt: skip
+        mean, m2 = _merged(mean, m2, count, total, origin)
         var = m2 / total
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(var_ptr + at, var, mask=inside)
@@ -303,31 +324,32 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _mirror(i, size, pad, K: tl.constexpr):
+def _mirrored(i, size, pad, place):
     """Where in a padded line element i stands, of three places, and whether it stands there."""
-    if K == 0:
-        return i + pad, i >= 0
-    elif K == 1:
-        return pad - i, (i >= 1) & (i <= pad)
-    else:
-        return pad + 2 * (size - 1) - i, (i >= size - 1 - pad) & (i <= size - 2)
+    first, last = pad - i, pad + 2 * (size - 1) - i
+    at = tl.where(place == 0, i + pad, tl.where(place == 1, first, last))
+    # Its own image in the mirror at the line's end is the element itself, which counts once.
+    there = (place == 0) | (at != i + pad)
+    return at, there & (at >= 0) & (at < size + 2 * pad)
 
 
 @triton.jit
 def _unpadded(
     dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD: tl.constexpr
 ):  # fmt: skip
-    """Gradient of what was padded: the sum of up to nine places, always in the same order."""
+    """Gradient of what was padded: the sum of up to nine places, always in the same order.
+
+    A loop, lest the compiler keeps the addresses of all places in registers.
+    """
     if PAD:
         row, column = pixel // width, pixel % width
         dy = tl.zeros(mask.shape, tl.float32)
-        for i in tl.static_range(3):
-            y, in_y = _mirror(row, height, pad, i)
-            for j in tl.static_range(3):
-                x, in_x = _mirror(column, width, pad, j)
-                at = y * (width + 2 * pad) + x
-                there = mask & (in_y & in_x)[:, None]
-                dy += _load(dy_ptr, dy_strides, image, at, channel, there)
+        for place in range(9):
+            y, in_y = _mirrored(row, height, pad, place // 3)
+            x, in_x = _mirrored(column, width, pad, place % 3)
+            there = mask & (in_y & in_x)[:, None]
+            at = y * (width + 2 * pad) + x
+            dy += _load(dy_ptr, dy_strides, image, at, channel, there)
         return dy
     else:
         return _load(dy_ptr, dy_strides, image, pixel, channel, mask)
@@ -463,12 +485,15 @@ def _launch_config(pixels, channels, channels_last):
         block_c = min(32, triton.next_power_of_2(channels))
         block_p = 2048 // block_c
     else:
-        block_p = min(2048, max(64, triton.next_power_of_2(pixels)))
-        block_c = 2048 // block_p
+        block_c = 1
+        block_p = min(2048, max(32, triton.next_power_of_2(pixels)))
     whole = pixels <= 1024
     least = pixels if whole else max(256, triton.cdiv(pixels, _MERGED["PARTS"]))
     split = block_p * triton.cdiv(least, block_p)
-    return {"WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+    return {
+        "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c,
+        "num_warps": max(1, block_p * block_c // 512),
+    }  # fmt: skip
 
 
 def _launch_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
@@ -502,7 +527,7 @@ def _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_
     whole = config.pop("WHOLE")
     if not whole:
         parts = triton.cdiv(total, split)
-        part = mean.new_empty(2, groups, parts, channels)
+        part = mean.new_empty(3, groups, parts, channels)
         _part_kernel[(blocks * parts,)](
             *part, *with_strides(x), channels, height * width, total, split, parts,
             BATCH=switches["BATCH"], enable_fp_fusion=True, **config,
