@@ -8,6 +8,7 @@ from cgkernels.ops.add_noise import add_noise
 from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
+from cgkernels.ops.instance_norm_act import instance_norm_act, instance_norm_act_
 from cgkernels.ops.norm_linear import norm_linear, pack_weight
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
@@ -19,6 +20,8 @@ __all__ = [
     "diffusion_loss",
     "guided_step",
     "guided_step_",
+    "instance_norm_act",
+    "instance_norm_act_",
     "norm_linear",
     "pack_weight",
     "philox_normal",

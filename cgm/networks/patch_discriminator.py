@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgm.layers import (
+    before_norm,
     check_choice,
     check_picture,
     check_positive,
@@ -106,7 +107,8 @@ class PatchDiscriminator(nn.Module):
         h = _pair(x, y, config.in_channels, _least_side(config))
         for i in range(self.last):
             conv, norm = _places(i)
-            h = norm_act(layers[conv](h), layers[norm], "leaky_relu")
+            h = before_norm(layers[conv], layers[norm], h)
+            h = norm_act(h, layers[norm], "leaky_relu")
             if kept is not None:
                 kept.append(h)
         return layers[_places(self.last)[0]](h)
