@@ -9,6 +9,7 @@ from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
 from cgkernels.ops.norm_linear import norm_linear, pack_weight
+from cgkernels.ops.patch_head_loss import patch_head_loss, patch_loss
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
 from cgkernels.ops.sample_logits import sample_logits
@@ -21,6 +22,8 @@ __all__ = [
     "guided_step_",
     "norm_linear",
     "pack_weight",
+    "patch_head_loss",
+    "patch_loss",
     "philox_normal",
     "prefill_attention",
     "reference",
