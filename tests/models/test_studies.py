@@ -61,8 +61,8 @@ def told_apart(patch: int, block: int) -> float:
     for _ in range(100):
         real = seen[torch.randint(len(seen), (8,), generator=generator)]
         fake = shuffled(real, block, generator)
-        loss = row_loss(discriminator(real), "vanilla", "real")
-        loss = loss + row_loss(discriminator(fake), "vanilla", "fake")
+        loss = row_loss(discriminator, None, real, "vanilla", "real")
+        loss = loss + row_loss(discriminator, None, fake, "vanilla", "fake")
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
