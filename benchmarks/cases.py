@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cgkernels
 from benchmarks import attention, decoding, diffusion, patchgan
 from benchmarks.generation import decoding_cost, generation_cases
+from benchmarks.image_to_image import image_to_image_cases
 from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, Size
 from benchmarks.records import OURS
 from benchmarks.timing import Call, name_of
@@ -379,6 +380,7 @@ def _model_cases(device: torch.device) -> Iterator[Case]:
                 make, solver,
             )  # fmt: skip
     yield from generation_cases(device)
+    yield from image_to_image_cases(device)
 
 
 def select(
