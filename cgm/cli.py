@@ -51,6 +51,10 @@ class TrainOptions(Generic[_Model, _Training]):
     layout: str = "pairs"
     # Side to which its pictures are resized, pixels.
     size: int = 64
+    # Side of the square that training takes out of them, somewhere else in each epoch; 0 for all.
+    crop: int = 0
+    # Mirror half of them, others in each epoch.
+    flip: tyro.conf.FlagCreatePairsOff[bool] = False
     # 3 to read its pictures in colour, 1 in grey.
     channels: int = 3
     # AtoB makes B from A, BtoA makes A from B.
@@ -138,7 +142,7 @@ def _load_data(options: TrainOptions) -> "Dataset":
         raise ValueError(
             f"one of --task and --data must be given; --task is one of {', '.join(TASKS)}"
         )
-    of_folder = ("layout", "size", "channels", "direction")
+    of_folder = ("layout", "size", "crop", "flip", "channels", "direction")
     values = {name: getattr(options, name) for name in of_folder}
     if options.data is not None:
         return load_folder(options.data, **values)

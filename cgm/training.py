@@ -380,6 +380,8 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     for tensor in (dataset.y, dataset.cond):
         if tensor is not None:
             crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+    size = tuple(dataset.y.shape[2:])
+    augmentation = {"size": size, "crop": dataset.crop, "flip": dataset.flip}
     return {
         "name": dataset.name,
         "rows": len(dataset),
@@ -388,6 +390,8 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "cond_shape": dataset.cond_shape,
         "num_classes": dataset.num_classes,
         "class_names": dataset.class_names,
+        # None, as of runs from before there was any: they can be resumed.
+        "augmentation": augmentation if dataset.augmented else None,
         "crc32": crc,
     }
 
