@@ -352,7 +352,7 @@ class _Run:
         for phase, name, parameter in self._named_parameters():
             prefix = f"{phase}/{name}/"
             state = {
-                key.removeprefix(prefix): t.to(self.device)
+                key.removeprefix(prefix): _in_format_of(parameter, t.to(self.device))
                 for key, t in parts["optimizer"].items()
                 if key.startswith(prefix)
             }
@@ -402,6 +402,13 @@ def _adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.opti
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+
+
+def _in_format_of(parameter: Tensor, state: Tensor) -> Tensor:
+    """State of an optimizer, laid out as the parameter is: the fused one reads both as they lie."""
+    if state.shape != parameter.shape:
+        return state
+    return torch.empty_like(parameter, dtype=state.dtype, requires_grad=False).copy_(state)
 
 
 def _differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
