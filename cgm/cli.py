@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cgm.data import Dataset
+    from cgm.sheets import Shown
 
 # Fields of a model's config that follow from the data; they are no flags.
 DATA_FIELDS = ("event_shape", "cond_kind", "cond_shape", "num_classes")
@@ -100,12 +101,32 @@ def _train(argv: Sequence[str]) -> None:
     model = make_model(model_class, model_config(**chosen), seed=options.training.seed)
     out = options.out or Path("runs") / f"{family}-{dataset.name}"
     try:
-        train(model, dataset, options.training, out, device=device, resume=options.resume)
+        train(
+            model,
+            dataset,
+            options.training,
+            out,
+            device=device,
+            resume=options.resume,
+            shown=_shown(options),
+        )
     except TrainingInterrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None
+    if options.training.sheet_every:
+        print(f"What it drew while it learned is in {out / 'index.html'}.")
     print(f"The model is in {out}. To draw from it:")
     cond = " --cond PICTURE" if options.data and dataset.cond_kind == "image" else ""
     print(f"  cgm sample {shlex.quote(str(out))}{cond}")
+
+
+def _shown(options: Any) -> "Shown | None":
+    """What the sheets show: of a task pictures kept from training, of other data the first rows."""
+    if not options.training.sheet_every or options.task is None:
+        return None
+    from cgm.data import load_task
+    from cgm.sheets import first_rows
+
+    return first_rows(load_task(options.task, "test"), stacked=options.task == "complete")
 
 
 def _without_data_fields(model_config: type) -> type:
@@ -248,26 +269,17 @@ def _checkpoint_options(
 
 
 def _write_picture(file: Path, samples: "Tensor", given: _Conditions, *, stacked: bool) -> None:
-    """A row for each condition: the condition, if it is a picture, its samples, the real one."""
-    import torch
+    from cgm.plots import sample_grid
 
-    from cgm.plots import as_pictures, picture_grid
-
-    shown = samples[:_SHOWN, :_SHOWN]
-    if given.cond is None:  # one condition: its draws fill rows of eight
-        wide = min(8, len(shown))
-        white = torch.ones(-len(shown) % wide, *shown.shape[1:])
-        rows = torch.cat([shown, white]).unflatten(0, (-1, wide))[:, :, 0]
-        picture_grid(file, [("", rows.transpose(0, 1))])
-        return
-    cond = given.cond[:_SHOWN] if given.cond.dim() == 4 else None
-    groups = [("samples", as_pictures(shown, cond, stacked=stacked))]
-    if cond is not None:
-        groups.insert(0, ("condition", as_pictures(cond)[None]))
-    if given.real is not None:
-        real = as_pictures(given.real[:_SHOWN], cond, stacked=stacked)
-        groups.append(("real", real[None]))
-    picture_grid(file, groups, row_labels=given.labels[:_SHOWN])
+    cond = None if given.cond is None or given.cond.dim() != 4 else given.cond[:_SHOWN]
+    sample_grid(
+        file,
+        samples[:_SHOWN, :_SHOWN],
+        cond=cond,
+        real=None if given.real is None else given.real[:_SHOWN],
+        labels=given.labels[:_SHOWN],
+        stacked=stacked,
+    )
 
 
 def _draw(model: Any, cond: "Tensor | None", options: Any, solver: dict[str, Any]) -> "Tensor":
