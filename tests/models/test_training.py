@@ -500,7 +500,7 @@ ADVERSARIAL = {
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_bfloat16_learns_as_float32_and_resumes(tmp_path, name):
-    """Also the penalty, whose gradient is one of a gradient, and the pool of pictures."""
+    """Also with the penalty, and with a pool of pictures."""
     family, model_config, data = ADVERSARIAL[name]
 
     def go(out, steps, precision="bfloat16", **options):
@@ -520,6 +520,24 @@ def test_bfloat16_learns_as_float32_and_resumes(tmp_path, name):
     go(tmp_path / "run", 5, resume=True)
     go(tmp_path / "whole", 5)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["r1", "gan"])
+def test_gradient_of_the_penalty_in_bfloat16(name):
+    """The gradient of a gradient, both of them through autocast."""
+    family, model_config, data = ADVERSARIAL[name]
+    model = make_model(family, model_config, seed=1)
+    parameters = list(model.discriminator.parameters())
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = model.loss(
+                **data.batch(torch.arange(4)), phase="discriminator", seed=0, index=torch.arange(4)
+            )
+        gradients = torch.autograd.grad(losses["r1"].sum(), parameters, materialize_grads=True)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert found[0].norm() > 0 and not torch.equal(*found)
+    assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
 
 
 # Sheets -------------------------------------------------------------------------------------------
