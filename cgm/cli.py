@@ -54,7 +54,7 @@ class TrainOptions(Generic[_Model, _Training]):
     size: int = 64
     # Side of the square that training takes out of them, somewhere else in each epoch; 0 for all.
     crop: int = 0
-    # Mirror half of them, others in each epoch.
+    # Mirror half of them left to right, others in each epoch.
     flip: tyro.conf.FlagCreatePairsOff[bool] = False
     # 3 to read its pictures in colour, 1 in grey.
     channels: int = 3
@@ -150,10 +150,14 @@ def _without_data_fields(model_config: type) -> type:
 def _with_defaults(config: type, defaults: dict[str, Any]) -> type:
     """The config with other defaults."""
     hints = typing.get_type_hints(config)
-    fields = {"__annotations__": {name: hints[name] for name in defaults}, **defaults}
-    return dataclass(frozen=True)(
-        type(config.__name__, (config,), fields | {"__doc__": config.__doc__})
-    )
+
+    # A class statement: of a class without source tyro finds no comments, its parents' neither.
+    class Options(config):  # type: ignore[valid-type, misc]
+        __doc__ = config.__doc__
+        __annotations__ = {name: hints[name] for name in defaults}
+        vars().update(defaults)
+
+    return dataclass(frozen=True)(Options)
 
 
 def _load_data(options: TrainOptions) -> "Dataset":
