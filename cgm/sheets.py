@@ -31,7 +31,7 @@ _STYLE = """
 body { font-family: sans-serif; margin: 2em; }
 img { display: block; max-width: 100%; }
 table { border-collapse: collapse; margin: 0.5em 0; }
-td, th { border: 1px solid #ccc; padding: 0.2em 0.6em; text-align: left; font-weight: normal; }
+td { border: 1px solid #ccc; padding: 0.2em 0.6em; }
 """
 
 
@@ -111,13 +111,13 @@ def write_page(out: Path, step: int) -> None:
         if (match := re.fullmatch(r"step_(\d+)\.png", file.name)) and int(match[1]) <= step
     }
     title = escape(out.resolve().name)
-    body = [f"<h1>{title}</h1>", f'<p><a href="log.csv">log.csv</a> <a href="{CONFIG_FILE}">'
-            f"{CONFIG_FILE}</a></p>"]  # fmt: skip
+    links = (f'<a href="{name}">{name}</a>' for name in ("log.csv", CONFIG_FILE))
+    body = [f"<h1>{title}</h1>", f"<p>{' '.join(links)}</p>"]
     for number, name in sorted(found.items(), reverse=True):
         body += [
             f"<h2>Step {number}</h2>",
-            *_table([list(row) for row in losses.get(number, {}).items()]),
             f'<img src="{FOLDER}/{name}" alt="samples at step {number}" loading="lazy">',
+            *_table([list(row) for row in losses.get(number, {}).items()]),
         ]
     for part in ("config", "training", "data"):
         rows = [[name, json.dumps(value)] for name, value in info.get(part, {}).items()]

@@ -137,9 +137,8 @@ def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, opti
         elif options is cli.ConvertOptions and name in ("file", "out"):
             assert f" {name.upper()} {comment} (required)" in " ".join(text.split())
         else:
-            assert re.search(
-                rf"{re.escape(flag)}[ ,](.*? )?{re.escape(comment)} \(default", text
-            ), name
+            told = rf"{re.escape(flag)}[ ,](.*? )?{re.escape(comment)} \(default"
+            assert re.search(told, text), name
 
 
 def test_help_names_the_choices(cgm):
