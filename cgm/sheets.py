@@ -22,7 +22,7 @@ from torch import Tensor
 from cgm.checkpoints import CONFIG_FILE, read_config, replacing
 from cgm.data import Dataset
 from cgm.families import Model
-from cgm.plots import as_pictures, sample_grid
+from cgm.plots import sample_grid
 
 FOLDER, PAGE = "samples", "index.html"
 ROWS, DRAWS = 6, 3  # of each row so many draws; a model without condition draws ROWS x DRAWS
@@ -68,13 +68,14 @@ class Sheets:
         self.model: Any = model
         self.shown, self.out = shown, out
         self.cond = shown.cond if shown.cond is not None and shown.cond.dim() == 4 else None
-        real = shown.real
-        if real.dim() == 4:
-            real = as_pictures(real, self.cond, stacked=shown.stacked)
-        if real.dim() != 4 or real.shape[1] not in (1, 3):
+        of_cond = None if self.cond is None else self.cond.shape[1]
+        of_y = shown.real.shape[1] if shown.real.dim() == 4 else 0
+        colours = (of_y, of_cond) == (2, 1)  # of the luminance cond
+        if of_cond not in (None, 1, 3) or not (of_y in (1, 3) or colours):
+            cond = "" if self.cond is None else f" and cond {tuple(self.cond.shape)}"
             raise ValueError(
                 "sheet_every must be 0: sheets show pictures with 1 or 3 channels, got y "
-                f"{tuple(shown.real.shape)}"
+                f"{tuple(shown.real.shape)}{cond}"
             )
 
     def write(self, step: int) -> None:

@@ -645,7 +645,7 @@ def test_page_has_no_sheets_of_steps_that_were_lost(tmp_path):
     assert steps == ["5", "4", "3", "2", "1"]
 
 
-@pytest.mark.parametrize("kind", ["none", "class", "image", "lower half", "unpaired"])
+@pytest.mark.parametrize("kind", ["none", "class", "image", "lower half", "colours", "unpaired"])
 def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
     drawn = []
     monkeypatch.setattr(sheets, "sample_grid", lambda *a, **k: drawn.append((a[1], k)))
@@ -654,6 +654,7 @@ def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
         "none": Dataset("x", y),
         "class": Dataset("x", y, torch.tensor([1, 0, 1, 0]), "class", 2, ("<a>", "b")),
         "image": Dataset("x", y, cond[:, :1], "image"),
+        "colours": Dataset("x", cond, y, "image"),
         "lower half": Dataset("x", y[:, :, 4:], y[:, :, :4], "image"),
         "unpaired": Dataset("x", y, cond[:3, :1], "image", paired=False),
     }[kind]
@@ -692,6 +693,10 @@ def test_sheets_of_what_cannot_be_shown(tmp_path):
     model = make_model(ConditionalDiffusion, DiffusionConfig((2, 8, 8), channels=8, heads=2))
     with pytest.raises(ValueError, match=r"1 or 3 channels, got y \(4, 2, 8, 8\)"):
         run(tmp_path / "run", SHEETS, Dataset("x", pictures(4, 2, 8)), model)
+    config = dataclasses.replace(BATCH_NORM, cond_shape=(2, 16, 16))
+    data = Dataset("x", pictures(4), pictures(4, 2), "image")
+    with pytest.raises(ValueError, match=r"got y \(4, 3, 16, 16\) and cond \(4, 2, 16, 16\)"):
+        run(tmp_path / "run", SHEETS, data, make_model(Pix2Pix, config))
     assert not (tmp_path / "run").exists()
 
 
