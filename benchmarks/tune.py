@@ -34,7 +34,7 @@ from benchmarks.opcase import Case
 from benchmarks.records import OURS
 from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows
-from cgkernels.ops import decode_attention, norm_linear, sample_logits
+from cgkernels.ops import decode_attention, norm_linear, patch_head_loss, sample_logits
 
 Config = dict[str, Any]
 
@@ -125,6 +125,14 @@ def _linear_tiles(
         }  # fmt: skip
 
 
+def _pixel_tiles(pixels: int, dtype: torch.dtype) -> Iterator[Config]:
+    """Tiles of 16 to 128 pixels, and parts of 32 to 128 channels of at most 256 bytes a pixel."""
+    for block_m, block_c, stages in product((16, 32, 64, 128), (32, 64, 128), (3, 4, 6)):
+        if block_c * dtype.itemsize <= 256:
+            warps = 4 if block_m >= 64 else 1
+            yield {"BLOCK_M": block_m, "BLOCK_C": block_c, "STAGES": stages, "num_warps": warps}
+
+
 def _vocabulary_walks(vocabulary: int) -> Iterator[Config]:
     """A row in registers where 32 of each thread's hold it; pieces of 4 to 16 tokens a thread."""
     whole = max(128, 2 ** (vocabulary - 1).bit_length())
@@ -145,6 +153,7 @@ TUNABLES = {
     "diffusion_loss": _ROWS,
     "philox_normal": _ROWS,
     "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
+    "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
     "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
 }

@@ -8,7 +8,9 @@ from cgkernels.ops.add_noise import add_noise
 from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
+from cgkernels.ops.instance_norm_act import instance_norm_act, instance_norm_act_
 from cgkernels.ops.norm_linear import norm_linear, pack_weight
+from cgkernels.ops.patch_head_loss import patch_head_loss, patch_loss
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
 from cgkernels.ops.sample_logits import sample_logits
@@ -19,8 +21,12 @@ __all__ = [
     "diffusion_loss",
     "guided_step",
     "guided_step_",
+    "instance_norm_act",
+    "instance_norm_act_",
     "norm_linear",
     "pack_weight",
+    "patch_head_loss",
+    "patch_loss",
     "philox_normal",
     "prefill_attention",
     "reference",

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import cgkernels
 from cgkernels.random import STREAM_POOL, uniform
 from cgm.layers import check_choice, check_positive
 from cgm.networks.patch_discriminator import PATCHES
@@ -20,16 +19,6 @@ from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 LOSSES = ("lsgan", "vanilla", "hinge", "nonsaturating", "wgan")
 Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
 Target = Literal["real", "fake", "generator"]
-
-
-def row_loss(scores: Tensor, loss: Loss, target: Target) -> Tensor:
-    """The mean of `cgkernels.patch_loss` over the patches of each row: (B, 1, h, w) -> (B,)."""
-    return cgkernels.patch_loss(scores, loss, target).flatten(1).mean(1)
-
-
-def judge(discriminator: nn.Module, x: Tensor | None, y: Tensor) -> Tensor:
-    """The scores of y, beside the condition x where there is one."""
-    return discriminator(y) if x is None else discriminator(x, y)
 
 
 def discriminator_loss(
@@ -42,14 +31,26 @@ def discriminator_loss(
 ) -> dict[str, Tensor]:
     """{"total", "real", "fake"}, with a penalty also "r1": (B,) each, of pictures (B, C, H, W)."""
     parts = {
-        "real": row_loss(judge(discriminator, x, real), loss, "real"),
-        "fake": row_loss(judge(discriminator, x, fake.detach()), loss, "fake"),
+        "real": row_loss(discriminator, x, real, loss, "real"),
+        "fake": row_loss(discriminator, x, fake.detach(), loss, "fake"),
     }
     total = (parts["real"] + parts["fake"]) / 2
     if r1_weight:
-        parts["r1"] = gradient_square(lambda y: judge(discriminator, x, y), real)
+        parts["r1"] = gradient_square(lambda y: discriminator(*_pair(x, y)), real)
         total = total + r1_weight / 2 * parts["r1"]
     return {"total": total, **parts}
+
+
+def row_loss(
+    discriminator: nn.Module, x: Tensor | None, y: Tensor, loss: Loss, target: Target
+) -> Tensor:
+    """What the discriminator says of pictures y, beside their conditions x if there are: (B,)."""
+    losses: Any = discriminator.row_losses
+    return losses(*_pair(x, y), loss=loss, target=target)
+
+
+def _pair(x: Tensor | None, y: Tensor) -> tuple[Tensor, ...]:
+    return (y,) if x is None else (x, y)
 
 
 def once(name: str, draw: Callable[[], Tensor], shared: dict[str, Tensor] | None) -> Tensor:

@@ -155,8 +155,9 @@ def _with_defaults(config: type, defaults: dict[str, Any]) -> type:
     class Options(config):  # type: ignore[valid-type, misc]
         __doc__ = config.__doc__
         __annotations__ = {name: hints[name] for name in defaults}
-        vars().update(defaults)
 
+    for name, value in defaults.items():
+        setattr(Options, name, value)
     return dataclass(frozen=True)(Options)
 
 

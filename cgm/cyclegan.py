@@ -181,8 +181,10 @@ class CycleGAN(Model):
     ) -> dict[str, Tensor]:
         config = self.config
         parts = {
-            "adversarial_a": row_loss(self.discriminator_a(fake_y), config.loss, "generator"),
-            "adversarial_b": row_loss(self.discriminator_b(fake_cond), config.loss, "generator"),
+            "adversarial_a": row_loss(self.discriminator_a, None, fake_y, config.loss, "generator"),
+            "adversarial_b": row_loss(
+                self.discriminator_b, None, fake_cond, config.loss, "generator"
+            ),
             "cycle_a": _distance(self.generator_b(fake_y), cond),
             "cycle_b": _distance(self.generator_a(fake_cond), y),
         }

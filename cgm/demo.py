@@ -2,7 +2,8 @@
 
 Diffusion draws clothes of each class. Every picture that is timed is also judged: the draws are
 made in batches, each numbered on from the one before; the first batches are drawn twice, in plain
-PyTorch and by this library. Then an autoregressive model completes upper halves in several ways.
+PyTorch and by this library. Then an autoregressive model completes upper halves in several ways,
+and a GAN makes pictures of edges.
 """
 
 import contextlib
@@ -22,16 +23,19 @@ import cgkernels
 from cgm.checkpoints import load_model, shipped
 from cgm.data import load_task, to_float
 from cgm.data.fashion import CLASS_NAMES
+from cgm.data.tasks import edge_map
 from cgm.evaluation import class_accuracy, held_out_accuracy
 from cgm.plots import as_pictures, picture_grid
 
 CHECKPOINT, COMPLETING = "class_to_image_diffusion", "complete_autoregressive"
+TRANSLATING = "edges_to_image_pix2pix"
 SOLVER: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}
 PLAIN, LIBRARY = "plain PyTorch", "this library"
 _SEED = 0
 _DRAWS = 2  # of each class in a batch
 _SHOWN = 8  # of each class in the picture
 _WAYS_ON = 4  # completions of each upper half
+_OF_EDGES = 2  # pictures of each edge map
 # Half a level of a picture with 256 of them: what is below cannot be seen or saved.
 _VISIBLE = 1 / 255
 
@@ -45,6 +49,7 @@ class Measured:
     difference: float  # largest between the two ways
     completed: Tensor  # (draws, classes, C, H, W) in [-1, 1]
     completions: float  # a second
+    translated: Tensor  # (draws, classes, C, H, W) in [-1, 1], made of edges
     threads: int  # of PyTorch on the CPU
 
 
@@ -71,18 +76,21 @@ def demo(
         raise ValueError(f"out must be a folder, got {out}")
     model = load_model(shipped(CHECKPOINT), device, expected_family="diffusion")
     completing = load_model(shipped(COMPLETING), device, expected_family="autoregressive")
+    translating = load_model(shipped(TRANSLATING), device, expected_family="pix2pix")
     held_out = load_task("class_to_image", "test")
     assert held_out.cond is not None
     classes = range(len(CLASS_NAMES))
-    real = to_float(torch.stack([held_out.y[held_out.cond == label][0] for label in classes]))
+    pixels = torch.stack([held_out.y[held_out.cond == label][0] for label in classes])
+    real, edges = to_float(pixels), to_float(edge_map(pixels))
     threads = torch.get_num_threads()
     try:
         with console.status("drawing") as status:
             drawn, rates, difference = _draw(model, seconds, samples, timed, status.update)
             status.update("completing upper halves")
             completed, completions = _complete(completing, real)
+            translated = translating.sample(_OF_EDGES, cond=edges.to(device), seed=_SEED).cpu()
         measured = Measured(
-            drawn, rates, difference, completed, completions, torch.get_num_threads()
+            drawn, rates, difference, completed, completions, translated, torch.get_num_threads()
         )
     finally:
         torch.set_num_threads(threads)
@@ -97,6 +105,8 @@ def demo(
             (f"diffusion: {options}", measured.samples[:_SHOWN]),
             ("given", upper[None]),
             ("autoregressive: completed", measured.completed),
+            ("edges", edges[None]),
+            ("pix2pix", measured.translated),
             ("real", real[None]),
         ],
         row_labels=CLASS_NAMES,
@@ -104,7 +114,8 @@ def demo(
     _print(console, measured, torch.device(device))
     console.print(
         f"{file}: clothes that diffusion drew; upper halves of pictures that no model ever saw, "
-        f"each completed in {_WAYS_ON} ways; the real ones.",
+        f"each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; the "
+        "real ones.",
         highlight=False,
         soft_wrap=True,
     )
@@ -197,7 +208,7 @@ def _print(console: Console, measured: Measured, device: torch.device) -> None:
         else "the network is the same, and what differs are the ops around it"
     )
     shares, counts = [], []
-    for pictures in (measured.samples, measured.completed):
+    for pictures in (measured.samples, measured.completed, measured.translated):
         labels = torch.arange(pictures.shape[1]).repeat(len(pictures))
         shares.append(class_accuracy(pictures.flatten(0, 1), labels))
         counts.append(len(labels))
@@ -205,8 +216,9 @@ def _print(console: Console, measured: Measured, device: torch.device) -> None:
         f"This library to plain PyTorch, batch by batch: {ratio:.2f}; {why}.",
         f"Same weights, seed and numbers: largest difference {measured.difference:.1e} of [-1, 1].",
         f"The shipped classifier puts {shares[0]:.1%} of {counts[0]} drawn pictures in the asked "
-        f"class, {shares[1]:.1%} of {counts[1]} completed ones in that of their upper half, and "
-        f"{held_out_accuracy():.1%} of 1000 real ones.",
+        f"class, {shares[1]:.1%} of {counts[1]} completed ones in that of their upper half, "
+        f"{shares[2]:.1%} of {counts[2]} made of edges in theirs, and {held_out_accuracy():.1%} of "
+        "1000 real ones.",
         f"{counts[1]} upper halves completed, {measured.completions:.3g} a second.",
     )
     for line in lines:

@@ -277,10 +277,6 @@ class ConditionalDiffusion(Model):
         run = _Run(self, cond, index, as_seed(seed, device)[0], options)
         return run.solve().reshape(elements)
 
-    def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
-        """Not available: a diffusion model has no exact density in closed form."""
-        raise NotImplementedError("ConditionalDiffusion has no exact log_prob; it has loss, sample")
-
     # Conditions -----------------------------------------------------------------------------------
     def _null_cond(self, rows: int) -> Tensor | None:
         """What stands for "no condition": the id after the last, or an empty picture."""

@@ -113,7 +113,9 @@ def evaluate(
     Of a model with likelihoods: bits per dimension of the real pictures; the same given the
     condition of another picture, which must be more if the condition is used; of samples of the
     model with these conditions, and of samples that were drawn with another's; and with weights
-    of 8 bits, where it has them. Of a model of the shipped classes: class accuracy.
+    of 8 bits, where it has them. Of a model of the shipped classes: class accuracy. Of one without
+    likelihoods that makes pictures of pictures: how far they are from the real ones, |y - y'| with
+    values in [-1, 1], and those made of another picture's condition.
 
     solver: options of `sample`. say: is told what is being done.
 
@@ -141,8 +143,16 @@ def evaluate(
         accuracy = class_accuracy(draw(cond), cond)
         found.append(Measure("share of samples in the asked class", accuracy, None, rows))
         found.append(Measure("... of real pictures", held_out_accuracy(), None, len(held_out)))
+    if not found and held_out.cond_kind == "image" and held_out.paired:
+        say("distances of samples")
+        assert cond is not None
+        for name, given in (("mean absolute error", cond), ("... of another's", cond.roll(1, 0))):
+            found.append(_mean(name, (draw(given) - y).abs().flatten(1).mean(1)))
     if not found:
-        raise ValueError("model must have likelihoods, or draw the classes of class_to_image")
+        raise ValueError(
+            "model must have likelihoods, make pictures of pictures, or draw the classes of "
+            "class_to_image"
+        )
     return found
 
 

@@ -66,6 +66,10 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """Exact log p(y | cond) in nats, (B,); NotImplementedError of families that have none."""
+        raise NotImplementedError(f"{type(self).__name__} has no exact log_prob; it has a loss")
+
     # What every loss and sample is given ----------------------------------------------------------
     def check_phase(self, phase: str) -> None:
         """ValueError for a phase that this model has not."""

@@ -29,7 +29,6 @@ from cgm.adversarial import (
     check_weights,
     discriminator_loss,
     image_generator,
-    judge,
     once,
     row_loss,
 )
@@ -156,7 +155,7 @@ class Pix2Pix(Model):
 
         fake = once("fake", draw, shared)
         if phase == "generator":
-            adversarial = row_loss(judge(self.discriminator, cond, fake), config.loss, "generator")
+            adversarial = row_loss(self.discriminator, cond, fake, config.loss, "generator")
             l1 = (fake - y).abs().flatten(1).mean(1)
             total = adversarial + config.l1_weight * l1
             return {"total": total, "adversarial": adversarial, "l1": l1}
@@ -332,9 +331,7 @@ class ConditionalGAN(Model):
         planes = self._planes(cond)
         fake = once("fake", lambda: self._draw(cond, seed, index, 1.0), shared)
         if phase == "generator":
-            return {
-                "total": row_loss(judge(self.discriminator, planes, fake), config.loss, "generator")
-            }
+            return {"total": row_loss(self.discriminator, planes, fake, config.loss, "generator")}
         return discriminator_loss(
             self.discriminator, planes, y, fake, config.loss, config.r1_weight
         )

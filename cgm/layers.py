@@ -4,12 +4,13 @@ Source   instance norm: Ulyanov et al., arXiv:1607.08022; ActNorm: Kingma, Dhari
          arXiv:1807.03039, as the discriminator of VQGAN uses it, arXiv:2012.09841.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cgkernels
 from cgkernels.random import STREAM_DROPOUT, uniform
 
 Norm = Literal["batch", "instance", "none"]
@@ -90,16 +91,65 @@ def norm_act(
     Returns:
         (B, C, H + 2 pad, W + 2 pad), channels_last if x is.
     """
+    options: dict[str, Any] = {
+        "activation": activation, "slope": slope, "residual": residual, "pad": pad
+    }  # fmt: skip
     if isinstance(norm, nn.InstanceNorm2d):
-        h = F.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-        h = h.contiguous(memory_format=memory_format(x))  # instance_norm drops it
-    else:
-        h = norm(x)
+        out = cgkernels.instance_norm_act(x, norm.weight, norm.bias, eps=norm.eps, **options)
+        assert isinstance(out, Tensor)  # no statistics were asked for
+        return out
+    if isinstance(norm, nn.BatchNorm2d) and norm.training:
+        return _batch_norm_act(x, norm, options)
+    h = norm(x)
     if activation is not None:
         h = F.relu(h) if activation == "relu" else F.leaky_relu(h, slope)
     if residual is not None:
         h = h + residual
     return F.pad(h, (pad,) * 4, mode="reflect") if pad else h
+
+
+def _batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, options: dict[str, Any]) -> Tensor:
+    """By the statistics of the batch, which are added to the running ones."""
+    y, mean, var = cgkernels.instance_norm_act(
+        x, norm.weight, norm.bias, eps=norm.eps, over_batch=True, return_stats=True, **options
+    )
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.num_batches_tracked is not None and norm.momentum is not None
+    n = x.numel() // x.shape[1]
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_(var.to(norm.running_var.dtype) * (n / (n - 1)), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return y
+
+
+def norm_relu_(out: Tensor, x: Tensor, norm: nn.Module) -> None:
+    """relu(norm(x)) written into out, some channels of a larger tensor; without gradients."""
+    if isinstance(norm, nn.InstanceNorm2d):
+        cgkernels.instance_norm_act_(
+            out, x, norm.weight, norm.bias, eps=norm.eps, activation="relu"
+        )
+    else:
+        torch.clamp_min(norm_act(x, norm), 0, out=out)
+
+
+def before_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """conv(x), without a bias that the norm after it would take off again: a pass less."""
+    taken_off = isinstance(norm, nn.InstanceNorm2d) and not norm.affine
+    if conv.bias is None or not taken_off:
+        return conv(x)
+    weight = weight_of(conv)
+    options: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding}
+    if isinstance(conv, nn.ConvTranspose2d):
+        return F.conv_transpose2d(x, weight, output_padding=conv.output_padding, **options)
+    return F.conv2d(x, weight, **options)
+
+
+def weight_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    """The weight as `conv.forward` would take it: with spectral norm a hook makes it."""
+    for hook in conv._forward_pre_hooks.values():
+        hook(conv, ())
+    return conv.weight
 
 
 def dropout(

@@ -221,7 +221,7 @@ def test_inputs_stay_as_they_are(module, label):
         assert_equal(memory_of(inputs[name]), memory_of(before[name]))
 
 
-@samples
+@pytest.mark.parametrize(("module", "label"), every_sample(per_row=True))
 def test_a_sample_is_the_same_alone_and_in_any_batch(module, label):
     sample = sample_of(module, label)
     batch = sample.batch

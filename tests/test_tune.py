@@ -88,6 +88,13 @@ def test_candidates_for_tiles_cover_the_features(features, activation):
         assert split % config["BLOCK_K"] == 0 and config["BLOCK_N"] >= 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_candidates_for_pixels_include_the_present(dtype):
+    found = list(tune._pixel_tiles(961, dtype))
+    assert tune.TUNABLES["patch_head_loss"].function(961, dtype) in found
+    assert len({json.dumps(c) for c in found}) == len(found) < 40
+
+
 @pytest.mark.parametrize("vocabulary", [1, 100, 1000, 16384, 32000, 2**18])
 def test_candidates_for_vocabularies_hold_what_fits(vocabulary):
     found = list(tune._vocabulary_walks(vocabulary))

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cgkernels
 from cgm.layers import (
+    before_norm,
     check_choice,
     check_picture,
     check_positive,
@@ -26,6 +28,7 @@ from cgm.layers import (
     init_normal,
     new_norm,
     norm_act,
+    weight_of,
 )
 
 # Convolutions of stride 2 by patch.
@@ -92,24 +95,41 @@ class PatchDiscriminator(nn.Module):
             ValueError: channels are not those of the config, x and y do not fit, or a side is too
                 small for one patch of the map.
         """
-        return self._run(x, y, None)
+        return self._conv(self.last)(self._trunk(x, y))
 
     def features(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """What every block gives, after its activation, and the map as the last; as `forward`."""
         kept: list[Tensor] = []
-        out = self._run(x, y, kept)
+        out = self._conv(self.last)(self._trunk(x, y, kept))
         return [*kept, out]
 
-    def _run(self, x: Tensor, y: Tensor | None, kept: list[Tensor] | None) -> Tensor:
+    def row_losses(self, x: Tensor, y: Tensor | None = None, *, loss: str, target: str) -> Tensor:
+        """The mean of `cgkernels.patch_loss` over the patches of each pair, (B,); as `forward`.
+
+        The last layer and the loss are one op, which writes no map.
+        """
+        conv = self._conv(self.last)
+        return cgkernels.patch_head_loss(
+            self._trunk(x, y), weight_of(conv), conv.bias,
+            loss=loss, target=target, padding=int(conv.padding[0]),
+        )  # fmt: skip
+
+    def _trunk(self, x: Tensor, y: Tensor | None, kept: list[Tensor] | None = None) -> Tensor:
+        """What the last layer looks at; what each block gives is added to `kept`."""
         config = self.config
-        layers: Any = self.net if config.patch == 1 else self.model
         h = _pair(x, y, config.in_channels, _least_side(config))
         for i in range(self.last):
-            conv, norm = _places(i)
-            h = norm_act(layers[conv](h), layers[norm], "leaky_relu")
+            norm = self._layers()[_places(i)[1]]
+            h = norm_act(before_norm(self._conv(i), norm, h), norm, "leaky_relu")
             if kept is not None:
                 kept.append(h)
-        return layers[_places(self.last)[0]](h)
+        return h
+
+    def _conv(self, i: int) -> nn.Conv2d:
+        return self._layers()[_places(i)[0]]
+
+    def _layers(self) -> Any:
+        return self.net if self.config.patch == 1 else self.model
 
 
 def receptive_field(config: PatchDiscriminatorConfig) -> int:

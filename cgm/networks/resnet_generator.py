@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgm.layers import (
+    before_norm,
     check_choice,
     check_picture,
     check_positive,
@@ -77,11 +78,13 @@ class ResnetBlock(nn.Module):
         parts = self.conv_block
         conv, norm = parts[str(self.second)], parts[str(self.second + 1)]
         dropped = self.dropout and seed is not None
-        h = norm_act(parts["1"](x), parts["2"], "relu", pad=0 if dropped else 1)
+        h = before_norm(parts["1"], parts["2"], x)  # type: ignore[arg-type]
+        h = norm_act(h, parts["2"], "relu", pad=0 if dropped else 1)
         if self.dropout and seed is not None:
             h = dropout(h, seed=seed, index=index, layer=self.number)
             h = F.pad(h, (1,) * 4, mode="reflect")
-        return norm_act(conv(h), norm, residual=x[:, :, 1:-1, 1:-1], pad=pad)
+        h = before_norm(conv, norm, h)  # type: ignore[arg-type]
+        return norm_act(h, norm, residual=x[:, :, 1:-1, 1:-1], pad=pad)
 
 
 class ResnetGenerator(nn.Module):
@@ -131,5 +134,6 @@ class ResnetGenerator(nn.Module):
         return torch.tanh(self.model[str(17 + n)](h))
 
     def _layer(self, place: int, h: Tensor, pad: int = 0) -> Tensor:
-        conv, norm = self.model[str(place)], self.model[str(place + 1)]
-        return norm_act(conv(h), norm, "relu", pad=pad)
+        conv: Any = self.model[str(place)]
+        norm = self.model[str(place + 1)]
+        return norm_act(before_norm(conv, norm, h), norm, "relu", pad=pad)

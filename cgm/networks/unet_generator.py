@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgm.layers import (
+    before_norm,
     check_choice,
     check_picture,
     check_positive,
@@ -26,6 +27,7 @@ from cgm.layers import (
     memory_format,
     new_norm,
     norm_act,
+    norm_relu_,
 )
 
 Noise = tuple[int | Tensor, Tensor | None]  # seed, index
@@ -85,22 +87,37 @@ class Level(nn.Module):
         }
         self.model = nn.ModuleDict({place: parts[name] for name, place in self.places.items()})
 
-    def forward(self, a: Tensor, noise: Noise | None) -> Tensor:
-        """(B, C, 2 h, 2 w) from what the level outside gives down, (B, C', 2 h, 2 w), activated."""
+    def forward(self, a: Tensor, noise: Noise | None, out: Tensor | None = None) -> Tensor:
+        """(B, C, 2 h, 2 w) from what the level outside gives down, (B, C', 2 h, 2 w), activated.
+
+        out: where to write it, without gradients.
+        """
         part = self._parts()
-        h = part["down"](a)
-        if "inner" in part:
-            h = norm_act(h, part.get("down_norm", _NONE), "leaky_relu")
-            h = _join(h, part["inner"](h, noise))
-        else:
+        down_norm = part.get("down_norm", _NONE)
+        h = before_norm(part["down"], down_norm, a)
+        if "inner" not in part:
             h = F.relu(h)
-        h = part["up"](h)
+        else:
+            h = norm_act(h, down_norm, "leaky_relu")
+            if torch.is_grad_enabled():
+                h = _join(h, part["inner"](h, noise))
+            else:  # both halves are written where they belong: nothing is copied
+                both = _room_for_two(h)
+                skip, inner = both.chunk(2, dim=1)
+                torch.clamp_min(h, 0, out=skip)
+                part["inner"](h, noise, inner)
+                h = both
         if self.number == 0:
-            return torch.tanh(h)
+            return torch.tanh(part["up"](h))
+        h = before_norm(part["up"], part["up_norm"], h)
+        dropped = self.dropout and noise is not None
+        if out is not None and not dropped:
+            norm_relu_(out, h, part["up_norm"])
+            return out
         h = norm_act(h, part["up_norm"], "relu")
         if self.dropout and noise is not None:
             h = dropout(h, seed=noise[0], index=noise[1], layer=self.number)
-        return h
+        return h if out is None else out.copy_(h)
 
     def _parts(self) -> dict[str, Any]:
         return {name: self.model[place] for name, place in self.places.items()}
@@ -132,6 +149,12 @@ class UNetGenerator(nn.Module):
         if x.shape[2] % side or x.shape[3] % side:
             raise ValueError(f"x must have sides of multiples of {side}, got {tuple(x.shape)}")
         return self.model(x, None if seed is None else (seed, index))
+
+
+def _room_for_two(h: Tensor) -> Tensor:
+    """Uninitialised, of twice as many channels."""
+    shape = (h.shape[0], 2 * h.shape[1], *h.shape[2:])
+    return torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=memory_format(h))
 
 
 def _join(skip: Tensor, inner: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def test_the_token_step_is_what_is_compiled():
     [
         (
             {"models": ["gpt"]},
-            "models must be of class_to_image_diffusion, complete_autoregressive, got 'gpt'",
+            "complete_autoregressive, edges_to_image_pix2pix, got 'gpt'",
         ),
         ({"ways": ["quick"]}, "ways must be of fused, plain, compiled, got 'quick'"),
         ({"ways": []}, "ways must be of fused, plain, compiled, got none"),

@@ -19,6 +19,7 @@ from cgm.data import load_task, to_float
 from cgm.demo import LIBRARY, PLAIN, SOLVER, demo
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import make_model
+from cgm.gan import Pix2Pix, Pix2PixConfig
 
 
 @pytest.fixture
@@ -33,11 +34,25 @@ def tiny(tmp_path, monkeypatch):
         width=8, heads=1, hidden=8,
     )  # fmt: skip
     save_model(tmp_path / "completing", make_model(ConditionalTransformer, lower))
-    folders = {cgm.demo.CHECKPOINT: "tiny", cgm.demo.COMPLETING: "completing"}
+    edges = Pix2PixConfig(
+        event_shape=(1, 28, 28), cond_shape=(1, 28, 28), generator="resnet", depth=1, width=4,
+        patch=1, norm="instance", discriminator_width=4,
+    )  # fmt: skip
+    save_model(tmp_path / "translating", make_model(Pix2Pix, edges))
+    folders = {
+        cgm.demo.CHECKPOINT: "tiny",
+        cgm.demo.COMPLETING: "completing",
+        cgm.demo.TRANSLATING: "translating",
+    }
     monkeypatch.setattr(cgm.demo, "shipped", lambda name: tmp_path / folders[name])
     monkeypatch.setattr(cgm.demo, "class_accuracy", lambda pictures, labels: 0.25)
     monkeypatch.setattr(cgm.demo, "held_out_accuracy", lambda: 0.75)
     return load_model(tmp_path / "tiny")
+
+
+def first_of_each_class() -> torch.Tensor:
+    real = load_task("class_to_image", "test")
+    return torch.stack([real.y[real.cond == label][0] for label in range(10)])
 
 
 @pytest.fixture
@@ -66,16 +81,16 @@ def test_draws_are_measured_in_turn_and_numbered_on(tiny, ways, tmp_path):
     expected = tiny.sample(6, cond=torch.arange(10), seed=0, **SOLVER)
     # Round-off: the network saw other batches.
     torch.testing.assert_close(measured.samples, expected, rtol=0, atol=1e-3)
-    shares = ("25.0% of 60 drawn", "25.0% of 40 completed", "75.0% of 1000 real")
+    drawn = ("25.0% of 60 drawn", "25.0% of 40 completed", "25.0% of 20 made of edges")
+    shares = (*drawn, "75.0% of 1000 real")
     for words in ("CPU", PLAIN, LIBRARY, *shares, "0.0e+00", "40 upper halves completed, "):
         assert words in text.getvalue()
     assert measured.completed.shape == (4, 10, 1, 28, 28) and measured.completions > 0
+    assert measured.translated.shape == (2, 10, 1, 28, 28)
     lower = measured.completed[:, :, :, 14:]
     assert len(lower.unique()) == 2  # two levels, and different in each draw
     assert not torch.equal(lower[0], lower[1])
-    real = load_task("class_to_image", "test")
-    first = torch.stack([real.y[real.cond == label][0] for label in range(10)])
-    upper = (to_float(first)[:, :, :14]).expand(4, -1, -1, -1, -1)
+    upper = (to_float(first_of_each_class())[:, :, :14]).expand(4, -1, -1, -1, -1)
     assert torch.equal(measured.completed[:, :, :, :14], upper)
     assert Image.open(tmp_path / "demo.png").height > 10 * 28
 
@@ -116,4 +131,5 @@ def test_shipped_model_draws_clothes(tmp_path):
         measured.completed.flatten(0, 1), torch.arange(10).repeat(len(measured.completed))
     )
     assert completed > 0.5
+    assert (measured.translated - to_float(first_of_each_class())).abs().mean() < 0.2
     assert Path(tmp_path / "demo.png").exists()

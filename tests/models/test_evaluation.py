@@ -22,6 +22,7 @@ from cgm.evaluation import (
     train_classifier,
 )
 from cgm.families import make_model
+from cgm.gan import Pix2Pix, Pix2PixConfig
 from cgm.networks.classifier import Classifier, ClassifierConfig
 from cgm.training import TrainingConfig, train
 
@@ -180,8 +181,20 @@ def test_class_accuracy_of_samples(monkeypatch):
     assert real.value == held_out_accuracy()
     with pytest.raises(ValueError, match="rows must be from 2 to 1000, got 1001"):
         evaluate(model, held_out, rows=1001)
-    with pytest.raises(ValueError, match="model must have likelihoods, or draw"):
+    with pytest.raises(ValueError, match="model must have likelihoods, make pictures"):
         evaluate(model, stripes(10), rows=5)
+
+
+def test_distances_of_pictures_made_of_pictures(monkeypatch):
+    """Of a model that answers with the condition itself."""
+    monkeypatch.setattr(Pix2Pix, "sample", lambda self, n, *, cond, seed, **solver: cond)
+    shape = {"event_shape": (1, 4, 4), "cond_shape": (1, 4, 4), "generator": "resnet"}
+    model = make_model(Pix2Pix, Pix2PixConfig(**shape, depth=1, width=4, patch=1))
+    y = torch.stack([torch.full((1, 4, 4), v) for v in (0.0, 0.5, 1.0)])
+    own, other = evaluate(model, Dataset("greys", y, y - 0.25, "image"), rows=3)
+    assert (own.name, own.value, own.rows) == ("mean absolute error", pytest.approx(0.25), 3)
+    # y - roll(y) + 0.25 is -0.75, 0.75 and 0.75.
+    assert (other.name, other.value) == ("... of another's", pytest.approx(0.75))
 
 
 @torch.no_grad()

@@ -1,0 +1,962 @@
+"""Instance or batch norm, activation, residual and reflection padding in one.
+
+    y = pad(act((x - mean) / sqrt(var + eps) * weight + bias) + residual)
+
+Shapes   x, residual: (N, C, H, W); weight, bias: (C,); y: (N, C, H + 2 pad, W + 2 pad); mean and
+         var (biased): (N, C) over the pixels of a sample, or (C,) over those of the batch.
+Dtypes   float32, float16, bfloat16 (float64 on CPU), each tensor its own; float32 inside; y has x's
+         dtype and memory format, mean and var are float32. Parts of the pixels give (mean, M2) and
+         are merged in their order: a mean of 1000 standard deviations costs the variance nothing,
+         and a sample has the same bits in any batch, unless the statistics are the batch's.
+Backward in x, weight, bias, residual: once by kernel, from x and its statistics alone; twice by
+         differentiating instance_norm_act_bwd_ref.
+Source   instance norm: arXiv:1607.08022; batch norm: arXiv:1502.03167; merging of variances: Chan,
+         Golub, LeVeque, Stanford STAN-CS-79-773. Derivatives from the formula.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgkernels._triton import tl, triton
+from cgkernels.checks import (
+    check_float,
+    check_no_grad,
+    check_same_device,
+    check_shape,
+    check_writable,
+)
+from cgkernels.library import (
+    Launch,
+    define_op,
+    needs_function,
+    refuse_forward_mode,
+    using_reference,
+)
+from cgkernels.rows import row_strides, with_strides
+
+ACTIVATIONS = (None, "relu", "leaky_relu")
+
+# What one program merges at most, and its shape: parts of the pixels, channels.
+_MERGED = {"PARTS": 256, "BLOCK_C": 16}
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def instance_norm_act_ref(x, weight, bias, residual, eps, slope, pad, over_batch):
+    """y, mean, var; the activation is z where z > 0, else slope z."""
+    centered, mean, var = _centered_ref(x, over_batch)
+    y = _affine_ref(centered, _gain_ref(var, weight, eps), bias)
+    if slope != 1:
+        y = F.leaky_relu(y, slope) if slope else F.relu(y)
+    y = y if residual is None else y + residual.to(y.dtype)
+    y = F.pad(y, (pad,) * 4, mode="reflect") if pad else y
+    shape = x.shape[1:2] if over_batch else x.shape[:2]
+    return y.to(x.dtype), mean.view(shape), var.view(shape)
+
+
+def instance_norm_act_bwd_ref(
+    dy, x, weight, bias, residual_dtype, eps, slope, pad, over_batch
+):  # fmt: skip
+    """Gradients of x, weight, bias and residual, None for what is not there.
+
+    The statistics are taken again: second derivatives go through them.
+    """
+    centered, _, var = _centered_ref(x, over_batch)
+    gain, rstd = _gain_ref(var, weight, eps), torch.rsqrt(var + eps)
+    dy = _unpadded_ref(dy, centered, pad)
+    dz = dy if slope == 1 else _slope_ref(dy, _affine_ref(centered, gain, bias), slope)
+    mean, along = _mean_ref(dz, over_batch), _mean_ref(dz * centered, over_batch)
+    dx = ((dz - mean) - centered * (along * rstd.square())) * gain
+    dbias, dweight = _parameters_ref(x, mean, along * rstd, over_batch)
+    return (
+        dx.to(x.dtype),
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        None if residual_dtype is None else dy.to(residual_dtype),
+    )
+
+
+def _centered_ref(x, over_batch):
+    """x - mean, mean and var in at least float32, in two passes."""
+    x = _wide(x).contiguous(memory_format=_format(x))
+    mean = _mean_ref(x, over_batch)
+    centered = x - mean
+    return centered, mean, _mean_ref(centered.square(), over_batch)
+
+
+def _mean_ref(x, over_batch):
+    """Over the pixels, in the same bits in any batch: to a single sum threads would all add."""
+    if over_batch:
+        return x.mean((0, 2, 3), keepdim=True)
+    if x.shape[:2] == (1, 1):
+        return x.expand(2, -1, -1, -1).mean((2, 3), keepdim=True)[:1]
+    return x.mean((2, 3), keepdim=True)
+
+
+def _gain_ref(var, weight, eps):
+    rstd = torch.rsqrt(var + eps)
+    return rstd if weight is None else rstd * _per_channel(weight, rstd)
+
+
+def _affine_ref(centered, gain, bias):
+    z = centered * gain
+    return z if bias is None else z + _per_channel(bias, z)
+
+
+def _slope_ref(dy, z, slope):
+    return torch.ops.aten.leaky_relu_backward(dy, z, slope, False)
+
+
+def _unpadded_ref(dy, centered, pad):
+    """Gradient of what was padded, in the memory format of x."""
+    dy = dy.to(centered.dtype)
+    if pad:
+        dy = torch.ops.aten.reflection_pad2d_backward(dy, centered, (pad,) * 4)
+    return dy.contiguous(memory_format=_format(centered))
+
+
+def _parameters_ref(x, mean, along, over_batch):
+    """dbias and dweight of the means over pixels of dz and of dz (x - mean) / std."""
+    pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
+    return ((t * pixels).flatten(1).sum(0) for t in (mean, along))
+
+
+def _per_channel(vector, like):
+    return vector.to(like.dtype).view(1, -1, 1, 1)
+
+
+def _wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _format(x):
+    """The memory format that is nearest to x's strides."""
+    pixel = x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    last = x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1 and 0 < x.stride(1) < pixel
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _place(channels, parts, BLOCK_C: tl.constexpr):
+    """Group of images with one mean, part of its pixels, and channels of this program."""
+    program, blocks = tl.program_id(0), (channels + BLOCK_C - 1) // BLOCK_C
+    channel = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return program // blocks // parts, program // blocks % parts, channel
+
+
+@triton.jit
+def _image_of(position, group, pixels, BATCH: tl.constexpr):
+    """Image, and pixel in it, of a position in a group: one image, or with BATCH all of them."""
+    if BATCH:
+        return (position // pixels).to(tl.int64), position % pixels
+    else:
+        return group.to(tl.int64), position
+
+
+@triton.jit
+def _offset(strides, image, pixel, channel):
+    row = image * strides[0] + pixel.to(tl.int64) * strides[2]
+    return row[:, None] + channel.to(tl.int64)[None, :] * strides[1]
+
+
+@triton.jit
+def _load(ptr, strides, image, pixel, channel, mask):
+    offset = _offset(strides, image, pixel, channel)
+    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _first(x_ptr, x_strides, group, channel, channels):
+    """The first value of each channel of a group.
+
+    Where means are large, what is taken off all values leaves them as they are told apart.
+    """
+    at = group.to(tl.int64) * x_strides[0] + channel.to(tl.int64) * x_strides[1]
+    return tl.load(x_ptr + at, mask=channel < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _merged(mean, m2, count, total, origin):
+    """origin + mean, and M2, of all rows, each with its count: Chan's formula for many parts.
+
+    A rough mean is taken off first: what is left loses no digits when it is averaged.
+    """
+    rough = tl.sum(mean * count, 0) / total
+    off = tl.where(count > 0, mean - rough[None, :], 0.0)
+    rest = tl.sum(off * count, 0) / total
+    off = tl.where(count > 0, mean - (rough + rest)[None, :], 0.0)
+    return (origin + rough) + rest, tl.sum(m2 + count * off * off, 0)
+
+
+@triton.jit
+def _statistics(
+    x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
+    BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean (less origin) and M2 of positions first .. last - 1, by Welford's method in each lane.
+
+    Returned are means, M2 and counts of the lanes, which are to be merged.
+    """
+    mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    lane = tl.arange(0, BLOCK_P)
+    step = 0.0
+    for start in range(first, last, BLOCK_P):
+        position = start + lane
+        mask = (position < last)[:, None] & (channel < channels)[None, :]
+        image, pixel = _image_of(position, group, pixels, BATCH)
+        x = _load(x_ptr, x_strides, image, pixel, channel, mask) - origin[None, :]
+        step += 1.0
+        off = tl.where(mask, x - mean, 0.0)
+        mean += off * (1.0 / step)
+        m2 += off * (x - mean)
+    count = tl.maximum(last - first - lane + BLOCK_P - 1, 0) // BLOCK_P
+    return mean, m2, count.to(tl.float32)[:, None]
+
+
+@triton.jit
+def _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps):
+    """rstd, gain and bias of some channels: z = (x - mean) gain + bias."""
+    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    gain = rstd
+    bias = tl.zeros_like(rstd)
+    if weight_ptr is not None:
+        gain *= tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    return rstd, gain, bias
+
+
+@triton.jit
+def _part_kernel(
+    mean_ptr, m2_ptr, origin_ptr, x_ptr, x_strides, channels, pixels, total, split, parts,
+    BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per part of a group and BLOCK_C channels: mean and M2 of x - its first value."""
+    group, part, channel = _place(channels, parts, BLOCK_C)
+    first = part * split + total * 0  # 64 bits only where the positions need them
+    last = tl.minimum(first + split, total)
+    origin = _first(x_ptr, x_strides, group, channel, channels)
+    mean, m2, count = _statistics(
+        x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
+        BATCH, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
+    mean, m2 = _merged(mean, m2, count, last - first, tl.zeros_like(origin))
+    at = (group * parts + part).to(tl.int64) * channels + channel
+    tl.store(mean_ptr + at, mean, mask=channel < channels)
+    tl.store(m2_ptr + at, m2, mask=channel < channels)
+    tl.store(origin_ptr + at, origin, mask=channel < channels)
+
+
+@triton.jit
+def _merge_kernel(
+    mean_ptr, var_ptr, part_mean_ptr, part_m2_ptr, origin_ptr, channels, total, split, parts,
+    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per group and BLOCK_C channels: mean and variance of all of its parts."""
+    group, _, channel = _place(channels, 1, BLOCK_C)
+    part = tl.arange(0, PARTS)
+    mask = (part < parts)[:, None] & (channel < channels)[None, :]
+    at = (group.to(tl.int64) * parts + part)[:, None] * channels + channel[None, :]
+    mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
+    m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
+    count = tl.minimum(tl.maximum(total - part.to(tl.int64) * split, 0), split)
+    at = group.to(tl.int64) * parts * channels + channel  # of the first part: all have the same
+    origin = tl.load(origin_ptr + at, mask=channel < channels, other=0.0)
+    mean, m2 = _merged(mean, m2, count.to(tl.float32)[:, None], total, origin)
+    at = group.to(tl.int64) * channels + channel
+    tl.store(mean_ptr + at, mean, mask=channel < channels)
+    tl.store(var_ptr + at, m2 / total, mask=channel < channels)
+
+
+@triton.jit
+def _fwd_kernel(
+    y_ptr, y_strides, mean_ptr, var_ptr, x_ptr, x_strides, residual_ptr, residual_strides,
+    weight_ptr, bias_ptr, eps, slope, channels, height, width, pad, total, out_total, split, parts,
+    WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per part of a group's pixels of y and BLOCK_C channels.
+
+    WHOLE: the part is the group, and the statistics are taken here, too.
+    """
+    group, part, channel = _place(channels, parts, BLOCK_C)
+    inside = channel < channels
+    at = group.to(tl.int64) * channels + channel
+    if WHOLE:
+        origin = _first(x_ptr, x_strides, group, channel, channels)
+        mean, m2, count = _statistics(
+            x_ptr, x_strides, origin, group, channel, channels, 0, total, height * width,
+            BATCH, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+        mean, m2 = _merged(mean, m2, count, total, origin)
+        var = m2 / total
+        tl.store(mean_ptr + at, mean, mask=inside)
+        tl.store(var_ptr + at, var, mask=inside)
+    else:
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        var = tl.load(var_ptr + at, mask=inside, other=0.0)
+    _, gain, bias = _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
+
+    first = part * split + out_total * 0
+    for start in range(first, tl.minimum(first + split, out_total), BLOCK_P):
+        position = start + tl.arange(0, BLOCK_P)
+        mask = (position < out_total)[:, None] & inside[None, :]
+        out_width = width + 2 * pad
+        image, out = _image_of(position, group, (height + 2 * pad) * out_width, BATCH)
+        pixel = out
+        if PAD:  # |i| mirrors at the first row or column, last - |last - i| at the last
+            row = height - 1 - tl.abs(height - 1 - tl.abs(out // out_width - pad))
+            column = width - 1 - tl.abs(width - 1 - tl.abs(out % out_width - pad))
+            pixel = row * width + column
+        x = _load(x_ptr, x_strides, image, pixel, channel, mask)
+        z = (x - mean[None, :]) * gain[None, :] + bias[None, :]
+        y = tl.where(z > 0, z, slope * z + 0.0)  # a sum with 0 is never -0, which relu would be
+        if residual_ptr is not None:
+            y += _load(residual_ptr, residual_strides, image, pixel, channel, mask)
+        offset = _offset(y_strides, image, out, channel)
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _mirrored(i, size, pad, place):
+    """Where in a padded line element i stands, of three places, and whether it stands there."""
+    first, last = pad - i, pad + 2 * (size - 1) - i
+    at = tl.where(place == 0, i + pad, tl.where(place == 1, first, last))
+    # Its own image in the mirror at the line's end is the element itself, which counts once.
+    there = (place == 0) | (at != i + pad)
+    return at, there & (at >= 0) & (at < size + 2 * pad)
+
+
+@triton.jit
+def _unpadded(
+    dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD: tl.constexpr
+):  # fmt: skip
+    """Gradient of what was padded: the sum of up to nine places, always in the same order.
+
+    A loop, lest the compiler keeps the addresses of all places in registers.
+    """
+    if PAD:
+        row, column = pixel // width, pixel % width
+        dy = tl.zeros(mask.shape, tl.float32)
+        for place in range(9):
+            y, in_y = _mirrored(row, height, pad, place // 3)
+            x, in_x = _mirrored(column, width, pad, place % 3)
+            there = mask & (in_y & in_x)[:, None]
+            at = y * (width + 2 * pad) + x
+            dy += _load(dy_ptr, dy_strides, image, at, channel, there)
+        return dy
+    else:
+        return _load(dy_ptr, dy_strides, image, pixel, channel, mask)
+
+
+@triton.jit
+def _gradient(
+    dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
+    position, height, width, pad, total, BATCH: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """dz, x - mean, dy, image, pixel and mask of a block; dz and dy are 0 beyond it."""
+    mask = (position < total)[:, None] & (channel < channels)[None, :]
+    image, pixel = _image_of(position, group, height * width, BATCH)
+    centered = _load(x_ptr, x_strides, image, pixel, channel, mask) - mean[None, :]
+    dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD)
+    z = centered * gain[None, :] + bias[None, :]
+    return tl.where(z > 0, dy, slope * dy), centered, dy, image, pixel, mask
+
+
+@triton.jit
+def _sums(
+    dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel, channels,
+    first, last, height, width, pad, total, BATCH: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums over positions first .. last - 1 of dz and of dz (x - mean) rstd."""
+    plain = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    along = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_P):
+        dz, centered, _, _, _, _ = _gradient(
+            dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
+            start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
+        )  # fmt: skip
+        plain += dz
+        along += dz * centered
+    return tl.sum(plain, 0), tl.sum(along, 0) * rstd
+
+
+@triton.jit
+def _bwd_part_kernel(
+    plain_ptr, along_ptr, dy_ptr, dy_strides, x_ptr, x_strides, mean_ptr, var_ptr,
+    weight_ptr, bias_ptr, eps, slope, channels, height, width, pad, total, split, parts,
+    BATCH: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per part of a group and BLOCK_C channels: the two sums of its pixels."""
+    group, part, channel = _place(channels, parts, BLOCK_C)
+    at = group.to(tl.int64) * channels + channel
+    mean = tl.load(mean_ptr + at, mask=channel < channels, other=0.0)
+    var = tl.load(var_ptr + at, mask=channel < channels, other=0.0)
+    rstd, gain, bias = _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
+    first = part * split + total * 0
+    plain, along = _sums(
+        dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel,
+        channels, first, tl.minimum(first + split, total), height, width, pad, total,
+        BATCH, PAD, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
+    at = (group * parts + part).to(tl.int64) * channels + channel
+    tl.store(plain_ptr + at, plain, mask=channel < channels)
+    tl.store(along_ptr + at, along, mask=channel < channels)
+
+
+@triton.jit
+def _bwd_merge_kernel(
+    plain_ptr, along_ptr, part_plain_ptr, part_along_ptr, channels, parts,
+    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per group and BLOCK_C channels: the sums over all of its parts."""
+    group, _, channel = _place(channels, 1, BLOCK_C)
+    part = tl.arange(0, PARTS)
+    mask = (part < parts)[:, None] & (channel < channels)[None, :]
+    at = (group.to(tl.int64) * parts + part)[:, None] * channels + channel[None, :]
+    plain = tl.sum(tl.load(part_plain_ptr + at, mask=mask, other=0.0), 0)
+    along = tl.sum(tl.load(part_along_ptr + at, mask=mask, other=0.0), 0)
+    at = group.to(tl.int64) * channels + channel
+    tl.store(plain_ptr + at, plain, mask=channel < channels)
+    tl.store(along_ptr + at, along, mask=channel < channels)
+
+
+@triton.jit
+def _bwd_kernel(
+    dx_ptr, dx_strides, dresidual_ptr, dresidual_strides, plain_ptr, along_ptr,
+    dy_ptr, dy_strides, x_ptr, x_strides, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, slope,
+    channels, height, width, pad, total, split, parts,
+    WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per part of a group and BLOCK_C channels; WHOLE as in the forward."""
+    group, part, channel = _place(channels, parts, BLOCK_C)
+    inside = channel < channels
+    group_at = group.to(tl.int64) * channels + channel
+    mean = tl.load(mean_ptr + group_at, mask=inside, other=0.0)
+    var = tl.load(var_ptr + group_at, mask=inside, other=0.0)
+    rstd, gain, bias = _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
+    if WHOLE:
+        plain, along = _sums(
+            dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel,
+            channels, 0, total, height, width, pad, total, BATCH, PAD, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+        tl.store(plain_ptr + group_at, plain, mask=inside)
+        tl.store(along_ptr + group_at, along, mask=inside)
+    else:
+        plain = tl.load(plain_ptr + group_at, mask=inside, other=0.0)
+        along = tl.load(along_ptr + group_at, mask=inside, other=0.0)
+    plain = plain / total
+    along = along * rstd / total
+
+    first = part * split + total * 0
+    for start in range(first, tl.minimum(first + split, total), BLOCK_P):
+        dz, centered, dy, image, pixel, mask = _gradient(
+            dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
+            start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
+        )  # fmt: skip
+        dx = (dz - plain[None, :] - centered * along[None, :]) * gain[None, :]
+        offset = _offset(dx_strides, image, pixel, channel)
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dresidual_ptr is not None:
+            offset = _offset(dresidual_strides, image, pixel, channel)
+            tl.store(
+                dresidual_ptr + offset, dy.to(dresidual_ptr.dtype.element_ty), mask=mask
+            )  # fmt: skip
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_config(pixels, channels, channels_last):
+    """Tiles and parts for so many pixels a mean; of the batch only where the mean is, too.
+
+    Sixteen elements a thread leave registers for their statistics. In channels_last tiles are 32
+    channels wide, whole sectors of memory in any dtype, and yet enough programs for one picture.
+    Up to 1024 pixels one program takes them all, from the cache the second time; beyond that parts
+    of 256 pixels or more let all multiprocessors at one picture.
+    """
+    if channels_last:
+        block_c = min(32, triton.next_power_of_2(channels))
+        block_p = 2048 // block_c
+    else:
+        block_c = 1
+        block_p = min(2048, max(32, triton.next_power_of_2(pixels)))
+    whole = pixels <= 1024
+    least = pixels if whole else max(256, triton.cdiv(pixels, _MERGED["PARTS"]))
+    split = block_p * triton.cdiv(least, block_p)
+    return {
+        "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c,
+        "num_warps": max(1, block_p * block_c // 512),
+    }  # fmt: skip
+
+
+def _launch_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
+    y, mean, var = _fake_fwd(x, weight, bias, residual, eps, slope, pad, over_batch)
+    _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
+    return y, mean, var
+
+
+def _launch_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
+    mean, var = _fake_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch)
+    if row_strides(out) is None:  # a kernel cannot address it: copy back
+        y = _empty_padded(x, pad)
+        _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
+        out.copy_(y)
+    else:
+        _launch_into(out, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
+    return mean, var
+
+
+def _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch):
+    if x.numel() == 0:
+        mean.fill_(float("nan"))  # the mean of nothing, as in PyTorch
+        var.fill_(float("nan"))
+        return
+    x, residual = _addressable(x), _addressable(residual)
+    groups, sizes, switches, config = _grouped(x, pad, over_batch)
+    channels, height, width, _, total = sizes
+    out_total = total // (height * width) * (height + 2 * pad) * (width + 2 * pad)
+    split = config.pop("split")
+    blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
+    whole = config.pop("WHOLE")
+    if not whole:
+        parts = triton.cdiv(total, split)
+        part = mean.new_empty(3, groups, parts, channels)
+        _part_kernel[(blocks * parts,)](
+            *part, *with_strides(x), channels, height * width, total, split, parts,
+            BATCH=switches["BATCH"], enable_fp_fusion=True, **config,
+        )  # fmt: skip
+        _merge_kernel[_merge_grid(groups, channels)](
+            mean, var, *part, channels, total, split, parts, enable_fp_fusion=True, **_MERGED
+        )
+    split = out_total if whole else split
+    parts = triton.cdiv(out_total, split)
+    _fwd_kernel[(blocks * parts,)](
+        *with_strides(y), mean, var, *with_strides(x, residual), _dense(weight), _dense(bias), eps,
+        slope, *sizes, out_total, split, parts,
+        WHOLE=whole, enable_fp_fusion=True, **switches, **config,
+    )  # fmt: skip
+
+
+def _launch_bwd(
+    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+):  # fmt: skip
+    dx, sums, dresidual = _fake_bwd(
+        dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+    )
+    if x.numel() == 0:
+        return dx, sums.zero_(), dresidual
+    x, dy = _addressable(x), _addressable(dy)
+    groups, sizes, switches, config = _grouped(x, pad, over_batch)
+    channels, _, _, _, total = sizes
+    split = config.pop("split")
+    parts = triton.cdiv(total, split)
+    whole = config.pop("WHOLE")
+    blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
+    inputs = (
+        *with_strides(dy, x), mean, var, _dense(weight), _dense(bias), eps, slope, *sizes,
+        split, parts,
+    )  # fmt: skip
+    if not whole:
+        part = sums.new_empty(2, groups, parts, channels)
+        _bwd_part_kernel[(blocks * parts,)](
+            *part, *inputs, enable_fp_fusion=True, **switches, **config
+        )
+        _bwd_merge_kernel[_merge_grid(groups, channels)](
+            *sums, *part, channels, parts, enable_fp_fusion=True, **_MERGED
+        )
+    _bwd_kernel[(blocks * parts,)](
+        *with_strides(dx, dresidual if dresidual.numel() else None), *sums, *inputs,
+        WHOLE=whole, enable_fp_fusion=True, **switches, **config,
+    )  # fmt: skip
+    return dx, sums, dresidual
+
+
+def _grouped(x, pad, over_batch):
+    """Groups of images with one mean; sizes, switches and configuration of their kernels."""
+    images, channels, height, width = x.shape
+    groups, images = (1, images) if over_batch else (images, 1)
+    total = images * height * width
+    config = _launch_config(total, channels, _format(x) == torch.channels_last)
+    switches = {"BATCH": images > 1, "PAD": pad > 0}
+    return groups, (channels, height, width, pad, total), switches, config
+
+
+def _merge_grid(groups, channels):
+    return (groups * triton.cdiv(channels, _MERGED["BLOCK_C"]),)
+
+
+def _addressable(t):
+    """t itself where a kernel can address its pixels by one stride, else a copy."""
+    if t is None or row_strides(t) is not None:
+        return t
+    return t.contiguous(memory_format=_format(t))
+
+
+def _dense(vector):
+    return None if vector is None else vector.contiguous()
+
+
+def _launches() -> Iterator[Launch]:
+    for name, args, bits in _meta_inputs():
+        yield Launch(name, partial(_launch_fwd, *args), bits)
+
+
+def _inplace_launches() -> Iterator[Launch]:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = _meta(16, 64, 64, 64, dtype=dtype)
+        out = _meta(16, 192, 64, 64, dtype=dtype)[:, 64:128]
+        args = (out, x, None, None, None, 1e-5, 0.0, 0, False)
+        yield Launch(f"{dtype}", partial(_launch_inplace, *args), 128)
+
+
+def _bwd_launches() -> Iterator[Launch]:
+    for name, (x, weight, bias, residual, *options), bits in _meta_inputs():
+        over_batch, pad = options[-1], options[-2]
+        dy, (mean, var) = _empty_padded(x, pad), _empty_statistics(x, over_batch)
+        dtype = None if residual is None else residual.dtype
+        args = (dy, x, mean, var, weight, bias, dtype, *options)
+        yield Launch(name, partial(_launch_bwd, *args), bits)
+
+
+def _meta_inputs():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        large, small = _meta(4, 64, 128, 128, dtype=dtype), _meta(16, 256, 16, 16, dtype=dtype)
+        wide = _meta(4, 192, 128, 128, dtype=dtype)[:, 64:128]
+        vectors = [large.new_empty(64, dtype=torch.float32) for _ in range(2)]
+        yield f"instance {dtype}", (large, None, None, None, 1e-5, 0.2, 0, False), 128
+        yield f"few pixels {dtype}", (small, None, None, None, 1e-5, 0.2, 0, False), 128
+        yield f"batch {dtype}", (large, *vectors, None, 1e-5, 0.2, 0, True), 128
+        yield f"padded {dtype}", (large, *vectors, large, 1e-5, 0.0, 1, False), 128
+        yield f"few pixels, padded {dtype}", (small, None, None, small, 1e-5, 0.0, 1, False), 128
+        yield f"slices {dtype}", (wide, None, None, wide, 1e-5, 0.2, 0, False), 128
+        first = large.contiguous()
+        yield f"contiguous {dtype}", (first, None, None, None, 1e-5, 0.2, 0, False), 128
+        args = (small.contiguous(), None, None, None, 1e-5, 0.2, 0, False)
+        yield f"contiguous, few pixels {dtype}", args, 128
+        yield f"contiguous, batch, padded {dtype}", (first, *vectors, first, 1e-5, 0.2, 3, True), 0
+    odd = _meta(4, 35, 33, 35, dtype=torch.bfloat16)
+    yield "odd", (odd, None, None, odd.float(), 1e-5, 0.2, 1, True), 0
+    huge = _meta(1, 1, 2**16, 2**16, dtype=torch.bfloat16)  # positions of 64 bits
+    yield "2^32 pixels", (huge, None, None, None, 1e-5, 0.2, 0, False), 0
+
+
+def _meta(*shape, dtype):
+    """In channels_last."""
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _empty_padded(x, pad):
+    n, c, h, w = x.shape
+    shape = (n, c, h + 2 * pad, w + 2 * pad)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
+
+
+def _empty_statistics(x, over_batch):
+    shape = x.shape[1:2] if over_batch else x.shape[:2]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _fake_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
+    return _empty_padded(x, pad), *_empty_statistics(x, over_batch)
+
+
+def _cpu_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
+    y = _empty_padded(x, pad)
+    return y, *_cpu_inplace(y, x, weight, bias, residual, eps, slope, pad, over_batch)
+
+
+def _fake_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
+    return _empty_statistics(x, over_batch)
+
+
+def _cpu_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
+    """The reference in place, for as many samples at a time as stay in a core's cache."""
+    mean, var = _empty_statistics(x, over_batch)
+    format = _format(x)
+    for rows in _few(x, over_batch):
+        part, into = _wide(x[rows]).contiguous(memory_format=format), out[rows]
+        alike = into.dtype == part.dtype and into.is_contiguous(memory_format=format)
+        y = into if alike and not pad else torch.empty_like(part)
+        part_mean = _mean_ref(part, over_batch)
+        torch.sub(part, part_mean, out=y)
+        part_var = _mean_ref(y.square(), over_batch)
+        y.mul_(_gain_ref(part_var, weight, eps))
+        if bias is not None:
+            y.add_(_per_channel(bias, y))
+        if slope != 1:
+            _ = F.leaky_relu_(y, slope) if slope else F.relu_(y)
+        if residual is not None:
+            y.add_(residual[rows])
+        if y is not into:
+            into.copy_(F.pad(y, (pad,) * 4, mode="reflect") if pad else y)
+        for statistic, value in ((mean, part_mean), (var, part_var)):
+            statistic[slice(None) if over_batch else rows] = value.view(-1, *statistic.shape[1:])
+    return mean, var
+
+
+def _few(x, over_batch):
+    """Slices of the batch, of about half a megabyte."""
+    rows = len(x)
+    step = rows if over_batch else max(1, 2**17 // x[0:1].numel()) if rows else 1
+    return [slice(i, i + step) for i in range(0, max(rows, over_batch), max(1, step))]
+
+
+def _fake_bwd(
+    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+):  # fmt: skip
+    sums = mean.new_empty(2, 1 if over_batch else x.shape[0], x.shape[1])
+    folded = residual_dtype is not None and pad > 0
+    dresidual = _empty_padded(x, 0).to(residual_dtype) if folded else x.new_empty(0)
+    return _empty_padded(x, 0), sums, dresidual
+
+
+def _cpu_bwd(
+    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+):  # fmt: skip
+    """The reference in place, for a few samples at a time, and with the statistics at hand."""
+    dx, sums, dresidual = _fake_bwd(
+        dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+    )
+    format, per_sample = _format(x), (1 if over_batch else -1, x.shape[1], 1, 1)
+    pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
+    for rows in _few(x, over_batch):
+        groups = slice(None) if over_batch else rows
+        part = _wide(x[rows]).contiguous(memory_format=format)
+        part_mean, part_var = (
+            t[groups].view(per_sample) for t in (mean, var)
+        )  # fmt: skip
+        centered = part - part_mean
+        gain, rstd = _gain_ref(part_var, weight, eps), torch.rsqrt(part_var + eps)
+        part_dy = _unpadded_ref(dy[rows], centered, pad)
+        dz = part_dy
+        work = torch.mul(centered, gain)
+        if slope != 1:
+            if bias is not None:
+                work.add_(_per_channel(bias, work))
+            dz = _slope_ref(part_dy, work, slope)
+        plain = _mean_ref(dz, over_batch)
+        along = _mean_ref(torch.mul(dz, centered, out=work), over_batch)
+        into = dx[rows] if dx.dtype == work.dtype else work
+        torch.sub(dz, plain, out=into)
+        into.sub_(centered.mul_(along * rstd.square())).mul_(gain)
+        if into is work:
+            dx[rows] = into
+        sums[0, groups] = (plain * pixels).flatten(1)
+        sums[1, groups] = (along * rstd * pixels).flatten(1)
+        if dresidual.numel():
+            dresidual[rows] = part_dy
+    return dx, sums, dresidual
+
+
+_fwd = define_op(
+    "instance_norm_act_fwd",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float slope, int pad, "
+    "bool over_batch) -> (Tensor, Tensor, Tensor)",
+    cuda=_launch_fwd,
+    cpu=_cpu_fwd,
+    fake=_fake_fwd,
+    launches=_launches,
+)
+
+_bwd = define_op(
+    "instance_norm_act_bwd",
+    "(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+    "ScalarType? residual_dtype, float eps, float slope, int pad, bool over_batch) "
+    "-> (Tensor, Tensor, Tensor)",
+    cuda=_launch_bwd,
+    cpu=_cpu_bwd,
+    fake=_fake_bwd,
+    launches=_bwd_launches,
+)
+
+_inplace = define_op(
+    "instance_norm_act_",
+    "(Tensor(a!) out, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "float slope, int pad, bool over_batch) -> (Tensor, Tensor)",
+    cuda=_launch_inplace,
+    cpu=_cpu_inplace,
+    fake=_fake_inplace,
+    launches=_inplace_launches,
+)
+
+
+# 5. Public functions ------------------------------------------------------------------------------
+class _InstanceNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, *options):
+        y, mean, var = _fwd(x, weight, bias, residual, *options)
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.options = options
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, weight, bias, mean, var = ctx.saved_tensors
+        dtype = ctx.residual_dtype if ctx.needs_input_grad[3] else None
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = instance_norm_act_bwd_ref(dy, x, weight, bias, dtype, *ctx.options)
+            return *gradients, *(None for _ in ctx.options)
+        dx, sums, dresidual = _bwd(dy, x, mean, var, weight, bias, dtype, *ctx.options)
+        dbias, dweight = sums.sum(1)
+        if ctx.options[2] == 0:  # without padding it is dy as it came
+            dresidual = dy
+        return (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None if dtype is None else dresidual.to(dtype),
+            *(None for _ in ctx.options),
+        )
+
+
+def instance_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.2,
+    residual: Tensor | None = None,
+    pad: int = 0,
+    over_batch: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Instance norm or the batch norm of training, activation, residual, reflection padding.
+
+        y = pad(act((x - mean) / sqrt(var + eps) * weight + bias) + residual)
+
+    What is usual between two convolutions of an image network, in one read and one write after the
+    statistics, in the memory format that convolutions like best.
+
+    Args:
+        x: (N, C, H, W); N may be 0.
+        weight, bias: (C,) or None.
+        eps: added to the variance.
+        activation: None, "relu" or "leaky_relu": z where z > 0, else slope z.
+        slope: of "leaky_relu".
+        residual: like x, added after the activation.
+        pad: so many rows and columns on each side repeat y mirrored, as
+            `torch.nn.functional.pad(mode="reflect")` does; less than H and W. A convolution with
+            reflection padding then needs no pass of its own for it.
+        over_batch: mean and variance over (N, H, W), as batch norm in training takes them, not over
+            (H, W). In evaluation batch norm is affine, and best made part of the convolution.
+        return_stats: return (y, mean, var) instead of y.
+
+    Returns:
+        y (N, C, H + 2 pad, W + 2 pad) in x's dtype, channels_last where x is, else contiguous.
+        Differentiable in x, weight, bias and residual. mean, var: (N, C), or (C,) over the batch,
+        float32 (float64 for float64 x), without gradients. var is biased; the running variance of
+        `torch.nn.BatchNorm2d` takes var * n / (n - 1) with n = N H W.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name; a mean over one value.
+
+    Example:
+        >>> x = torch.tensor([[[[1.0, 3.0]]]])
+        >>> instance_norm_act(x, eps=0.0, activation="leaky_relu")
+        tensor([[[[-0.2000,  1.0000]]]])
+    """
+    args = _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
+    if using_reference():
+        y, mean, var = instance_norm_act_ref(*args)
+        return (y, mean.detach(), var.detach()) if return_stats else y
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    run = _InstanceNormAct.apply if needs_function(x, weight, bias, residual) else _fwd
+    y, mean, var = run(*args)
+    return (y, mean, var) if return_stats else y
+
+
+def instance_norm_act_(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    slope: float = 0.2,
+    residual: Tensor | None = None,
+    pad: int = 0,
+    over_batch: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`instance_norm_act` written into a given tensor, as a rule some channels of a larger one.
+
+    Two tensors that a skip connection joins are made in the halves of one buffer: no `torch.cat`.
+    There is no gradient; inside an autograd.Function the statistics serve its backward.
+
+    Args:
+        out: (N, C, H + 2 pad, W + 2 pad) in x's dtype, any strides; must not share memory with x,
+            weight, bias or residual.
+        others: as in `instance_norm_act`.
+
+    Returns:
+        mean, var: as `instance_norm_act` returns them with return_stats.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name; nothing is written then.
+
+    Example:
+        >>> x, skip = torch.randn(1, 2, 4, 4), torch.empty(1, 6, 4, 4)
+        >>> mean, var = instance_norm_act_(skip[:, 2:4], x, activation="relu")
+        >>> bool((skip[:, 2:4] == instance_norm_act(x, activation="relu")).all())
+        True
+    """
+    args = _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
+    check_float(out=out)
+    n, c, h, w = x.shape
+    check_shape("out", out, (n, c, h + 2 * pad, w + 2 * pad))
+    check_same_device(x=x, out=out)
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must be {x.dtype} as x is, got {out.dtype}")
+    check_writable(out=out)
+    check_no_grad(
+        "instance_norm_act_ writes in place; use instance_norm_act",
+        out=out, x=x, weight=weight, bias=bias, residual=residual,
+    )  # fmt: skip
+    if using_reference():
+        y, mean, var = instance_norm_act_ref(*args)
+        out.copy_(y)
+        return mean, var
+    refuse_forward_mode()
+    return _inplace(out, *args)
+
+
+def _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch):
+    """The arguments of the op, with the activation as its slope."""
+    if activation not in ACTIVATIONS:
+        names = "None, 'relu' or 'leaky_relu'"
+        raise ValueError(f"activation must be {names}, got {activation!r}")
+    for name, value, least in (("eps", eps, 0), ("slope", slope, -math.inf)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not least <= value < math.inf or value == -math.inf:
+            words = "that is not negative" if least == 0 else "that is finite"
+            raise ValueError(f"{name} must be a number {words}, got {value!r}")
+    check_float(x=x)
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    n, c, h, w = x.shape
+    if isinstance(pad, bool) or not isinstance(pad, int) or pad < 0 or pad >= h or pad >= w:
+        raise ValueError(f"pad must be an int from 0 to less than H = {h} and W = {w}, got {pad!r}")
+    if h * w * (n if over_batch else 1) == 1:
+        raise ValueError(f"x must have more than one value for each mean, got {tuple(x.shape)}")
+    for name, tensor, shape in (
+        ("weight", weight, (c,)), ("bias", bias, (c,)), ("residual", residual, tuple(x.shape)),
+    ):  # fmt: skip
+        if tensor is not None:
+            check_float(**{name: tensor})
+            check_shape(name, tensor, shape)
+            check_same_device(x=x, **{name: tensor})
+    slope = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}[activation]
+    return x, weight, bias, residual, float(eps), slope, pad, bool(over_batch)
