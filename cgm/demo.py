@@ -76,7 +76,7 @@ def demo(
         raise ValueError(f"out must be a folder, got {out}")
     model = load_model(shipped(CHECKPOINT), device, expected_family="diffusion")
     completing = load_model(shipped(COMPLETING), device, expected_family="autoregressive")
-    translating = load_model(shipped(TRANSLATING), device, expected_family="pix2pix")
+    translating: Any = load_model(shipped(TRANSLATING), device, expected_family="pix2pix")
     held_out = load_task("class_to_image", "test")
     assert held_out.cond is not None
     classes = range(len(CLASS_NAMES))
