@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cgm.data import Dataset
+    from cgm.sheets import Shown
 
 # Fields of a model's config that follow from the data; they are no flags.
 DATA_FIELDS = ("event_shape", "cond_kind", "cond_shape", "num_classes")
@@ -51,6 +52,10 @@ class TrainOptions(Generic[_Model, _Training]):
     layout: str = "pairs"
     # Side to which its pictures are resized, pixels.
     size: int = 64
+    # Side of the square that training takes out of them, somewhere else in each epoch; 0 for all.
+    crop: int = 0
+    # Mirror half of them left to right, others in each epoch.
+    flip: tyro.conf.FlagCreatePairsOff[bool] = False
     # 3 to read its pictures in colour, 1 in grey.
     channels: int = 3
     # AtoB makes B from A, BtoA makes A from B.
@@ -96,12 +101,32 @@ def _train(argv: Sequence[str]) -> None:
     model = make_model(model_class, model_config(**chosen), seed=options.training.seed)
     out = options.out or Path("runs") / f"{family}-{dataset.name}"
     try:
-        train(model, dataset, options.training, out, device=device, resume=options.resume)
+        train(
+            model,
+            dataset,
+            options.training,
+            out,
+            device=device,
+            resume=options.resume,
+            shown=_shown(options),
+        )
     except TrainingInterrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None
+    if options.training.sheet_every:
+        print(f"What it drew while it learned is in {out / 'index.html'}.")
     print(f"The model is in {out}. To draw from it:")
     cond = " --cond PICTURE" if options.data and dataset.cond_kind == "image" else ""
     print(f"  cgm sample {shlex.quote(str(out))}{cond}")
+
+
+def _shown(options: Any) -> "Shown | None":
+    """What the sheets show: of a task pictures kept from training, of other data the first rows."""
+    if not options.training.sheet_every or options.task is None:
+        return None
+    from cgm.data import load_task
+    from cgm.sheets import first_rows
+
+    return first_rows(load_task(options.task, "test"), stacked=options.task == "complete")
 
 
 def _without_data_fields(model_config: type) -> type:
@@ -126,6 +151,7 @@ def _with_defaults(config: type, defaults: dict[str, Any]) -> type:
     """The config with other defaults."""
     hints = typing.get_type_hints(config)
 
+    # A class statement: of a class without source tyro finds no comments, its parents' neither.
     class Options(config):  # type: ignore[valid-type, misc]
         __doc__ = config.__doc__
         __annotations__ = {name: hints[name] for name in defaults}
@@ -142,7 +168,7 @@ def _load_data(options: TrainOptions) -> "Dataset":
         raise ValueError(
             f"one of --task and --data must be given; --task is one of {', '.join(TASKS)}"
         )
-    of_folder = ("layout", "size", "channels", "direction")
+    of_folder = ("layout", "size", "crop", "flip", "channels", "direction")
     values = {name: getattr(options, name) for name in of_folder}
     if options.data is not None:
         return load_folder(options.data, **values)
@@ -248,26 +274,17 @@ def _checkpoint_options(
 
 
 def _write_picture(file: Path, samples: "Tensor", given: _Conditions, *, stacked: bool) -> None:
-    """A row for each condition: the condition, if it is a picture, its samples, the real one."""
-    import torch
+    from cgm.plots import sample_grid
 
-    from cgm.plots import as_pictures, picture_grid
-
-    shown = samples[:_SHOWN, :_SHOWN]
-    if given.cond is None:  # one condition: its draws fill rows of eight
-        wide = min(8, len(shown))
-        white = torch.ones(-len(shown) % wide, *shown.shape[1:])
-        rows = torch.cat([shown, white]).unflatten(0, (-1, wide))[:, :, 0]
-        picture_grid(file, [("", rows.transpose(0, 1))])
-        return
-    cond = given.cond[:_SHOWN] if given.cond.dim() == 4 else None
-    groups = [("samples", as_pictures(shown, cond, stacked=stacked))]
-    if cond is not None:
-        groups.insert(0, ("condition", as_pictures(cond)[None]))
-    if given.real is not None:
-        real = as_pictures(given.real[:_SHOWN], cond, stacked=stacked)
-        groups.append(("real", real[None]))
-    picture_grid(file, groups, row_labels=given.labels[:_SHOWN])
+    cond = None if given.cond is None or given.cond.dim() != 4 else given.cond[:_SHOWN]
+    sample_grid(
+        file,
+        samples[:_SHOWN, :_SHOWN],
+        cond=cond,
+        real=None if given.real is None else given.real[:_SHOWN],
+        labels=given.labels[:_SHOWN],
+        stacked=stacked,
+    )
 
 
 def _draw(model: Any, cond: "Tensor | None", options: Any, solver: dict[str, Any]) -> "Tensor":
@@ -455,6 +472,41 @@ def _evaluate(argv: Sequence[str]) -> None:
     console.print(table)
 
 
+# cgm convert --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Makes a checkpoint of ours from a published file of pix2pix or CycleGAN.
+
+    Of a CycleGAN give the file that ends in net_G_A.pth, with the one of net_G_B.pth beside it.
+    Discriminators (net_D.pth; net_D_A.pth, net_D_B.pth) are taken from beside it if they are there.
+    """
+
+    # The file of a generator, such as latest_net_G.pth.
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    # Folder of the checkpoint to write.
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    # Side of the pictures, pixels; the file does not tell.
+    size: int = 256
+    # Whether a U-Net of pix2pix has dropout; the file does not tell.
+    dropout: bool = True
+
+
+def _convert(argv: Sequence[str]) -> None:
+    options = _parse(ConvertOptions, prog="cgm convert", args=argv)
+    from cgm.checkpoints import save_model
+    from cgm.convert import convert_published
+
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"OUT must be an empty folder, or a new one, got {out}")
+    model, sources = convert_published(options.file, size=options.size, dropout=options.dropout)
+    save_model(out, model, {"converted": sources})
+    for network, source in sources.items():
+        print(f"{network}: {source}")
+    print(f"The model is in {out}. To draw from it:")
+    print(f"  cgm sample {shlex.quote(str(out))} --cond PICTURE")
+
+
 # cgm info -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class InfoOptions:
@@ -623,6 +675,7 @@ COMMANDS = {
     "train": Command(_train, "FAMILY", "train a model on a task or on your own pictures"),
     "sample": Command(_sample, "CHECKPOINT", "draw from a trained model, or from a shipped one"),
     "evaluate": Command(_evaluate, "CHECKPOINT", "measure a model on pictures that it never saw"),
+    "convert": Command(_convert, "FILE OUT", "use a published checkpoint of pix2pix or CycleGAN"),
     "demo": Command(_demo, "", "draw clothes; how fast and how good they come, in a minute"),
     "bench": Command(_bench, "", "samples per second: fused, plain and compiled"),
     "info": Command(_info, "", "versions, GPU, how each op runs here, shipped checkpoints"),

@@ -97,6 +97,40 @@ def picture_grid(
         FigureCanvasAgg(figure).print_png(opened)
 
 
+def sample_grid(
+    file: str | Path,
+    samples: Tensor,
+    *,
+    cond: Tensor | None = None,
+    real: Tensor | None = None,
+    labels: Sequence[str] = (),
+    stacked: bool = False,
+    real_header: str = "real",
+) -> None:
+    """Writes a row for each condition: the condition, if it is a picture, its samples, the real y.
+
+    Args:
+        samples: (draws, rows, C, H, W), shown as `as_pictures` says. Of one row without label and
+            condition the draws fill rows of eight.
+        cond: pictures (rows, C, H, W).
+        real: (rows, C, H, W), the true y.
+        labels: one for each row, or none.
+    """
+    if cond is None and not labels and samples.shape[1] == 1:
+        draws = as_pictures(samples)
+        wide = min(8, len(draws))
+        white = torch.ones(-len(draws) % wide, *draws.shape[1:])
+        rows = torch.cat([draws, white]).unflatten(0, (-1, wide))[:, :, 0]
+        picture_grid(file, [("", rows.transpose(0, 1))])
+        return
+    groups = [("samples", as_pictures(samples, cond, stacked=stacked))]
+    if cond is not None:
+        groups.insert(0, ("condition", as_pictures(cond)[None]))
+    if real is not None:
+        groups.append((real_header, as_pictures(real, cond, stacked=stacked)[None]))
+    picture_grid(file, groups, row_labels=labels)
+
+
 def as_pictures(y: Tensor, cond: Tensor | None = None, *, stacked: bool = False) -> Tensor:
     """What to show of y (..., C, H, W): pictures with 1 or 3 channels.
 

@@ -7,6 +7,7 @@ that stops and resumes continues with the same bits on the same device.
 The folder of a run   config.json, model.safetensors   the averaged weights (see cgm.checkpoints)
                       training.safetensors             what resuming needs
                       log.csv                          means over the steps since the row before
+                      samples, index.html              if asked for (see cgm.sheets)
 
 Source   AdamW: Loshchilov, Hutter, arXiv:1711.05101. Average of the weights with its ramp-up: the
          documentation of TensorFlow's tf.train.ExponentialMovingAverage (num_updates).
@@ -26,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -43,6 +44,9 @@ from cgm.checkpoints import (
 )
 from cgm.data import Dataset, epoch_order
 from cgm.families import Model
+
+if TYPE_CHECKING:
+    from cgm.sheets import Shown
 
 STATE_FILE, LOG_FILE = "training.safetensors", "log.csv"
 
@@ -80,6 +84,8 @@ class TrainingConfig:
     save_every: int = 1000
     # Steps from one line of the log to the next.
     log_every: int = 50
+    # Steps from one sheet of samples to the next; 0: none.
+    sheet_every: int = 0
     # Threads of PyTorch on a CPU, 0 for its own choice; the last bits of sums depend on it.
     threads: int = 0
 
@@ -87,7 +93,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "threads"):
+        for name in ("warmup", "weight_decay", "sheet_every", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip"):
@@ -99,7 +105,7 @@ class TrainingConfig:
 
 
 # A run resumes with other values of these; every other field must be what it was.
-_FREE = ("steps", "save_every", "log_every")
+_FREE = ("steps", "save_every", "log_every", "sheet_every")
 
 
 class TrainingInterrupted(Exception):
@@ -123,15 +129,17 @@ def train(
     resume: bool = False,
     on_step: Callable[[int, Model], None] | None = None,
     console: Console | None = None,
+    shown: "Shown | None" = None,
 ) -> Model:
     """Trains the model in place and returns its average, on the device and in evaluation mode.
 
     Args:
         model: made by `cgm.families.make_model` with config.seed for a run that can be repeated.
         out: folder of the run; must be empty or absent, or with resume hold a run of the same
-            model, data and config (steps, save_every and log_every may differ).
+            model, data and config (steps, save_every, log_every and sheet_every may differ).
         on_step: called after each step with the number of finished steps and the average.
         console: where progress goes; bars on a terminal, plain lines elsewhere.
+        shown: what the sheets show, default the first rows of the data (see `cgm.sheets`).
 
     Raises:
         ValueError: an argument does not fit; nothing was written.
@@ -142,6 +150,11 @@ def train(
     out = Path(out)
     run = _Run(model.to(device).train(), dataset, config, torch.device(device))
     names = run.rehearse()
+    sheets = None
+    if config.sheet_every:
+        from cgm.sheets import Sheets, first_rows  # matplotlib, for those who want pictures
+
+        sheets = Sheets(run.average, shown or first_rows(dataset), out)
     if resume:
         run.load(out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -167,14 +180,19 @@ def train(
             if on_step is not None:
                 on_step(step, run.average)
             stop = bool(interrupted) and step < config.steps
-            saving = stop or step % config.save_every == 0 or step == config.steps
-            if saving or step % config.log_every == 0:
+            last = step == config.steps
+            saving = stop or last or step % config.save_every == 0
+            drawing = sheets is not None and (last or step % config.sheet_every == 0)
+            if saving or drawing or step % config.log_every == 0:
                 values = run.fetch_means()
                 display.line(step, values[0])
                 log.write([step, log.seconds + display.seconds, rate, *values])
             display.advance()
             if saving:
                 run.save(out)
+            if sheets is not None and drawing:
+                run.copy_buffers()
+                sheets.write(step)
             if stop:
                 raise TrainingInterrupted(out, step, config.steps)
     return run.average
@@ -325,10 +343,14 @@ class _Run:
             for key, t in self.optimizers[phase].state.get(parameter, {}).items():
                 tensors[f"optimizer/{phase}/{name}/{key}"] = t
         write_tensors(out / STATE_FILE, tensors, {"step": self.step, **self.description})
-        for mine, averaged in zip(self.model.buffers(), self.average.buffers(), strict=True):
-            averaged.copy_(mine)
+        self.copy_buffers()
         metadata = {name: self.description[name] for name in ("data", "training")}
         save_model(out, self.average, metadata)
+
+    def copy_buffers(self) -> None:
+        """Gives the average the buffers of the model, such as statistics of batch norms."""
+        for mine, averaged in zip(self.model.buffers(), self.average.buffers(), strict=True):
+            averaged.copy_(mine)
 
     def load(self, out: Path) -> None:
         """The state that `save` wrote; ValueError if it is of another model, data set or config."""
@@ -380,6 +402,8 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     for tensor in (dataset.y, dataset.cond):
         if tensor is not None:
             crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+    size = tuple(dataset.y.shape[2:])
+    augmentation = {"size": size, "crop": dataset.crop, "flip": dataset.flip}
     return {
         "name": dataset.name,
         "rows": len(dataset),
@@ -388,6 +412,8 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "cond_shape": dataset.cond_shape,
         "num_classes": dataset.num_classes,
         "class_names": dataset.class_names,
+        # None, as of runs from before there was any: they can be resumed.
+        "augmentation": augmentation if dataset.augmented else None,
         "crc32": crc,
     }
 
@@ -443,7 +469,8 @@ class _Log:
 
     def write(self, values: list[float]) -> None:
         with self.file.open("a", newline="", encoding="utf-8") as opened:
-            csv.writer(opened).writerow([f"{value:.6g}" for value in values])
+            step, *rest = values  # the step whole, however large: it is what rows are found by
+            csv.writer(opened).writerow([int(step), *(f"{value:.6g}" for value in rest)])
 
 
 class _Display:

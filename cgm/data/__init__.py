@@ -1,6 +1,6 @@
 """Data sets: the tasks on the pictures that ship with the package, and folders of the user's own.
 
-dataset.py   what a data set is, and the order of an epoch
+dataset.py   what a data set is, the order of an epoch, random crops and mirror images
 tasks.py     class_to_image, complete, colorize, edges_to_image
 folders.py   pairs, two_folders, unpaired, classes
 fashion.py   the 10,000 shipped pictures; pack.py makes their file

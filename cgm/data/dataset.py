@@ -9,7 +9,7 @@ from torch import Tensor
 from cgkernels.random import STREAM_DATA, uniform
 
 # What the data draw, one step number of their stream each.
-STEP_ORDER, STEP_PARTNER = 0, 1
+STEP_ORDER, STEP_PARTNER, STEP_AUGMENT, STEP_AUGMENT_PARTNER = 0, 1, 2, 3
 
 CondKind = Literal["none", "class", "image", "tokens"]
 
@@ -26,7 +26,7 @@ class Dataset:
     """N rows of what is generated, y, and of what it is generated from, cond.
 
     Pictures are held as uint8 (a quarter of the memory) and become float32 in [-1, 1] in `batch`;
-    float32 tensors pass unchanged. A wrong dtype or length raises ValueError or TypeError.
+    float32 tensors pass unchanged. A wrong dtype, length or crop raises ValueError or TypeError.
     """
 
     name: str
@@ -36,11 +36,14 @@ class Dataset:
     num_classes: int = 0  # number of classes, or of different tokens
     class_names: tuple[str, ...] = ()
     paired: bool = True  # False: rows of y and cond are unrelated, and need not be equally many
+    crop: int = 0  # `batch` takes a square of this side out of each picture, somewhere; 0: none
+    flip: bool = False  # `batch` mirrors half of the pictures, left to right
 
     def __post_init__(self) -> None:
         if self.y.dim() < 2 or len(self.y) == 0:
             raise ValueError(f"y must be (N, *event) with N > 0, got {tuple(self.y.shape)}")
         _check_dtype("y", self.y, torch.uint8, torch.float32)
+        self._check_augmentation()
         if self.cond is None:
             if self.cond_kind != "none":
                 raise ValueError(f"cond must be given with cond_kind {self.cond_kind!r}")
@@ -67,25 +70,62 @@ class Dataset:
                 f"cond must be in [0, num_classes = {self.num_classes}), got {low} to {high}"
             )
 
+    def _check_augmentation(self) -> None:
+        if isinstance(self.crop, bool) or not isinstance(self.crop, int) or self.crop < 0:
+            raise ValueError(f"crop must be a side in pixels, or 0 for none, got {self.crop!r}")
+        if not self.augmented:
+            return
+        if self.y.dim() != 4:
+            raise ValueError(
+                f"crop and flip are for pictures (N, C, H, W), got y {tuple(self.y.shape)}"
+            )
+        sides = [self.y.shape[2:]]
+        if self.cond is not None and self.cond_kind == "image" and self.cond.dim() == 4:
+            sides.append(self.cond.shape[2:])
+            if self.paired and sides[0] != sides[1]:
+                raise ValueError(
+                    "crop and flip need pairs of one size, got y "
+                    f"{tuple(self.y.shape)} and cond {tuple(self.cond.shape)}"
+                )
+        if self.crop > min(map(min, sides)):
+            raise ValueError(
+                f"crop must be at most the side of the pictures, {min(map(min, sides))}, "
+                f"got {self.crop}"
+            )
+
     def __len__(self) -> int:
         """Number of rows of y."""
         return len(self.y)
 
     @property
+    def augmented(self) -> bool:
+        """Whether `batch` crops or mirrors."""
+        return self.crop > 0 or self.flip
+
+    @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one y."""
-        return tuple(self.y.shape[1:])
+        """Shape of one y, as `batch` gives it."""
+        return self._cropped(self.y)
 
     @property
     def cond_shape(self) -> tuple[int, ...]:
-        """Shape of one condition; () for a class id or none."""
-        return () if self.cond is None else tuple(self.cond.shape[1:])
+        """Shape of one condition, as `batch` gives it; () for a class id or none."""
+        if self.cond is None or self.cond_kind != "image":
+            return () if self.cond is None else tuple(self.cond.shape[1:])
+        return self._cropped(self.cond)
+
+    def _cropped(self, pictures: Tensor) -> tuple[int, ...]:
+        if self.crop:
+            return pictures.shape[1], self.crop, self.crop
+        return tuple(pictures.shape[1:])
 
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """The rows (B,) int64 of y and their conditions.
 
         Of unpaired data, row r comes with the condition floor(M u), u uniform and a function of
-        (r, epoch): each epoch draws other partners.
+        (r, epoch): each epoch draws other partners. So are the place of the crop, at pixel
+        floor((side - crop + 1) u) of each side, and whether the picture is mirrored, u < 1/2: the
+        same for the two pictures of a pair, and for those of unpaired data each its own.
         """
         if rows.dtype != torch.int64 or rows.dim() != 1:
             raise TypeError(f"rows must be int64 (B,), got {rows.dtype} {tuple(rows.shape)}")
@@ -93,13 +133,33 @@ class Dataset:
             raise ValueError(
                 f"rows must be in [0, {len(self)}), got {int(rows.min())} to {int(rows.max())}"
             )
-        y = to_float(self.y[rows])
+        y = self._pictures(self.y, rows, rows, epoch, STEP_AUGMENT)
         if self.cond is None:
             return {"y": y, "cond": None}
+        partners, step = rows, STEP_AUGMENT
         if not self.paired:
-            rows = (_row_uniform(rows, 0, epoch, STEP_PARTNER) * len(self.cond)).long()
-        cond = self.cond[rows]
-        return {"y": y, "cond": to_float(cond) if self.cond_kind == "image" else cond}
+            u = _row_uniform(rows, 0, epoch, STEP_PARTNER)
+            partners, step = (u * len(self.cond)).long(), STEP_AUGMENT_PARTNER
+        if self.cond_kind == "image":
+            return {"y": y, "cond": self._pictures(self.cond, partners, rows, epoch, step)}
+        return {"y": y, "cond": self.cond[partners]}
+
+    def _pictures(
+        self, pictures: Tensor, taken: Tensor, rows: Tensor, epoch: int, step: int
+    ) -> Tensor:
+        """The pictures `taken` for these rows, cropped and mirrored as the noise of a row says."""
+        if not self.augmented:
+            return to_float(pictures[taken])
+        u = _row_uniform(rows, 0, epoch, step, 3)
+        height, width = pictures.shape[2:]
+        high, wide = (self.crop, self.crop) if self.crop else (height, width)
+        down = (u[:, :1] * (height - high + 1)).long() + torch.arange(high)
+        across = (u[:, 1:2] * (width - wide + 1)).long() + torch.arange(wide)
+        if self.flip:
+            across = torch.where(u[:, 2:] < 0.5, across.flip(1), across)
+        # One gather in place of a loop: (B, h, w, C), the indexed dimensions first.
+        cut = pictures[taken[:, None, None], :, down[:, :, None], across[:, None]]
+        return to_float(cut.movedim(3, 1).contiguous())
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
@@ -117,10 +177,10 @@ def to_float(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures
 
 
-def _row_uniform(rows: Tensor, seed: int, epoch: int, step: int) -> Tensor:
-    """One float64 uniform per row, a function of (row, seed, epoch) and of the use, step."""
+def _row_uniform(rows: Tensor, seed: int, epoch: int, step: int, *event: int) -> Tensor:
+    """float64 uniforms (B, *event), a function of (row, seed, epoch) and of the use, step."""
     return uniform(
-        (len(rows),),
+        (len(rows), *event),
         seed=seed,
         index=rows + epoch * 2**32,
         step=step,

@@ -14,13 +14,15 @@ A picture is what a viewer shows: turned as its EXIF orientation says, transpare
 16-bit grey scaled to 8 bits, CMYK and palettes as RGB. Colour profiles are not applied. It is
 resized to size x size without regard to its proportions (bicubic, antialiased). All are read before
 the data set is returned and are held in memory as uint8: N x channels x size x size bytes for each
-side. Names that begin with a dot, other extensions and deeper folders are passed over.
+side. Names that begin with a dot, other extensions and deeper folders are passed over. Random crops
+and mirror images are taken later, anew in each epoch, by `Dataset.batch`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,13 +45,16 @@ def load_folder(
     size: int = 64,
     channels: int = 3,
     direction: str = "AtoB",
+    crop: int = 0,
+    flip: bool = False,
 ) -> Dataset:
     """The pictures of a folder as a data set; layouts and reading as described above.
 
     size: side of the pictures in pixels. channels: 3 for RGB, 1 for grey. direction: "AtoB" or
-    "BtoA"; classes have none. Every file is decoded here: one that cannot be read, an empty or
-    missing folder, a picture without its partner, a pair of two sizes or of odd width raises
-    ValueError naming it.
+    "BtoA"; classes have none. crop: side of the square, at most size, that is taken somewhere out
+    of a picture; 0: none. flip: mirror half of the pictures. Every file is decoded here: one that
+    cannot be read, an empty or missing folder, a picture without its partner, a pair of two sizes
+    or of odd width raises ValueError naming it.
     """
     path = Path(path)
     _check_choice("layout", layout, LAYOUTS)
@@ -57,12 +62,16 @@ def load_folder(
     _check_choice("channels", channels, (1, 3))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size must be a positive whole number of pixels, got {size!r}")
+    if not isinstance(crop, int) or isinstance(crop, bool) or not 0 <= crop <= size:
+        raise ValueError(f"crop must be from 0, none, to size {size}, got {crop!r}")
+    augmentation: dict[str, Any] = {"crop": crop, "flip": flip}
     if layout == "classes":
-        return _load_classes(path, size, channels)
+        return dataclasses.replace(_load_classes(path, size, channels), **augmentation)
     load_sides = {"pairs": _load_pairs, "two_folders": _load_two, "unpaired": _load_unpaired}
     a, b = load_sides[layout](path, size, channels)
     cond, y = (a, b) if direction == "AtoB" else (b, a)
-    return Dataset(path.resolve().name, y, cond, "image", paired=layout != "unpaired")
+    paired = layout != "unpaired"
+    return Dataset(path.resolve().name, y, cond, "image", paired=paired, **augmentation)
 
 
 def _load_pairs(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:

@@ -108,9 +108,10 @@ class PatchDiscriminator(nn.Module):
 
         The last layer and the loss are one op, which writes no map.
         """
-        conv = self._conv(self.last)
-        return cgkernels.patch_head_loss(
-            self._trunk(x, y), weight_of(conv), conv.bias,
+        conv, h = self._conv(self.last), self._trunk(x, y)
+        bias = None if conv.bias is None else conv.bias.to(h.dtype)
+        return cgkernels.patch_head_loss(  # under autocast h is narrower than the parameters
+            h, weight_of(conv).to(h.dtype), bias,
             loss=loss, target=target, padding=int(conv.padding[0]),
         )  # fmt: skip
 

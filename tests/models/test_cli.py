@@ -20,12 +20,14 @@ from cgkernels.library import OPS
 from cgm import cli
 from cgm.checkpoints import load_model, read_tensors, save_model
 from cgm.cli import main
+from cgm.cyclegan import CycleGANConfig
 from cgm.data import LAYOUTS, TASKS, load_task
 from cgm.data.folders import DIRECTIONS
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig, SamplingConfig
 from cgm.families import make_model
+from cgm.gan import GANConfig, Pix2PixConfig
 from cgm.networks.classifier import Classifier, ClassifierConfig
-from cgm.plots import as_pictures, picture_grid
+from cgm.plots import as_pictures, picture_grid, sample_grid
 from cgm.training import TrainingConfig
 
 TINY = shlex.split(
@@ -79,6 +81,7 @@ def test_help_lists_the_commands_without_torch():
         "train FAMILY",
         "sample CHECKPOINT",
         "evaluate CHECKPOINT",
+        "convert FILE OUT",
         "demo",
         "bench",
         "info",
@@ -108,10 +111,15 @@ def comments(options):
         ("train diffusion --help", "", cli.TrainOptions),
         ("train diffusion --help", "model.", DiffusionConfig),
         ("train diffusion --help", "training.", TrainingConfig),
+        ("train pix2pix --help", "model.", Pix2PixConfig),
+        ("train pix2pix --help", "training.", TrainingConfig),
+        ("train cyclegan --help", "model.", CycleGANConfig),
+        ("train gan --help", "model.", GANConfig),
         ("sample CHECKPOINT --help", "", cli.SampleOptions),
         ("sample CHECKPOINT --help", "", SamplingConfig),
         ("evaluate CHECKPOINT --help", "", cli.EvaluateOptions),
         ("evaluate CHECKPOINT --help", "", SamplingConfig),
+        ("convert --help", "", cli.ConvertOptions),
         ("demo --help", "", cli.DemoOptions),
         ("bench --help", "", cli.BenchOptions),
     ],
@@ -126,10 +134,11 @@ def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, opti
         flag = f"--{prefix}{name.replace('_', '-')}"
         if name in cli.DATA_FIELDS:
             assert flag not in text
+        elif options is cli.ConvertOptions and name in ("file", "out"):
+            assert f" {name.upper()} {comment} (required)" in " ".join(text.split())
         else:
-            assert re.search(rf"{re.escape(flag)}[ ,].*? {re.escape(comment)} \(default", text), (
-                name
-            )
+            told = rf"{re.escape(flag)}[ ,](.*? )?{re.escape(comment)} \(default"
+            assert re.search(told, text), name
 
 
 def test_help_names_the_choices(cgm):
@@ -307,17 +316,94 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
     assert cgm("train diffusion --task complete") == (130, "", "cgm: interrupted\n")
 
 
+# Pictures from pictures ---------------------------------------------------------------------------
+ADVERSARIAL = shlex.split(
+    "--model.generator unet --model.depth 2 --model.width 4 --model.discriminator-width 4 "
+    "--model.patch 16 --training.steps 3 --training.log-every 1 --training.threads 1 --device cpu"
+)
+
+
+def test_pix2pix_on_crops_with_sheets(cgm, tmp_path):
+    for i in range(3):
+        picture(tmp_path / "facades" / f"{i}.png", 40, 20)
+    out = tmp_path / "run"
+    line = (
+        f"train pix2pix --data {tmp_path / 'facades'} --size 20 --crop 16 --flip --out {out} "
+        "--model.no-dropout --training.sheet-every 2"
+    )
+    code, printed, err = cgm(line, *ADVERSARIAL)
+    assert code == 0 and err == "" and f"is in {out / 'index.html'}." in printed
+    info = json.loads((out / "config.json").read_text())
+    assert info["data"]["augmentation"] == {"size": [20, 20], "crop": 16, "flip": True}
+    assert info["config"]["event_shape"] == info["config"]["cond_shape"] == [3, 16, 16]
+    assert info["training"]["learning_rate"] == 2e-4 and info["training"]["beta1"] == 0.5
+    names = sorted(file.name for file in (out / "samples").iterdir())
+    assert names == ["step_000002.png", "step_000003.png"]
+    assert 'src="samples/step_000003.png"' in (out / "index.html").read_text()
+    code, _, err = cgm(line.replace("--crop 16", "--crop 12"), "--resume", *ADVERSARIAL)
+    assert code == 2 and "data.augmentation.crop was 16 and is now 12" in err
+    code, _, err = cgm(line.replace("--flip", ""), "--resume", *ADVERSARIAL)
+    assert code == 2 and "data.augmentation.flip was True and is now False" in err
+    line = line.replace("sheet-every 2", "sheet-every 0")
+    assert cgm(line, "--resume", *ADVERSARIAL)[0] == 0
+    cond = picture(tmp_path / "cond.png", 16)
+    code, _, err = cgm(f"sample {out} --n 1 --out {tmp_path / 'a.png'}", "--cond", cond)
+    assert code == 0 and err == ""
+
+
+def test_cyclegan_learns_from_unrelated_folders(cgm, tmp_path):
+    for i in range(3):
+        picture(tmp_path / "h2z" / "trainA" / f"{i}.png", 16)
+        picture(tmp_path / "h2z" / "trainB" / f"b{i}.png", 16)
+    folder, out = tmp_path / "h2z" / "train", tmp_path / "run"
+    line = f"--data {folder} --layout unpaired --size 16 --crop 8 --out {out}"
+    code, _, err = cgm(f"train pix2pix {line}", *ADVERSARIAL)
+    assert code == 2 and "pix2pix learns from pairs, got unpaired" in err
+    code, _, err = cgm(f"train cyclegan {line} --training.sheet-every 3", *ADVERSARIAL)
+    assert code == 0 and err == ""
+    cond = picture(tmp_path / "cond.png", 8)
+    line = f"sample {out} --n 1 --way back --out {tmp_path / 'a.png'}"
+    assert cgm(line, "--cond", cond)[0] == 0
+    assert (tmp_path / "a.png").exists()
+
+
+def test_sheets_of_a_task_show_what_was_kept_from_training(cgm, tmp_path):
+    out = tmp_path / "run"
+    line = (
+        f"train diffusion --task complete --training.steps 1 --training.sheet-every 1 --out {out}"
+    )
+    assert cgm(line, *TINY)[0] == 0
+    batch = load_task("complete", "test").batch(torch.arange(6))
+    samples = load_model(out).sample(3, cond=batch["cond"])
+    labels = [f"row {i}" for i in range(6)]
+    file = tmp_path / "a.png"
+    sample_grid(file, samples, cond=batch["cond"], real=batch["y"], labels=labels, stacked=True)
+    levels = [
+        np.asarray(Image.open(f)).astype(int) for f in (file, out / "samples" / "step_000001.png")
+    ]
+    assert np.abs(levels[0] - levels[1]).max() <= 1
+
+
 # Errors -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("paint", "COMMAND must be one of train, sample, evaluate, demo, bench, info, got 'paint'"),
+        ("paint", "one of train, sample, evaluate, convert, demo, bench, info, got 'paint'"),
         ("train autoencoder", "diffusion, gan, pix2pix, got 'autoencoder'"),
         ("train classifier", "diffusion, gan, pix2pix, got 'classifier'"),
         ("train diffusion --out {new}", "one of --task and --data"),
         ("train diffusion --task complete --data {tmp} --out {new}", "one of --task and --data"),
         ("train diffusion --task paint --out {new}", "one of class_to_image, complete, colorize"),
         ("train diffusion --task complete --size 32 --out {new}", "--size belongs to --data"),
+        ("train diffusion --task complete --crop 8 --out {new}", "--crop belongs to --data"),
+        ("train diffusion --task complete --flip --out {new}", "--flip belongs to --data"),
+        ("train diffusion --data {tmp} --size 8 --crop 9 --out {new}", "crop must be from 0, none"),
+        (
+            "train diffusion --task complete --training.sheet-every -1 --out {new}",
+            "sheet_every must not be negative",
+        ),
+        ("convert {tmp}/corrupt/b.png {new}", "b.png: is damaged, or holds more than tensors"),
+        ("convert {tmp}/none_net_G.pth {new}", "none_net_G.pth: cannot be read"),
         ("train diffusion --data {tmp}/nothing --out {new}", "{tmp}/nothing: no such folder"),
         ("train diffusion --data {tmp}/corrupt --out {new}", "b.png: cannot be read as a picture"),
         ("train diffusion --data {tmp}/corrupt --layout rows --out {new}", "layout must be one of"),

@@ -246,6 +246,127 @@ def test_wrong_rows_are_refused():
             data.batch(rows)
 
 
+# Augmentation -------------------------------------------------------------------------------------
+
+
+def numbered_pictures(n, height=8, width=8, first=0):
+    """Pictures of which each pixel has a number of its own, and its picture's in channel 1."""
+    places = torch.arange(height * width, dtype=torch.float32).view(1, height, width)
+    return torch.stack([torch.cat([places, torch.full_like(places, first + i)]) for i in range(n)])
+
+
+def places_of(pictures, width=8):
+    """(top, left, mirrored) of crops of `numbered_pictures`, each of which must be a square."""
+    found = []
+    for picture in pictures[:, 0].long():
+        mirrored = bool(picture[0, 0] > picture[0, -1])
+        upright = picture.flip(1) if mirrored else picture
+        top, left = divmod(int(upright[0, 0]), width)
+        side = torch.arange(len(picture))
+        assert upright.equal((top + side)[:, None] * width + left + side)
+        found.append((top, left, mirrored))
+    return found
+
+
+def test_crops_and_flips_of_a_pair_are_one():
+    pictures = numbered_pictures(200)
+    data = Dataset("x", pictures, pictures + 0, "image", crop=6, flip=True)
+    assert data.event_shape == data.cond_shape == (2, 6, 6)
+    rows = torch.arange(200)
+    batch = data.batch(rows, epoch=3)
+    assert batch["y"].equal(batch["cond"]) and batch["y"].is_contiguous()
+    assert batch["y"][:, 1, 0, 0].equal(rows.float())
+    places = places_of(batch["y"])
+    for side in (0, 1):  # each of the three places, as often as another
+        counts = np.bincount([place[side] for place in places], minlength=3)
+        assert len(counts) == 3 and abs(counts - 200 / 3).max() < 4 * (200 * 2 / 9) ** 0.5
+    assert abs(sum(mirrored for *_, mirrored in places) - 100) < 4 * 50**0.5
+    assert len(set(places)) == 18
+    # A function of (row, epoch), whatever the batch.
+    alone = data.batch(torch.tensor([7, 0, 7]), epoch=3)["y"]
+    assert alone.equal(batch["y"][[7, 0, 7]])
+    assert places_of(data.batch(rows, epoch=4)["y"]) != places
+    none = torch.tensor([], dtype=torch.int64)
+    assert data.batch(none)["y"].shape == (0, 2, 6, 6)
+
+
+def test_known_places_of_crops():
+    """Resuming a run of another version finds the same crops."""
+    data = Dataset("x", numbered_pictures(3), crop=5, flip=True)
+    places = [places_of(data.batch(torch.arange(3), epoch)["y"]) for epoch in (0, 1)]
+    assert places == [
+        [(3, 2, True), (2, 1, False), (2, 3, True)],
+        [(2, 1, False), (1, 1, True), (1, 2, True)],
+    ]
+
+
+def test_crops_of_unpaired_pictures_are_each_their_own():
+    y, cond = numbered_pictures(50), numbered_pictures(40, first=100)
+    data = Dataset("x", y, cond, "image", paired=False, crop=4, flip=True)
+    plain = Dataset("x", y, cond, "image", paired=False)
+    rows = torch.arange(50)
+    batch = data.batch(rows, epoch=2)
+    partners = plain.batch(rows, epoch=2)["cond"]
+    assert batch["cond"][:, 1, 0, 0].equal(partners[:, 1, 0, 0])  # augmentation changes no partner
+    pairs = list(zip(places_of(batch["y"]), places_of(batch["cond"]), strict=True))
+    assert sum(a[:2] == b[:2] for a, b in pairs) < 12  # one of 25 places by chance
+    assert 10 < sum(a[2] == b[2] for a, b in pairs) < 40
+
+
+def test_flip_alone_crop_alone_and_neither():
+    pictures = numbered_pictures(30, 4, 6)
+    rows = torch.arange(30)
+    flipped = Dataset("x", pictures, flip=True)
+    assert flipped.event_shape == (2, 4, 6)
+    y = flipped.batch(rows)["y"]
+    kept = (y == pictures).flatten(1).all(1)
+    assert 5 < kept.sum() < 25
+    assert y[~kept].equal(pictures[~kept].flip(3))
+    cropped = Dataset("x", pictures, crop=4).batch(rows)["y"]
+    assert {place[::2] for place in places_of(cropped, 6)} == {(0, False)}
+    assert Dataset("x", pictures, crop=4).batch(rows)["cond"] is None
+    assert Dataset("x", pictures).batch(rows)["y"].equal(pictures)
+
+
+def test_classes_keep_their_labels_when_cropped():
+    data = Dataset("x", numbered_pictures(9), torch.arange(9), "class", 9, crop=3)
+    batch = data.batch(torch.tensor([4, 2]))
+    assert batch["cond"].tolist() == batch["y"][:, 1, 0, 0].tolist() == [4, 2]
+    assert data.cond_shape == ()
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ({"crop": 9}, "crop must be at most the side of the pictures, 8, got 9"),
+        ({"crop": -1}, "crop must be a side in pixels, or 0 for none, got -1"),
+        ({"crop": 2.0}, r"crop must be .*, got 2\.0"),
+        ({"crop": True}, "crop must be .*, got True"),
+        ({"y": torch.zeros(2, 8), "flip": True}, "for pictures"),
+        (
+            {"cond": torch.zeros(2, 2, 8, 9), "cond_kind": "image", "flip": True},
+            "pairs of one size",
+        ),
+        (
+            {"cond": torch.zeros(2, 2, 9, 4), "cond_kind": "image", "paired": False, "crop": 5},
+            "at most .*, 4, got 5",
+        ),
+    ],
+)
+def test_wrong_augmentation_is_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        Dataset(**{"name": "x", "y": numbered_pictures(2)} | arguments)
+
+
+@pytest.mark.parametrize("layout", ALL_FOLDERS)
+def test_folders_are_cropped_and_flipped(tmp_path, layout):
+    good(tmp_path, layout)
+    data = load_folder(tmp_path, layout, size=8, crop=6, flip=True)
+    assert (data.crop, data.flip, data.event_shape) == (6, True, (3, 6, 6))
+    assert data.y.shape[2:] == (8, 8)
+    assert data.cond_shape == (() if layout == "classes" else (3, 6, 6))
+
+
 # Folders ------------------------------------------------------------------------------------------
 
 
@@ -483,6 +604,9 @@ def test_one_side_alone_is_refused(tmp_path):
         ({"size": 0}, "size must be .*, got 0"),
         ({"size": True}, "size must be .*, got True"),
         ({"size": 1.5}, "size must be .*, got 1.5"),
+        ({"size": 8, "crop": 9}, "crop must be from 0, none, to size 8, got 9"),
+        ({"crop": -1}, "crop must be from 0, none, to size 64, got -1"),
+        ({"crop": 2.5}, r"crop must be .*, got 2\.5"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, option, match):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+import re
 import signal
 import threading
 from dataclasses import dataclass, field
@@ -16,10 +17,14 @@ from rich.console import Console
 from torch import nn
 
 from cgkernels.random import normal
-from cgm import training
-from cgm.checkpoints import load_model, read_tensors
+from cgm import sheets, training
+from cgm.checkpoints import load_model, read_tensors, save_model
+from cgm.cyclegan import CycleGAN, CycleGANConfig
 from cgm.data import Dataset, epoch_order
+from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import FAMILIES, Model, make_model
+from cgm.gan import ConditionalGAN, GANConfig, Pix2Pix, Pix2PixConfig
+from cgm.plots import sample_grid
 from cgm.training import TrainingConfig, TrainingInterrupted, learning_rate, train
 
 N = 7
@@ -55,7 +60,7 @@ class Toy(Model):
     def phase_parameters(self, phase):
         return list((self.embed if phase == "first" else self.mix).parameters())
 
-    def loss(self, y, *, cond=None, phase="model", seed, index=None):
+    def loss(self, y, *, cond=None, phase="model", seed, index=None, shared=None):
         if y.shape[1:] != self.config.shape:
             raise ValueError(f"y must be (B, *{self.config.shape}), got {tuple(y.shape)}")
         self.calls += 1
@@ -423,6 +428,7 @@ def test_wrong_data_shows_before_anything_is_written(tmp_path):
         ("ema_decay", 1.0),
         ("warmup", -1),
         ("log_every", 0),
+        ("sheet_every", -1),
     ],
 )
 def test_config_errors(field, value):
@@ -455,6 +461,242 @@ def test_bar_on_a_terminal(tmp_path):
     file = io.StringIO()
     run(tmp_path / "run", console=Console(file=file, force_terminal=True, width=120))
     assert "━" in file.getvalue() and "step 10/10" in file.getvalue()
+
+
+def test_log_keeps_large_steps(tmp_path):
+    file = tmp_path / "log.csv"
+    training._Log(file, ["step", "seconds"], 0).write([12345678, 0.5])
+    assert training._Log(file, ["step", "seconds"], 12345678).seconds == 0.5
+    assert file.read_text().splitlines() == ["step,seconds", "12345678,0.5"]
+
+
+# Adversarial families -----------------------------------------------------------------------------
+def pictures(n, channels=3, side=16):
+    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(n)) * 2 - 1
+
+
+def pairs(name="pairs", **options):
+    return Dataset(name, pictures(7), pictures(7).flip(0), "image", **options)
+
+
+SMALL = {"width": 4, "discriminator_width": 4, "patch": 16}
+SHAPES = {"event_shape": (3, 16, 16), "cond_shape": (3, 16, 16)}
+BATCH_NORM = Pix2PixConfig(**SHAPES, depth=2, dropout=False, **SMALL)
+ADVERSARIAL = {
+    "pix2pix": (Pix2Pix, BATCH_NORM, pairs()),
+    "r1": (Pix2Pix, dataclasses.replace(BATCH_NORM, norm="instance", r1_weight=1.0), pairs()),
+    "gan": (
+        ConditionalGAN,
+        GANConfig((3, 16, 16), "class", 3, latents=4, r1_weight=10.0, **SMALL),
+        Dataset("classes", pictures(7), torch.arange(7) % 3, "class", 3),
+    ),
+    "cyclegan": (
+        CycleGAN,
+        CycleGANConfig(**SHAPES, generator="unet", depth=2, pool=2, **SMALL),
+        Dataset("unpaired", pictures(7), pictures(5), "image", paired=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_bfloat16_learns_as_float32_and_resumes(tmp_path, name):
+    """Also with the penalty, and with a pool of pictures."""
+    family, model_config, data = ADVERSARIAL[name]
+
+    def go(out, steps, precision="bfloat16", **options):
+        config = dataclasses.replace(
+            CONFIG, steps=steps, precision=precision, decay="constant", learning_rate=2e-4,
+            gradient_clip=math.inf, log_every=1, warmup=0,
+        )  # fmt: skip
+        run(out, config, data, make_model(family, model_config, seed=1), **options)
+
+    go(tmp_path / "run", 3)
+    go(tmp_path / "float32", 3, "float32")
+    low, full = (log_rows(tmp_path / name)[0] for name in ("run", "float32"))
+    for column in low.keys() - {"seconds"}:  # of the first step: later ones have other weights
+        assert float(low[column]) == pytest.approx(float(full[column]), rel=0.03, abs=2e-3), column
+    assert {**low, "seconds": ""} != {**full, "seconds": ""}
+    go(tmp_path / "run", 5, resume=True)
+    go(tmp_path / "whole", 5)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["r1", "gan"])
+def test_gradient_of_the_penalty_in_bfloat16(name):
+    """The gradient of a gradient, both of them through autocast."""
+    family, model_config, data = ADVERSARIAL[name]
+    model = make_model(family, model_config, seed=1)
+    parameters = list(model.discriminator.parameters())
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = model.loss(
+                **data.batch(torch.arange(4)), phase="discriminator", seed=0, index=torch.arange(4)
+            )
+        gradients = torch.autograd.grad(losses["r1"].sum(), parameters, materialize_grads=True)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert found[0].norm() > 0 and not torch.equal(*found)
+    assert (found[1] - found[0]).norm() < 0.03 * found[0].norm()
+
+
+# Sheets -------------------------------------------------------------------------------------------
+SHEETS = dataclasses.replace(CONFIG, ema_decay=0.0, sheet_every=4, log_every=1)
+
+
+def sheet_bytes(out):
+    return {file.name: file.read_bytes() for file in sorted((out / "samples").iterdir())}
+
+
+def page(out):
+    return (out / "index.html").read_text(encoding="utf-8")
+
+
+def new_pix2pix():
+    return make_model(Pix2Pix, BATCH_NORM, seed=1)
+
+
+def test_sheets_are_what_the_checkpoint_draws(tmp_path):
+    """Batch norm: its statistics must reach the average before it draws."""
+    kept = []
+    keep = at(5, lambda: kept.append(load_model(tmp_path / "run")))
+    data = pairs()
+    run(tmp_path / "run", SHEETS, data, new_pix2pix(), on_step=keep)
+    sheets = sheet_bytes(tmp_path / "run")
+    assert list(sheets) == ["step_000004.png", "step_000008.png", "step_000010.png"]
+    rows = data.batch(torch.arange(6))
+    samples = kept[0].sample(3, cond=rows["cond"])
+    assert torch.equal(samples[0], samples[2])
+    sample_grid(
+        tmp_path / "a.png",
+        samples[:1],  # without noise all draws are one
+        cond=rows["cond"],
+        real=rows["y"],
+        labels=[f"row {i}" for i in range(6)],
+    )
+    assert (tmp_path / "a.png").read_bytes() == sheets["step_000004.png"]
+    assert len(set(sheets.values())) == 3  # it learns
+    seldom = dataclasses.replace(SHEETS, save_every=100, log_every=100)
+    run(tmp_path / "seldom", seldom, data, new_pix2pix())
+    assert sheet_bytes(tmp_path / "seldom") == sheets
+
+
+def test_sheets_change_no_bit_and_resume(tmp_path):
+    data = pairs(crop=0, flip=True)
+    without = dataclasses.replace(SHEETS, sheet_every=0)
+    run(tmp_path / "without", without, data, new_pix2pix())
+    assert not (tmp_path / "without" / "index.html").exists()
+    run(tmp_path / "whole", SHEETS, data, new_pix2pix())
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "parts", SHEETS, data, new_pix2pix(), on_step=at(5, press_ctrl_c))
+    assert list(sheet_bytes(tmp_path / "parts")) == ["step_000004.png"]
+    run(tmp_path / "parts", SHEETS, data, new_pix2pix(), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert sheet_bytes(tmp_path / "whole") == sheet_bytes(tmp_path / "parts")
+    assert page(tmp_path / "whole").count("<img") == page(tmp_path / "parts").count("<img") == 3
+    tensors, plain = (state(tmp_path / name)[0] for name in ("whole", "without"))
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in tensors.items())
+    # Every how many steps there is one may change.
+    longer = dataclasses.replace(SHEETS, steps=11, sheet_every=11, decay="constant")
+    run(
+        tmp_path / "other",
+        dataclasses.replace(longer, steps=10, sheet_every=0),
+        data,
+        new_pix2pix(),
+    )
+    run(tmp_path / "other", longer, data, new_pix2pix(), resume=True)
+    assert list(sheet_bytes(tmp_path / "other")) == ["step_000011.png"]
+
+
+def test_page(tmp_path):
+    out = tmp_path / "<b>&run"
+    run(out, SHEETS, pairs('<script>alert("&")</script>'), new_pix2pix())
+    text = page(out)
+    assert text.startswith("<!DOCTYPE html>") and text.endswith("</html>\n")
+    assert "<script" not in text and "<b>" not in text
+    assert "&lt;b&gt;&amp;run" in text and "&lt;script&gt;" in text
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert sources == ["log.csv", "config.json"] + [
+        f"samples/step_{step:06}.png" for step in (10, 8, 4)
+    ]
+    assert all((out / source).is_file() for source in sources)
+    parts = re.split(r"<h2>(.*?)</h2>", text)[1:]
+    assert parts[::2] == ["Step 10", "Step 8", "Step 4", "model: pix2pix", "training", "data"]
+    rows = {int(row["step"]): row for row in log_rows(out)}
+    for step, part in zip((10, 8, 4), parts[1::2], strict=False):
+        cells = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", part))
+        assert cells == {name: value for name, value in rows[step].items() if name != "step"}
+    assert "<td>sheet_every</td><td>4</td>" in parts[9]
+    assert "<td>event_shape</td><td>[3, 16, 16]</td>" in parts[7]
+    assert not list(out.glob(".*"))
+
+
+def test_page_has_no_sheets_of_steps_that_were_lost(tmp_path):
+    def crash():
+        raise RuntimeError("crash")
+
+    config = dataclasses.replace(SHEETS, sheet_every=1)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path / "run", config, pairs(), new_pix2pix(), on_step=at(7, crash))
+    assert 'alt="samples at step 6"' in page(tmp_path / "run")
+    with pytest.raises(RuntimeError, match="crash"):  # from step 4 on
+        run(tmp_path / "run", config, pairs(), new_pix2pix(), resume=True, on_step=at(6, crash))
+    steps = re.findall("<h2>Step (.*)</h2>", page(tmp_path / "run"))
+    assert steps == ["5", "4", "3", "2", "1"]
+
+
+@pytest.mark.parametrize("kind", ["none", "class", "image", "lower half", "colours", "unpaired"])
+def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sheets, "sample_grid", lambda *a, **k: drawn.append((a[1], k)))
+    y, cond = pictures(4, 1, 8), pictures(4, 2, 8)
+    fitting = {
+        "none": Dataset("x", y),
+        "class": Dataset("x", y, torch.tensor([1, 0, 1, 0]), "class", 2, ("<a>", "b")),
+        "image": Dataset("x", y, cond[:, :1], "image"),
+        "colours": Dataset("x", cond, y, "image"),
+        "lower half": Dataset("x", y[:, :, 4:], y[:, :, :4], "image"),
+        "unpaired": Dataset("x", y, cond[:3, :1], "image", paired=False),
+    }[kind]
+    fields = {f: getattr(fitting, f) for f in ("event_shape", "cond_kind", "cond_shape")}
+    family, config = ConditionalDiffusion, DiffusionConfig(
+        **fields, num_classes=fitting.num_classes, channels=8, multipliers=(1,), blocks=1, heads=2
+    )  # fmt: skip
+    if kind == "unpaired":
+        sides = {name: fields[name] for name in ("event_shape", "cond_shape")}
+        family, config = CycleGAN, CycleGANConfig(**sides, generator="unet", depth=2, **SMALL)
+    shown = sheets.first_rows(fitting, stacked=kind == "lower half")
+    model = make_model(family, config).eval()
+    (tmp_path / "log.csv").write_text("step,seconds\n3,0.1\n")
+    save_model(tmp_path, model)
+    sheets.Sheets(model, shown, tmp_path).write(3)
+    [(samples, given)] = drawn
+    if kind == "none":
+        assert samples.shape == (18, 1, 1, 8, 8) and samples.unique(dim=0).shape[0] == 18
+        assert given["cond"] is given["real"] is None and given["labels"] == ()
+        return
+    batch = fitting.batch(torch.arange(4))
+    assert samples.shape == (1 if kind == "unpaired" else 3, 4, *fitting.event_shape)
+    expected = model.sample(len(samples), cond=batch["cond"], index=torch.arange(4))
+    assert torch.equal(samples, expected)
+    assert torch.equal(given["real"], batch["y"]) and given["stacked"] == (kind == "lower half")
+    if kind == "class":
+        assert given["labels"] == ("b", "<a>", "b", "<a>") and given["cond"] is None
+    else:
+        assert given["labels"][3] == "row 3" and torch.equal(given["cond"], batch["cond"])
+    assert (given["real_header"] == "real") == (kind != "unpaired")
+
+
+def test_sheets_of_what_cannot_be_shown(tmp_path):
+    with pytest.raises(ValueError, match="sheet_every must be 0: a toy draws nothing"):
+        run(tmp_path / "run", SHEETS)
+    model = make_model(ConditionalDiffusion, DiffusionConfig((2, 8, 8), channels=8, heads=2))
+    with pytest.raises(ValueError, match=r"1 or 3 channels, got y \(4, 2, 8, 8\)"):
+        run(tmp_path / "run", SHEETS, Dataset("x", pictures(4, 2, 8)), model)
+    config = dataclasses.replace(BATCH_NORM, cond_shape=(2, 16, 16))
+    data = Dataset("x", pictures(4), pictures(4, 2), "image")
+    with pytest.raises(ValueError, match=r"got y \(4, 3, 16, 16\) and cond \(4, 2, 16, 16\)"):
+        run(tmp_path / "run", SHEETS, data, make_model(Pix2Pix, config))
+    assert not (tmp_path / "run").exists()
 
 
 # On a GPU -----------------------------------------------------------------------------------------

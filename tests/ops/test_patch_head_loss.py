@@ -378,3 +378,15 @@ def test_an_image_of_the_kernel_has_one_loss(dtype, device):
         for rows in ([2], [3, 2, 1, 0]):
             found = run(rows, order_seed=1)
             assert_equal(found, tuple(out[rows] if out.numel() else out for out in whole))
+
+
+def test_autocast_does_not_reach_into_the_op():
+    x, weight = normals(2, 20, 9, 9, dtype=torch.bfloat16), normals(1, 20, 4, 4, seed=1) / 16
+    weight = weight.bfloat16()
+    for loss, target in (("lsgan", "real"), (None, None)):
+        found = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found.append(patch_head_loss(x, weight, loss=loss, target=target))
+        assert_equal(found[1], found[0])
+        assert found[1].dtype == (torch.bfloat16 if loss is None else torch.float32)
