@@ -64,10 +64,21 @@ def once(name: str, draw: Callable[[], Tensor], shared: dict[str, Tensor] | None
 
 def image_generator(config: Any, channels: int, out: int, *, dropout: bool) -> nn.Module:
     """The network from pictures of so many channels to pictures that a config asks for."""
-    kind: dict[str, Any] = {"width": config.width, "norm": config.norm, "dropout": dropout}
+    kind: dict[str, Any] = {"width": config.width, "norm": config.norm}
+    depth = config.depth or _usual_depth(config)
+    if config.generator == "unet":  # which has dropout from 6 levels on
+        kind["dropout"] = dropout and depth >= 6
+        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
+    kind["dropout"] = dropout
+    return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=depth, **kind))
+
+
+def _usual_depth(config: Any) -> int:
+    """Levels of a U-Net: as many as the sides allow, 8 at most; or residual blocks as published."""
+    sides = config.event_shape[1:]
     if config.generator == "unet":
-        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=config.depth, **kind))
-    return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=config.depth, **kind))
+        return next(depth for depth in range(8, 0, -1) if not any(n % 2**depth for n in sides))
+    return 9 if min(sides) >= 256 else 6
 
 
 def channels_last(model: nn.Module) -> None:
@@ -92,8 +103,10 @@ def check_image_to_image(config: Any) -> None:
     check_choice(config, "norm", ("batch", "instance", "none"))
     check_choice(config, "patch", tuple(PATCHES))
     check_choice(config, "loss", LOSSES)
-    check_positive(config, "depth", "width", "discriminator_width")
-    unit = 2**config.depth if config.generator == "unet" else 4
+    check_positive(config, "width", "discriminator_width")
+    if config.depth < 0:
+        raise ValueError(f"depth must not be negative, got {config.depth}")
+    unit = 2 ** max(config.depth, 2) if config.generator == "unet" else 4
     if any(side % unit for side in sides):
         raise ValueError(
             f"event_shape must have sides that are multiples of {unit} for this generator and "

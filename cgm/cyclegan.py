@@ -46,10 +46,11 @@ class CycleGANConfig:
     # Kind of condition: pictures.
     cond_kind: Literal["image"] = "image"
 
-    # Generators: residual blocks, or a U-Net, whose sides are multiples of 2^depth.
+    # Generators: residual blocks, or a U-Net, for sides that are multiples of 2^depth.
     generator: Literal["resnet", "unet"] = "resnet"
-    # Residual blocks, 9 for 256 pixels and 6 for 128; or levels of the U-Net.
-    depth: int = 9
+    # Residual blocks, or levels of the U-Net; 0: 9 blocks for 256 pixels and 6 for fewer, or as many
+    # levels as the sides allow, up to 8.
+    depth: int = 0
     # Channels of the first layer of a generator.
     width: int = 64
     # Normalisation in all networks.

@@ -53,15 +53,17 @@ class Pix2PixConfig:
     # Kind of condition: pictures.
     cond_kind: Literal["image"] = "image"
 
-    # Generator: a U-Net, whose sides are multiples of 2^depth, or residual blocks.
+    # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
     generator: Literal["unet", "resnet"] = "unet"
-    # Levels of the U-Net, 8 for 256 pixels; or residual blocks, 6 or 9 in published networks.
-    depth: int = 8
+    # Levels of the U-Net, or residual blocks; 0: as many levels as the sides allow, up to 8 for 256
+    # pixels, or 9 blocks for 256 pixels and 6 for fewer.
+    depth: int = 0
     # Channels of its first layer.
     width: int = 64
     # Normalisation in both networks.
     norm: Literal["batch", "instance", "none"] = "batch"
-    # Dropout in the generator, its only noise: without it a condition has one picture.
+    # Dropout in the generator, its only noise: without it a condition has one picture. A U-Net has
+    # it from 6 levels on.
     dropout: bool = True
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70

@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +302,7 @@ def test_cyclegan_goes_both_ways():
     [
         (Pix2PixConfig, {"cond_shape": (1, 8, 16)}, "cond_shape must have the sides"),
         (Pix2PixConfig, {"generator": "unet", "depth": 5}, "event_shape must have sides"),
+        (Pix2PixConfig, {"depth": -1}, "depth must not be negative"),
         (Pix2PixConfig, {"event_shape": (1, 18, 18), "cond_shape": (1, 18, 18)}, "multiples of 4"),
         (Pix2PixConfig, {"patch": 20}, "patch must be one of"),
         (Pix2PixConfig, {"loss": "mse"}, "loss must be one of"),
@@ -314,6 +316,19 @@ def test_cyclegan_goes_both_ways():
 def test_wrong_configs(make, changes, message):
     with pytest.raises(ValueError, match=message):
         make(**{**SAME, **changes})
+
+
+@pytest.mark.parametrize(
+    ("generator", "side", "depth"),
+    [("unet", 256, 8), ("unet", 64, 6), ("unet", 28, 2), ("resnet", 128, 6), ("resnet", 256, 9)],
+)
+def test_the_usual_depth(generator, side, depth):
+    sizes = {"width": 1, "discriminator_width": 1, "norm": "instance", "depth": 0}
+    shape = (1, side, side)
+    config = Pix2PixConfig(shape, shape, generator=generator, **sizes)
+    made: Any = Pix2Pix(config).generator.config
+    assert (made.downs if generator == "unet" else made.blocks) == depth
+    assert made.dropout == (generator == "resnet" or depth >= 6)
 
 
 @pytest.mark.parametrize(
