@@ -9,6 +9,7 @@ from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
 from cgkernels.ops.norm_linear import norm_linear, pack_weight
+from cgkernels.ops.pair_conv2d import pair_conv2d
 from cgkernels.ops.patch_head_loss import patch_head_loss, patch_loss
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
@@ -22,6 +23,7 @@ __all__ = [
     "guided_step_",
     "norm_linear",
     "pack_weight",
+    "pair_conv2d",
     "patch_head_loss",
     "patch_loss",
     "philox_normal",
