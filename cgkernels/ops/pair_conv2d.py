@@ -135,12 +135,16 @@ def _launch_config(features, outputs, dtype):
     """Sizes that may not depend on the batch, or an image would.
 
     Three channels are 48 features, which blocks of 16 divide. At most four warps: with eight, loops
-    over a flattened (channel, row, column) have been miscompiled (triton issue 1254).
+    over a flattened (channel, row, column) have been miscompiled (triton issue 1254). In float32
+    loads ahead of their use take more registers than there are.
     """
     block_n = max(16, min(64, triton.next_power_of_2(outputs)))
     block_k = 32 if features % 32 == 0 or features > 128 else 16
-    block_m = 64 if dtype == torch.float32 else 128
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4}
+    wide = dtype == torch.float32
+    return {
+        "BLOCK_M": 64 if wide else 128, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        "num_stages": 1 if wide else 3, "num_warps": 4,
+    }  # fmt: skip
 
 
 def _launch(x, y, weight, bias, stride, padding, slope):
@@ -203,12 +207,12 @@ def _cpu(x, y, weight, bias, stride, padding, slope):
     pair = torch.empty((1, weight.shape[1], *x.shape[2:]), dtype=wide, memory_format=last)
     weight = weight.to(wide, memory_format=last)
     bias = None if bias is None else bias.to(wide)
-    for n, row in enumerate(out.split(1)):
+    for n in range(x.shape[0]):
         pair[:, :channels] = x[n]
         if y is not None:
             pair[:, channels:] = y[n]
         z = F.conv2d(pair, weight, bias, stride, padding)
-        row.copy_(z if slope == 1 else F.leaky_relu_(z, slope))
+        out[n] = z[0] if slope == 1 else F.leaky_relu_(z, slope)[0]
     return out
 
 
