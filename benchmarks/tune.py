@@ -34,7 +34,13 @@ from benchmarks.opcase import Case
 from benchmarks.records import OURS
 from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows
-from cgkernels.ops import decode_attention, norm_linear, patch_head_loss, sample_logits
+from cgkernels.ops import (
+    decode_attention,
+    norm_linear,
+    pair_conv2d,
+    patch_head_loss,
+    sample_logits,
+)
 
 Config = dict[str, Any]
 
@@ -133,6 +139,19 @@ def _pixel_tiles(pixels: int, dtype: torch.dtype) -> Iterator[Config]:
             yield {"BLOCK_M": block_m, "BLOCK_C": block_c, "STAGES": stages, "num_warps": warps}
 
 
+def _window_tiles(features: int, outputs: int, dtype: torch.dtype) -> Iterator[Config]:
+    """Tiles of 2048 to 8192 numbers; never more than four warps (see the function)."""
+    sizes = product((32, 64, 128), (16, 32, 64), (16, 32), (1, 2, 3), (2, 4))
+    for block_m, block_n, block_k, stages, warps in sizes:
+        few = block_n > 16 and block_n >= 2 * outputs
+        if few or not 2048 <= block_m * block_n <= 8192 or block_k >= 2 * max(16, features):
+            continue
+        yield {
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_stages": stages,
+            "num_warps": warps,
+        }  # fmt: skip
+
+
 def _vocabulary_walks(vocabulary: int) -> Iterator[Config]:
     """A row in registers where 32 of each thread's hold it; pieces of 4 to 16 tokens a thread."""
     whole = max(128, 2 ** (vocabulary - 1).bit_length())
@@ -153,6 +172,7 @@ TUNABLES = {
     "diffusion_loss": _ROWS,
     "philox_normal": _ROWS,
     "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
+    "pair_conv2d": Tunable(pair_conv2d, "_launch_config", _window_tiles),
     "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
     "decode_attention": Tunable(decode_attention, "_launch_config", _splits),

@@ -10,6 +10,7 @@ from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
 from cgkernels.ops.instance_norm_act import instance_norm_act, instance_norm_act_
 from cgkernels.ops.norm_linear import norm_linear, pack_weight
+from cgkernels.ops.pair_conv2d import pair_conv2d
 from cgkernels.ops.patch_head_loss import patch_head_loss, patch_loss
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
@@ -25,6 +26,7 @@ __all__ = [
     "instance_norm_act_",
     "norm_linear",
     "pack_weight",
+    "pair_conv2d",
     "patch_head_loss",
     "patch_loss",
     "philox_normal",

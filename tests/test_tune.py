@@ -95,6 +95,15 @@ def test_candidates_for_pixels_include_the_present(dtype):
     assert len({json.dumps(c) for c in found}) == len(found) < 40
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("features", "outputs"), [(48, 64), (3, 64), (576, 128)])
+def test_candidates_for_windows_include_the_present(features, outputs, dtype):
+    found = list(tune._window_tiles(features, outputs, dtype))
+    assert tune.TUNABLES["pair_conv2d"].function(features, outputs, dtype) in found
+    assert len({json.dumps(c) for c in found}) == len(found) < 80
+    assert all(c["num_warps"] <= 4 for c in found)
+
+
 @pytest.mark.parametrize("vocabulary", [1, 100, 1000, 16384, 32000, 2**18])
 def test_candidates_for_vocabularies_hold_what_fits(vocabulary):
     found = list(tune._vocabulary_walks(vocabulary))

@@ -1,0 +1,324 @@
+"""First layer of a conditional discriminator: convolution of two images, read where they lie.
+
+    out = leaky_relu(conv2d(cat([x, y], 1), weight) + bias, slope)
+
+Shapes   x: (N, Cx, H, W); y: (N, Cy, H, W) or none; weight: (O, Cx + Cy, k, k), k = 1, 3 or 4;
+         bias: (O,); out: (N, O, (H + 2 padding - k) // stride + 1, likewise of W), channels_last.
+Dtypes   float32, float16, bfloat16 (float64 on CPU), all alike; float32 inside. An image has the
+         same bits alone or in any batch.
+Backward in x, y, weight, bias by PyTorch's convolutions, as often as one likes. The slope is taken
+         from the sign of the output, which alone is kept beside inputs and weight.
+Source   arXiv:1611.07004 (conditional patch discriminator); LeakyReLU: Maas et al., 2013.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgkernels._triton import tl, triton
+from cgkernels.checks import check_float, check_same_device, check_shape
+from cgkernels.library import Launch, define_op, needs_function, using_reference
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def pair_conv2d_ref(x, y, weight, bias, stride, padding, slope):
+    wide = _wide(x)
+    pair = x if y is None else torch.cat([x, y], 1)
+    bias = None if bias is None else bias.to(wide)
+    z = F.conv2d(pair.to(wide), weight.to(wide), bias, stride, padding)
+    return (z if slope == 1 else F.leaky_relu(z, slope)).to(x.dtype)
+
+
+def pair_conv2d_bwd_ref(wanted, dout, out, x, y, weight, bias, stride, padding, slope):
+    """Gradients of x, y, weight and bias where wanted, None elsewhere.
+
+    Each image is convolved with its slice of the weight, so that nothing is concatenated. As in
+    PyTorch, convolutions on a GPU take the gradients rounded to x's dtype.
+    """
+    dtype = x.dtype if x.is_cuda else _wide(x)
+    dz = dout.to(dtype)
+    if slope != 1:
+        dz = torch.ops.aten.leaky_relu_backward(dz, out.to(dtype), slope, True)
+    gradients: list[Tensor | None] = [None] * 4
+    parts: list[Tensor] = []
+    of_x, of_y = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
+    for i, image, part in ((0, x, of_x), (1, y, of_y)):
+        if image is None or not (wanted[i] or wanted[2]):
+            continue
+        dimage, dpart, _ = torch.ops.aten.convolution_backward(
+            dz, image.to(dtype), part.to(dtype), None, [stride] * 2, [padding] * 2, [1, 1],
+            False, [0, 0], 1, [wanted[i], wanted[2], False],
+        )  # fmt: skip
+        parts.append(dpart)
+        if wanted[i]:
+            gradients[i] = dimage.to(x.dtype)
+    if wanted[2]:
+        gradients[2] = torch.cat(parts, 1).to(weight.dtype)
+    if wanted[3]:
+        gradients[3] = dz.sum((0, 2, 3), dtype=_wide(x)).to(bias.dtype)
+    return tuple(gradients)
+
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _accumulate(
+    z, x_ptr, x_strides, n, row, column, height, width, channels, weight_row, there,
+    KERNEL: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z and the products of one image with its slice of the weight.
+
+    The products go over (channel, row, column), the order of the weight in memory. row, column: of
+    the corner of each window, where an address is the sum of one of the window and one of the tap.
+    """
+    taps: tl.constexpr = KERNEL * KERNEL
+    corner = n * x_strides[0] + row.to(tl.int64) * x_strides[2] + column.to(tl.int64) * x_strides[3]
+    for start in range(0, channels * taps, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        i, j = k % taps // KERNEL, k % KERNEL
+        tap = (k // taps).to(tl.int64) * x_strides[1] + i * x_strides[2] + j * x_strides[3]
+        i, j = row[:, None] + i[None, :], column[:, None] + j[None, :]
+        inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        inside = inside & (k < channels * taps)[None, :]
+        x = tl.load(x_ptr + corner[:, None] + tap[None, :], mask=inside, other=0.0)
+        mask = there[:, None] & (k < channels * taps)[None, :]
+        weight = tl.load(weight_row[:, None] + k[None, :], mask=mask, other=0.0)
+        z = tl.dot(x, tl.trans(weight), z, input_precision="ieee")
+    return z
+
+
+@triton.jit
+def _kernel(
+    out_ptr, x_ptr, x_strides, x_channels, y_ptr, y_strides, y_channels, weight_ptr, bias_ptr,
+    height, width, columns, pixels, outputs, padding, slope, tiles, blocks,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_M pixels of one image and BLOCK_N channels of the output."""
+    program = tl.program_id(0)
+    block, tile = program % blocks, program // blocks % tiles
+    n = (program // blocks // tiles).to(tl.int64)
+    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = channel < outputs
+    row, column = pixel // columns * STRIDE - padding, pixel % columns * STRIDE - padding
+    features = (x_channels + y_channels) * (KERNEL * KERNEL)
+    weight_row = weight_ptr + channel.to(tl.int64) * features
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    z = _accumulate(
+        z, x_ptr, x_strides, n, row, column, height, width, x_channels, weight_row, there,
+        KERNEL, BLOCK_K,
+    )  # fmt: skip
+    if y_ptr is not None:
+        weight_row += x_channels * (KERNEL * KERNEL)
+        z = _accumulate(
+            z, y_ptr, y_strides, n, row, column, height, width, y_channels, weight_row, there,
+            KERNEL, BLOCK_K,
+        )  # fmt: skip
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + channel, mask=there, other=0.0).to(tl.float32)[None, :]
+    z = tl.where(z > 0, z, z * slope)
+    at = out_ptr + (n * pixels + pixel)[:, None] * outputs + channel[None, :]
+    mask = (pixel < pixels)[:, None] & there[None, :]
+    tl.store(at, z.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_config(features, outputs, dtype):
+    """Sizes that may not depend on the batch, or an image would.
+
+    Three channels are 48 features, which blocks of 16 divide. At most four warps: with eight, loops
+    over a flattened (channel, row, column) have been miscompiled (triton issue 1254). In float32
+    loads ahead of their use take more registers than there are.
+    """
+    block_n = max(16, min(64, triton.next_power_of_2(outputs)))
+    block_k = 32 if features % 32 == 0 or features > 128 else 16
+    wide = dtype == torch.float32
+    return {
+        "BLOCK_M": 64 if wide else 128, "BLOCK_N": block_n, "BLOCK_K": block_k,
+        "num_stages": 1 if wide else 3, "num_warps": 4,
+    }  # fmt: skip
+
+
+def _launch(x, y, weight, bias, stride, padding, slope):
+    out = _fake(x, y, weight, bias, stride, padding, slope)
+    if x.shape[0] == 0:
+        return out
+    n, outputs, rows, columns = out.shape
+    channels, kernel = x.shape[1], weight.shape[-1]
+    config = _launch_config(channels * kernel**2, outputs, x.dtype)
+    tiles = triton.cdiv(rows * columns, config["BLOCK_M"])
+    blocks = triton.cdiv(outputs, config["BLOCK_N"])
+    _kernel[(n * tiles * blocks,)](
+        out, x, x.stride(), channels, y, None if y is None else y.stride(),
+        weight.shape[1] - channels, weight.contiguous(),
+        None if bias is None else bias.contiguous(), x.shape[2], x.shape[3], columns,
+        rows * columns, outputs, padding, float(slope), tiles, blocks, KERNEL=kernel,
+        STRIDE=stride, enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    return out
+
+
+def _launches() -> Iterator[Launch]:
+    def launch(label, dtype, x=3, y=3, outputs=64, size=256, kernel=4, stride=2, last=False):
+        def image(channels):
+            made = torch.empty(16, channels, size, size, dtype=dtype, device="meta")
+            return made.contiguous(memory_format=torch.channels_last) if last else made
+
+        first, second = image(x), image(y) if y else None
+        weight, bias = first.new_empty(outputs, x + y, kernel, kernel), first.new_empty(outputs)
+        args = (first, second, weight, bias, stride, 0 if kernel == 1 else 1, 0.2)
+        return Launch(f"{label} {dtype}", partial(_launch, *args), dot=dtype != torch.float32)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield launch("pair", dtype)
+        yield launch("channels_last", dtype, last=True)
+        yield launch("one image", dtype, y=0)
+        yield launch("labels", dtype, x=36)
+        yield launch("3 x 3", dtype, kernel=3)
+        yield launch("1 x 1", dtype, kernel=1, stride=1)
+    yield launch("odd", torch.bfloat16, x=1, y=2, outputs=77, size=129, stride=1)
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _fake(x, y, weight, bias, stride, padding, slope):
+    size = ((s + 2 * padding - weight.shape[-1]) // stride + 1 for s in x.shape[2:])
+    return torch.empty(
+        (x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+
+
+def _cpu(x, y, weight, bias, stride, padding, slope):
+    """One image after the other: all at once, oneDNN's bits would depend on the batch.
+
+    A copy of both in channels_last, in which oneDNN is fastest, costs less than it gains; two
+    convolutions, which need none, take longer from a few images on.
+    """
+    out, wide, channels = _fake(x, y, weight, bias, stride, padding, slope), _wide(x), x.shape[1]
+    last = torch.channels_last
+    pair = torch.empty((1, weight.shape[1], *x.shape[2:]), dtype=wide, memory_format=last)
+    weight = weight.to(wide, memory_format=last)
+    bias = None if bias is None else bias.to(wide)
+    for n in range(x.shape[0]):
+        pair[:, :channels] = x[n]
+        if y is not None:
+            pair[:, channels:] = y[n]
+        z = F.conv2d(pair, weight, bias, stride, padding)
+        out[n] = z[0] if slope == 1 else F.leaky_relu_(z, slope)[0]
+    return out
+
+
+_fwd = define_op(
+    "pair_conv2d",
+    "(Tensor x, Tensor? y, Tensor weight, Tensor? bias, int stride, int padding, float slope) "
+    "-> Tensor",
+    cuda=_launch,
+    cpu=_cpu,
+    fake=_fake,
+    launches=_launches,
+)
+
+
+# 5. Public function -------------------------------------------------------------------------------
+class _PairConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, stride, padding, slope):
+        out = _fwd(x, y, weight, bias, stride, padding, slope)
+        ctx.save_for_backward(out, x, y, weight, bias)
+        ctx.options = stride, padding, slope
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        wanted = ctx.needs_input_grad[:4]
+        gradients = pair_conv2d_bwd_ref(wanted, dout, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, None, None
+
+
+def pair_conv2d(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 2,
+    padding: int = 1,
+    slope: float = 0.2,
+) -> Tensor:
+    """First layer of a conditional discriminator: leaky_relu(conv2d(cat([x, y], 1)), slope).
+
+    Both images are read where they lie, and bias and LeakyReLU cost no pass of their own.
+
+    Args:
+        x: (N, Cx, H, W) float32, float16 or bfloat16 (float64 on the CPU); any strides.
+        y: (N, Cy, H, W) of x's dtype, any strides; None for a convolution of x alone.
+        weight: (O, Cx + Cy, k, k) of x's dtype, those of x first; k = 1, 3 or 4.
+        bias: (O,) of x's dtype.
+        stride: 1 or 2. padding: zeros at each border, at most k - 1.
+        slope: below zero, itself not negative; 1 for none.
+
+    Returns:
+        (N, O, (H + 2 padding - k) // stride + 1, likewise of W) in x's dtype, channels_last.
+        Differentiable in all tensors, twice, too. In float32 products are exact on any device,
+        whatever PyTorch allows cuDNN in the forward of its own.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> x, y = torch.tensor([3.0, 1.0]).view(2, 1, 1, 1, 1)
+        >>> pair_conv2d(x, y, torch.tensor([1.0, -5.0]).view(1, 2, 1, 1), padding=0).item()
+        -0.4000000059604645
+    """
+    check_float(x=x, weight=weight)
+    if x.dim() != 4 or x.shape[1] == 0:
+        raise ValueError(f"x must have shape (N, Cx, H, W) with channels, got {tuple(x.shape)}")
+    tensors, channels = {"x": x, "weight": weight}, x.shape[1]
+    if y is not None:
+        check_float(y=y)
+        rows, _, height, width = x.shape
+        if y.dim() != 4 or y.shape[1] == 0 or (y.shape[0], *y.shape[2:]) != (rows, height, width):
+            raise ValueError(
+                f"y must have shape ({rows}, Cy, {height}, {width}) with channels, "
+                f"got {tuple(y.shape)}"
+            )
+        tensors["y"], channels = y, channels + y.shape[1]
+    kernel = weight.shape[-1] if weight.dim() == 4 else 0
+    if kernel not in (1, 3, 4) or tuple(weight.shape[1:]) != (channels, kernel, kernel):
+        raise ValueError(
+            f"weight must have shape (O, {channels}, k, k) with k = 1, 3 or 4, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have output channels, got {tuple(weight.shape)}")
+    if isinstance(stride, bool) or stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < kernel:
+        raise ValueError(f"padding must be an integer from 0 to {kernel - 1}, got {padding!r}")
+    if min(x.shape[2:]) + 2 * padding < kernel:
+        raise ValueError(
+            f"x must have height and width of at least {kernel - 2 * padding}, got {tuple(x.shape)}"
+        )
+    if isinstance(slope, bool) or not isinstance(slope, int | float) or not 0 <= slope < math.inf:
+        raise ValueError(f"slope must be a number that is not negative, got {slope!r}")
+    if bias is not None:
+        check_float(bias=bias)
+        check_shape("bias", bias, (weight.shape[0],))
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
+    check_same_device(**tensors)
+    args = (x, y, weight, bias, stride, padding, float(slope))
+    if using_reference():
+        return pair_conv2d_ref(*args)
+    run = _PairConv2d.apply if needs_function(x, y, weight, bias) else _fwd
+    return run(*args)
