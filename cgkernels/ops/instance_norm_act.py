@@ -480,8 +480,9 @@ def _bwd_kernel(
 def _launch_config(pixels, channels, channels_last):
     """Tiles and parts for so many pixels a mean; of the batch only where the mean is, too.
 
-    Sixteen elements a thread leave registers for their statistics. In channels_last tiles are 32
-    channels wide, whole sectors of memory in any dtype, and yet enough programs for one picture.
+    Eight elements a thread leave registers for the offsets and sums of the backward. In
+    channels_last tiles are 32 channels wide, whole sectors of memory in any dtype, and yet enough
+    programs for one picture; else one channel wide, and sixteen elements a thread.
     Up to 1024 pixels one program takes them all, from the cache the second time; beyond that parts
     of 256 pixels or more let all multiprocessors at one picture.
     """
@@ -496,7 +497,7 @@ def _launch_config(pixels, channels, channels_last):
     split = block_p * triton.cdiv(least, block_p)
     return {
         "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c,
-        "num_warps": max(1, block_p * block_c // 512),
+        "num_warps": max(1, block_p * block_c // (256 if channels_last else 512)),
     }  # fmt: skip
 
 
