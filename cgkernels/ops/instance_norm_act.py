@@ -527,9 +527,8 @@ def _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_
     groups, sizes, switches, config = _grouped(x, pad, over_batch)
     channels, height, width, _, total = sizes
     out_total = total // (height * width) * (height + 2 * pad) * (width + 2 * pad)
-    split = config.pop("split")
+    whole, split = config.pop("WHOLE"), config.pop("split")
     blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
-    whole = config.pop("WHOLE")
     if not whole:
         parts = triton.cdiv(total, split)
         part = mean.new_empty(4, groups, parts, channels)
@@ -560,9 +559,9 @@ def _launch_bwd(
     x, dy = _addressable(x), _addressable(dy)
     groups, sizes, switches, config = _grouped(x, pad, over_batch)
     channels, _, _, _, total = sizes
-    split = config.pop("split")
+    whole, split = config.pop("WHOLE"), config.pop("split")
+    split = total if whole else split
     parts = triton.cdiv(total, split)
-    whole = config.pop("WHOLE")
     blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
     inputs = (
         *with_strides(dy, x), mean, var, _dense(weight), _dense(bias), eps, slope, *sizes,
