@@ -36,6 +36,7 @@ from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows
 from cgkernels.ops import (
     decode_attention,
+    instance_norm_act,
     norm_linear,
     pair_conv2d,
     patch_head_loss,
@@ -166,11 +167,31 @@ def _vocabulary_walks(vocabulary: int) -> Iterator[Config]:
             }  # fmt: skip
 
 
+def _norm_tiles(pixels: int, channels: int, channels_last: bool) -> Iterator[Config]:
+    """Tiles of 1024 to 4096 elements; few pixels whole, and all in 256 parts or a quarter of them.
+
+    In channels_last a tile is 8 to 64 channels wide, else one.
+    """
+    widths = [c for c in (8, 16, 32, 64) if c == 8 or c < 2 * channels] if channels_last else [1]
+    for tile, block_c, warps in product((1024, 2048, 4096), widths, (2, 4, 8)):
+        block_p = tile // block_c
+        least = max(256, math.ceil(pixels / 256))
+        splits = {block_p * math.ceil(min(n, pixels) / block_p) for n in (least, 4 * least)}
+        for split, whole in product(sorted(splits), (True, False)):
+            fits = split >= pixels or pixels <= 4096 if whole else split < pixels
+            if fits and 4 <= tile // (32 * warps) <= 16 and not (whole and split < max(splits)):
+                yield {
+                    "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c,
+                    "num_warps": warps,
+                }  # fmt: skip
+
+
 TUNABLES = {
     "guided_step": _ROWS,
     "add_noise": _ROWS,
     "diffusion_loss": _ROWS,
     "philox_normal": _ROWS,
+    "instance_norm_act": Tunable(instance_norm_act, "_launch_config", _norm_tiles),
     "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
     "pair_conv2d": Tunable(pair_conv2d, "_launch_config", _window_tiles),
     "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),

@@ -48,8 +48,8 @@ class CycleGANConfig:
 
     # Generators: residual blocks, or a U-Net, for sides that are multiples of 2^depth.
     generator: Literal["resnet", "unet"] = "resnet"
-    # Residual blocks, or levels of the U-Net; 0: 9 blocks for 256 pixels and 6 for fewer, or as many
-    # levels as the sides allow, up to 8.
+    # Residual blocks, or levels of the U-Net; 0: 9 blocks for 256 pixels and 6 for fewer, or as
+    # many levels as the sides allow, up to 8.
     depth: int = 0
     # Channels of the first layer of a generator.
     width: int = 64

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 import types
 
@@ -15,6 +16,7 @@ from benchmarks.records import OURS
 from benchmarks.tune import Sweep, Tunable, choose, lines, passes, sweep
 from cgkernels import rows
 from cgkernels._triton import HAS_TRITON
+from cgkernels.ops import instance_norm_act
 from tests.support import kernels
 
 CPU = torch.device("cpu")
@@ -112,6 +114,18 @@ def test_candidates_for_vocabularies_hold_what_fits(vocabulary):
         assert config["PIECE"] <= config["BLOCK"]
         assert not config["HELD"] or vocabulary <= config["BLOCK"] <= 16384
         assert 32 * config["num_warps"] * config["maxnreg"] <= 65536
+
+
+@pytest.mark.parametrize("pixels", [2, 961, 1024, 4096, 2**20])
+@pytest.mark.parametrize("channels, channels_last", [(3, True), (512, True), (64, False)])
+def test_candidates_for_norms_take_all_pixels(pixels, channels, channels_last):
+    found = list(tune._norm_tiles(pixels, channels, channels_last))
+    assert found and len({json.dumps(c) for c in found}) == len(found)
+    for config in found:
+        assert config["split"] % config["BLOCK_P"] == 0
+        assert config["WHOLE"] or 1 < math.ceil(pixels / config["split"]) <= 256
+    if pixels in (1024, 2**20) and channels > 3:
+        assert instance_norm_act._launch_config(pixels, channels, channels_last) in found
 
 
 def test_one_dtype_of_each_size_is_swept():

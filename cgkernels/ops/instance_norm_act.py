@@ -161,7 +161,7 @@ def _image_of(position, group, pixels, BATCH: tl.constexpr):
 @triton.jit
 def _offset(strides, image, pixel, channel):
     row = image * strides[0] + pixel.to(tl.int64) * strides[2]
-    return row[:, None] + channel.to(tl.int64)[None, :] * strides[1]
+    return row[None, :] + channel.to(tl.int64)[:, None] * strides[1]
 
 
 @triton.jit
@@ -181,16 +181,17 @@ def _first(x_ptr, x_strides, group, channel, channels):
 
 
 @triton.jit
-def _merged(mean, m2, count, total, origin):
-    """origin + mean, and M2, of all rows, each with its count: Chan's formula for many parts.
+def _merged(mean, rest, m2, count, total):
+    """Mean in two summands, and M2, of all columns: Chan's formula for many parts.
 
-    A rough mean is taken off first: what is left loses no digits when it is averaged.
+    Each column has a count, and a mean in two summands, too. A rough mean is taken off first, of
+    few digits so that this rounds as little as can be; what is left is averaged.
     """
-    rough = tl.sum(mean * count, 0) / total
-    off = tl.where(count > 0, mean - rough[None, :], 0.0)
-    rest = tl.sum(off * count, 0) / total
-    off = tl.where(count > 0, mean - (rough + rest)[None, :], 0.0)
-    return (origin + rough) + rest, tl.sum(m2 + count * off * off, 0)
+    rough = (tl.sum(mean * count, 1) / total).to(tl.bfloat16).to(tl.float32)
+    off = tl.where(count > 0, (mean - rough[:, None]) + rest, 0.0)
+    rest = tl.sum(off * count, 1) / total
+    off = tl.where(count > 0, off - rest[:, None], 0.0)
+    return rough, rest, tl.sum(m2 + count * off * off, 1)
 
 
 @triton.jit
@@ -202,21 +203,21 @@ def _statistics(
 
     Returned are means, M2 and counts of the lanes, which are to be merged.
     """
-    mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    m2 = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     lane = tl.arange(0, BLOCK_P)
     step = 0.0
     for start in range(first, last, BLOCK_P):
         position = start + lane
-        mask = (position < last)[:, None] & (channel < channels)[None, :]
+        mask = (position < last)[None, :] & (channel < channels)[:, None]
         image, pixel = _image_of(position, group, pixels, BATCH)
-        x = _load(x_ptr, x_strides, image, pixel, channel, mask) - origin[None, :]
+        x = _load(x_ptr, x_strides, image, pixel, channel, mask) - origin[:, None]
         step += 1.0
         off = tl.where(mask, x - mean, 0.0)
         mean += off * (1.0 / step)
         m2 += off * (x - mean)
     count = tl.maximum(last - first - lane + BLOCK_P - 1, 0) // BLOCK_P
-    return mean, m2, count.to(tl.float32)[:, None]
+    return mean, m2, count.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -234,10 +235,10 @@ def _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps):
 
 @triton.jit
 def _part_kernel(
-    mean_ptr, m2_ptr, origin_ptr, x_ptr, x_strides, channels, pixels, total, split, parts,
+    mean_ptr, rest_ptr, m2_ptr, origin_ptr, x_ptr, x_strides, channels, pixels, total, split, parts,
     BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per part of a group and BLOCK_C channels: mean and M2 of x - its first value."""
+    """One program per part of a group and BLOCK_C channels: mean and M2 of x - origin, origin."""
     group, part, channel = _place(channels, parts, BLOCK_C)
     first = part * split + total * 0  # 64 bits only where the positions need them
     last = tl.minimum(first + split, total)
@@ -246,31 +247,33 @@ def _part_kernel(
         x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
         BATCH, BLOCK_P, BLOCK_C,
     )  # fmt: skip
-    mean, m2 = _merged(mean, m2, count, last - first, tl.zeros_like(origin))
+    mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, last - first)
     at = (group * parts + part).to(tl.int64) * channels + channel
     tl.store(mean_ptr + at, mean, mask=channel < channels)
+    tl.store(rest_ptr + at, rest, mask=channel < channels)
     tl.store(m2_ptr + at, m2, mask=channel < channels)
     tl.store(origin_ptr + at, origin, mask=channel < channels)
 
 
 @triton.jit
 def _merge_kernel(
-    mean_ptr, var_ptr, part_mean_ptr, part_m2_ptr, origin_ptr, channels, total, split, parts,
-    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean_ptr, var_ptr, part_mean_ptr, part_rest_ptr, part_m2_ptr, origin_ptr,
+    channels, total, split, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per group and BLOCK_C channels: mean and variance of all of its parts."""
     group, _, channel = _place(channels, 1, BLOCK_C)
     part = tl.arange(0, PARTS)
-    mask = (part < parts)[:, None] & (channel < channels)[None, :]
-    at = (group.to(tl.int64) * parts + part)[:, None] * channels + channel[None, :]
+    mask = (part < parts)[None, :] & (channel < channels)[:, None]
+    at = (group.to(tl.int64) * parts + part)[None, :] * channels + channel[:, None]
     mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
+    rest = tl.load(part_rest_ptr + at, mask=mask, other=0.0)
     m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
     count = tl.minimum(tl.maximum(total - part.to(tl.int64) * split, 0), split)
     at = group.to(tl.int64) * parts * channels + channel  # of the first part: all have the same
     origin = tl.load(origin_ptr + at, mask=channel < channels, other=0.0)
-    mean, m2 = _merged(mean, m2, count.to(tl.float32)[:, None], total, origin)
+    mean, rest, m2 = _merged(mean, rest, m2, count.to(tl.float32)[None, :], total)
     at = group.to(tl.int64) * channels + channel
-    tl.store(mean_ptr + at, mean, mask=channel < channels)
+    tl.store(mean_ptr + at, (origin + mean) + rest, mask=channel < channels)
     tl.store(var_ptr + at, m2 / total, mask=channel < channels)
 
 
@@ -294,7 +297,8 @@ def _fwd_kernel(
             x_ptr, x_strides, origin, group, channel, channels, 0, total, height * width,
             BATCH, BLOCK_P, BLOCK_C,
         )  # fmt: skip
-        mean, m2 = _merged(mean, m2, count, total, origin)
+        mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, total)
+        mean = (origin + mean) + rest
         var = m2 / total
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(var_ptr + at, var, mask=inside)
@@ -306,7 +310,7 @@ def _fwd_kernel(
     first = part * split + out_total * 0
     for start in range(first, tl.minimum(first + split, out_total), BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)
-        mask = (position < out_total)[:, None] & inside[None, :]
+        mask = (position < out_total)[None, :] & inside[:, None]
         out_width = width + 2 * pad
         image, out = _image_of(position, group, (height + 2 * pad) * out_width, BATCH)
         pixel = out
@@ -315,7 +319,7 @@ def _fwd_kernel(
             column = width - 1 - tl.abs(width - 1 - tl.abs(out % out_width - pad))
             pixel = row * width + column
         x = _load(x_ptr, x_strides, image, pixel, channel, mask)
-        z = (x - mean[None, :]) * gain[None, :] + bias[None, :]
+        z = (x - mean[:, None]) * gain[:, None] + bias[:, None]
         y = tl.where(z > 0, z, slope * z + 0.0)  # a sum with 0 is never -0, which relu would be
         if residual_ptr is not None:
             y += _load(residual_ptr, residual_strides, image, pixel, channel, mask)
@@ -347,7 +351,7 @@ def _unpadded(
         for place in range(9):
             y, in_y = _mirrored(row, height, pad, place // 3)
             x, in_x = _mirrored(column, width, pad, place % 3)
-            there = mask & (in_y & in_x)[:, None]
+            there = mask & (in_y & in_x)[None, :]
             at = y * (width + 2 * pad) + x
             dy += _load(dy_ptr, dy_strides, image, at, channel, there)
         return dy
@@ -361,11 +365,11 @@ def _gradient(
     position, height, width, pad, total, BATCH: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """dz, x - mean, dy, image, pixel and mask of a block; dz and dy are 0 beyond it."""
-    mask = (position < total)[:, None] & (channel < channels)[None, :]
+    mask = (position < total)[None, :] & (channel < channels)[:, None]
     image, pixel = _image_of(position, group, height * width, BATCH)
-    centered = _load(x_ptr, x_strides, image, pixel, channel, mask) - mean[None, :]
+    centered = _load(x_ptr, x_strides, image, pixel, channel, mask) - mean[:, None]
     dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD)
-    z = centered * gain[None, :] + bias[None, :]
+    z = centered * gain[:, None] + bias[:, None]
     return tl.where(z > 0, dy, slope * dy), centered, dy, image, pixel, mask
 
 
@@ -376,8 +380,8 @@ def _sums(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums over positions first .. last - 1 of dz and of dz (x - mean) rstd."""
-    plain = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    along = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    plain = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    along = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for start in range(first, last, BLOCK_P):
         dz, centered, _, _, _, _ = _gradient(
             dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
@@ -385,7 +389,7 @@ def _sums(
         )  # fmt: skip
         plain += dz
         along += dz * centered
-    return tl.sum(plain, 0), tl.sum(along, 0) * rstd
+    return tl.sum(plain, 1), tl.sum(along, 1) * rstd
 
 
 @triton.jit
@@ -419,10 +423,10 @@ def _bwd_merge_kernel(
     """One program per group and BLOCK_C channels: the sums over all of its parts."""
     group, _, channel = _place(channels, 1, BLOCK_C)
     part = tl.arange(0, PARTS)
-    mask = (part < parts)[:, None] & (channel < channels)[None, :]
-    at = (group.to(tl.int64) * parts + part)[:, None] * channels + channel[None, :]
-    plain = tl.sum(tl.load(part_plain_ptr + at, mask=mask, other=0.0), 0)
-    along = tl.sum(tl.load(part_along_ptr + at, mask=mask, other=0.0), 0)
+    mask = (part < parts)[None, :] & (channel < channels)[:, None]
+    at = (group.to(tl.int64) * parts + part)[None, :] * channels + channel[:, None]
+    plain = tl.sum(tl.load(part_plain_ptr + at, mask=mask, other=0.0), 1)
+    along = tl.sum(tl.load(part_along_ptr + at, mask=mask, other=0.0), 1)
     at = group.to(tl.int64) * channels + channel
     tl.store(plain_ptr + at, plain, mask=channel < channels)
     tl.store(along_ptr + at, along, mask=channel < channels)
@@ -462,7 +466,7 @@ def _bwd_kernel(
             dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
             start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
         )  # fmt: skip
-        dx = (dz - plain[None, :] - centered * along[None, :]) * gain[None, :]
+        dx = (dz - plain[:, None] - centered * along[:, None]) * gain[:, None]
         offset = _offset(dx_strides, image, pixel, channel)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dresidual_ptr is not None:
@@ -476,8 +480,9 @@ def _bwd_kernel(
 def _launch_config(pixels, channels, channels_last):
     """Tiles and parts for so many pixels a mean; of the batch only where the mean is, too.
 
-    Sixteen elements a thread leave registers for their statistics. In channels_last tiles are 32
-    channels wide, whole sectors of memory in any dtype, and yet enough programs for one picture.
+    Eight elements a thread leave registers for the offsets and sums of the backward. In
+    channels_last tiles are 32 channels wide, whole sectors of memory in any dtype, and yet enough
+    programs for one picture; else one channel wide, and sixteen elements a thread.
     Up to 1024 pixels one program takes them all, from the cache the second time; beyond that parts
     of 256 pixels or more let all multiprocessors at one picture.
     """
@@ -492,7 +497,7 @@ def _launch_config(pixels, channels, channels_last):
     split = block_p * triton.cdiv(least, block_p)
     return {
         "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c,
-        "num_warps": max(1, block_p * block_c // 512),
+        "num_warps": max(1, block_p * block_c // (256 if channels_last else 512)),
     }  # fmt: skip
 
 
@@ -522,12 +527,11 @@ def _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_
     groups, sizes, switches, config = _grouped(x, pad, over_batch)
     channels, height, width, _, total = sizes
     out_total = total // (height * width) * (height + 2 * pad) * (width + 2 * pad)
-    split = config.pop("split")
+    whole, split = config.pop("WHOLE"), config.pop("split")
     blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
-    whole = config.pop("WHOLE")
     if not whole:
         parts = triton.cdiv(total, split)
-        part = mean.new_empty(3, groups, parts, channels)
+        part = mean.new_empty(4, groups, parts, channels)
         _part_kernel[(blocks * parts,)](
             *part, *with_strides(x), channels, height * width, total, split, parts,
             BATCH=switches["BATCH"], enable_fp_fusion=True, **config,
@@ -555,9 +559,9 @@ def _launch_bwd(
     x, dy = _addressable(x), _addressable(dy)
     groups, sizes, switches, config = _grouped(x, pad, over_batch)
     channels, _, _, _, total = sizes
-    split = config.pop("split")
+    whole, split = config.pop("WHOLE"), config.pop("split")
+    split = total if whole else split
     parts = triton.cdiv(total, split)
-    whole = config.pop("WHOLE")
     blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
     inputs = (
         *with_strides(dy, x), mean, var, _dense(weight), _dense(bias), eps, slope, *sizes,

@@ -34,7 +34,7 @@ LAST = {"memory_format": torch.channels_last}
 
 
 def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
-    def data(*shape, seed=0, dtype=dtype):
+    def data(*shape, seed=10, dtype=dtype):  # other data than the gradients of the checks
         return normals(*(shape or SHAPE), dtype=dtype, device=device, seed=seed)
 
     def sample(label, x, fn=instance_norm_act, mutates=(), **inputs):
@@ -47,22 +47,24 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
     x, last, residual = data(), data().contiguous(**LAST), data(seed=1)
     affine = {"weight": data(5, seed=2), "bias": data(5, seed=3)}
-    yield sample("plain", x, return_stats=True)
+    # Without a corner or a border the gradients of a sum would be nothing but rounding.
+    yield sample("plain", x, activation="leaky_relu", return_stats=True)
     yield sample("channels_last, relu", last, activation="relu", return_stats=True)
     everything = {**affine, "activation": "leaky_relu", "residual": residual.contiguous(**LAST)}
     yield sample("affine, residual", last, **everything)
     yield sample("padded by 1", last, **everything, pad=1)
-    yield sample("padded by 3", x, weight=affine["weight"], residual=residual, pad=3)
+    yield sample("padded by 3", last, weight=affine["weight"], residual=residual, pad=3)
     yield sample("padded as wide as can be", data(2, 3, 4, 4), activation="relu", pad=3)
     yield sample("slope above 1", x, bias=affine["bias"], activation="leaky_relu", slope=1.5)
     batch = {"over_batch": True, "return_stats": True}
     yield sample("batch", last, **everything, **batch)
     yield sample("batch, padded", x, **affine, activation="relu", pad=2, **batch)
-    yield sample("batch of numbers", data(6, 5, 1, 1), **affine, over_batch=True)
+    yield sample("batch of numbers", data(6, 5, 1, 1), **affine, activation="relu", over_batch=True)
     wide = data(3, 9, 6, 7).contiguous(**LAST)
     views = {"residual": data(3, 5, 7, 6, seed=1).transpose(2, 3), "pad": 1}
     yield sample("views", wide[:, 2:7], **views)
-    yield sample("expanded", data(3, 1, 6, 7).expand(SHAPE), residual=residual[:1].expand(SHAPE))
+    views = {"residual": residual[:1].expand(SHAPE), "pad": 1}
+    yield sample("expanded", data(3, 1, 6, 7).expand(SHAPE), **views)
     other = torch.float16 if dtype == torch.float32 else torch.float32
     mixed = {"weight": data(5, dtype=other), "residual": data(dtype=other, seed=1)}
     yield sample("parameters in another dtype", last, **mixed, activation="relu", pad=1)
@@ -215,13 +217,11 @@ def far_inputs(shape, dtype, offset):
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("over_batch", [False, True])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [(8, 8), (33, 40)])
-@pytest.mark.parametrize(
-    ("dtype", "offset"), [(torch.float32, 0), (torch.float32, 1000), (torch.bfloat16, 1)]
-)
+@pytest.mark.parametrize("size", [(8, 8), (33, 36)])
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 1000), (torch.bfloat16, 1)])
 def test_values_and_gradients(dtype, offset, size, format, over_batch, device):
     """Whole means and parts of them; no activation, whose corner magnifies rounding."""
-    inputs = far_inputs((2, 8, *size), dtype, offset)
+    inputs = far_inputs((2, 4, *size), dtype, offset)
     inputs["x"] = inputs["x"].contiguous(memory_format=format)
     options = {"pad": 1, "over_batch": over_batch}
     with kernels(device):
@@ -319,8 +319,9 @@ def test_wrong_arguments_in_place(error, words, changed):
 def test_sizes_around_a_tile_and_a_part(size, over_batch, format, device):
     """Channels around a tile, too; a last part of one pixel (25 x 41 = 4 x 256 + 1)."""
     results = []
-    for channels in (1, 31, 33):
-        x = (1 + normals(2, channels, *size)).contiguous(memory_format=format)
+    for channels in (1, 31, 33) if format == torch.channels_last else (1, 5):
+        x = 1 + normals(2 if size[0] > 1 else 80, channels, *size)
+        x = x.contiguous(memory_format=format)
         options = {"activation": "leaky_relu", "over_batch": over_batch}
         with kernels(device):
             actual = instance_norm_act(x.to(device), **options)
@@ -338,35 +339,28 @@ def test_parts_are_merged(parts, device):
     m2 = split * normals(2, parts, 18, seed=2).square().to(device)
     origin = 1000 + normals(2, 1, 18, seed=3).to(device)
     got = torch.empty(2, 2, 18, device=device)
+    origin = origin.expand(2, parts, 18).contiguous()
     op._merge_kernel[op._merge_grid(2, 18)](
-        *got,
-        mean,
-        m2,
-        origin.expand(2, parts, 18).contiguous(),
-        18,
-        total,
-        split,
-        parts,
-        enable_fp_fusion=True,
-        **op._MERGED,
-    )
+        *got, mean, torch.zeros_like(mean), m2, origin, 18, total, split, parts,
+        enable_fp_fusion=True, **op._MERGED,
+    )  # fmt: skip
     counts = torch.full((parts, 1), float(split), dtype=torch.float64)
     counts[-1] = last
     wide, m2 = mean.cpu().double(), m2.cpu().double()
     exact = (wide * counts).sum(1) / total
     var = (m2 + counts * (wide - exact[:, None]).square()).sum(1) / total
-    exact += origin.cpu().double()[:, 0]
+    exact += origin[:, 0].cpu().double()
     torch.testing.assert_close(got[0].cpu().double(), exact, rtol=1.2e-7, atol=0)
     torch.testing.assert_close(got[1].cpu().double(), var, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("size", [(6, 7), (40, 40)])
+@pytest.mark.parametrize("size", [(6, 7), (33, 36)])
 def test_a_sample_has_one_result(size, format, device):
     """Alone, in a batch, permuted, in any order of the programs; its gradient, too."""
     x, dy = (
-        normals(4, 8, *size, device=device, seed=i).contiguous(memory_format=format)
+        normals(3, 4, *size, device=device, seed=i).contiguous(memory_format=format)
         for i in range(2)
     )
 
@@ -376,8 +370,8 @@ def test_a_sample_has_one_result(size, format, device):
             y = instance_norm_act(part, activation="relu")
             return y.detach(), *torch.autograd.grad(y, part, dy[rows])
 
-    whole = run([0, 1, 2, 3])
-    for rows in ([2], [3, 2, 1, 0]):
+    whole = run([0, 1, 2])
+    for rows in ([1], [2, 1, 0]):
         assert_equal(run(rows, order_seed=1), tuple(out[rows] for out in whole))
 
 
