@@ -117,14 +117,26 @@ class PatchDiscriminator(nn.Module):
 
     def _trunk(self, x: Tensor, y: Tensor | None, kept: list[Tensor] | None = None) -> Tensor:
         """What the last layer looks at; what each block gives is added to `kept`."""
-        config = self.config
-        h = _pair(x, y, config.in_channels, _least_side(config))
+        _check_pair(x, y, self.config.in_channels, _least_side(self.config))
+        h = self._first(x, y)
         for i in range(self.last):
-            norm = self._layers()[_places(i)[1]]
-            h = norm_act(before_norm(self._conv(i), norm, h), norm, "leaky_relu")
+            if i:
+                norm = self._layers()[_places(i)[1]]
+                h = norm_act(before_norm(self._conv(i), norm, h), norm, "leaky_relu")
             if kept is not None:
                 kept.append(h)
         return h
+
+    def _first(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """The first block: both pictures are read where they are."""
+        conv, device, dtype = self._conv(0), x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        y, bias = (None if t is None else t.to(dtype) for t in (y, conv.bias))
+        return cgkernels.pair_conv2d(
+            x.to(dtype), y, weight_of(conv).to(dtype), bias,
+            stride=conv.stride[0], padding=int(conv.padding[0]), slope=0.2,
+        )  # fmt: skip
 
     def _conv(self, i: int) -> nn.Conv2d:
         return self._layers()[_places(i)[0]]
@@ -176,11 +188,10 @@ def _places(i: int) -> tuple[str, str]:
     return str(conv), str(conv + 1)
 
 
-def _pair(x: Tensor, y: Tensor | None, channels: int, least: int) -> Tensor:
-    """The pair as one picture: an op that reads both would save this copy."""
+def _check_pair(x: Tensor, y: Tensor | None, channels: int, least: int) -> None:
+    """Raise unless these are pictures, or pairs, that fit."""
     if y is None:
-        check_picture("x", x, channels, least)
-        return x
+        return check_picture("x", x, channels, least)
     check_picture("x", x, None, least)
     check_picture("y", y, None, least)
     if (len(y), *y.shape[2:]) != (len(x), *x.shape[2:]):
@@ -191,7 +202,6 @@ def _pair(x: Tensor, y: Tensor | None, channels: int, least: int) -> Tensor:
         raise ValueError(
             f"x and y must have {channels} channels together, got {x.shape[1]} and {y.shape[1]}"
         )
-    return torch.cat([x, y], dim=1)
 
 
 # Several scales -----------------------------------------------------------------------------------
