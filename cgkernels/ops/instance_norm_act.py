@@ -44,6 +44,8 @@ ACTIVATIONS = (None, "relu", "leaky_relu")
 # What one program merges at most, and its shape: parts of the pixels, channels.
 _MERGED = {"PARTS": 256, "BLOCK_C": 16}
 
+_PIECE = 2**17  # elements that a CPU takes at a time
+
 
 # 1. Reference -------------------------------------------------------------------------------------
 def instance_norm_act_ref(x, weight, bias, residual, eps, slope, pad, over_batch):
@@ -683,35 +685,48 @@ def _fake_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
 
 
 def _cpu_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
-    """The reference in place, for as many samples at a time as stay in a core's cache."""
+    """The reference in place, for as much at a time as stays in a core's cache."""
     mean, var = _empty_statistics(x, over_batch)
     format = _format(x)
-    for rows in _few(x, over_batch):
-        part, into = _wide(x[rows]).contiguous(memory_format=format), out[rows]
+    for at in _pieces(x, over_batch):
+        channels = at[1]
+        part, into = _wide(x[at]).contiguous(memory_format=format), out[at]
         alike = into.dtype == part.dtype and into.is_contiguous(memory_format=format)
         y = into if alike and not pad else torch.empty_like(part)
         part_mean = _mean_ref(part, over_batch)
         torch.sub(part, part_mean, out=y)
         part_var = _mean_ref(y.square(), over_batch)
-        y.mul_(_gain_ref(part_var, weight, eps))
+        y.mul_(_gain_ref(part_var, _some(weight, channels), eps))
         if bias is not None:
-            y.add_(_per_channel(bias, y))
+            y.add_(_per_channel(bias[channels], y))
         if slope != 1:
             _ = F.leaky_relu_(y, slope) if slope else F.relu_(y)
         if residual is not None:
-            y.add_(residual[rows])
+            y.add_(residual[at])
         if y is not into:
             into.copy_(F.pad(y, (pad,) * 4, mode="reflect") if pad else y)
         for statistic, value in ((mean, part_mean), (var, part_var)):
-            statistic[slice(None) if over_batch else rows] = value.view(-1, *statistic.shape[1:])
+            statistic[channels if over_batch else at] = value[0 if over_batch else ..., :, 0, 0]
     return mean, var
 
 
-def _few(x, over_batch):
-    """Slices of the batch, of about half a megabyte."""
-    rows = len(x)
-    step = rows if over_batch else max(1, 2**17 // x[0:1].numel()) if rows else 1
-    return [slice(i, i + step) for i in range(0, max(rows, over_batch), max(1, step))]
+def _pieces(x, over_batch):
+    """Samples and channels of pieces of about half a megabyte, which have means of their own."""
+    rows, channels = x.shape[:2]
+    everything = slice(None)
+    if over_batch or rows == 0:
+        return [(everything, everything)] if over_batch else []
+    sample = x[0].numel()
+    if sample > _PIECE and _format(x) == torch.contiguous_format:
+        step = max(1, _PIECE * channels // sample)
+        parts = [slice(i, i + step) for i in range(0, channels, step)]
+        return [(slice(i, i + 1), part) for i in range(rows) for part in parts]
+    step = max(1, _PIECE // sample)
+    return [(slice(i, i + step), everything) for i in range(0, rows, step)]
+
+
+def _some(vector, channels):
+    return None if vector is None else vector[channels]
 
 
 def _fake_bwd(
@@ -730,34 +745,35 @@ def _cpu_bwd(
     dx, sums, dresidual = _fake_bwd(
         dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
     )
-    format, per_sample = _format(x), (1 if over_batch else -1, x.shape[1], 1, 1)
+    format = _format(x)
+    mean, var = (t[None] if over_batch else t for t in (mean, var))
     pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
-    for rows in _few(x, over_batch):
-        groups = slice(None) if over_batch else rows
-        part = _wide(x[rows]).contiguous(memory_format=format)
-        part_mean, part_var = (
-            t[groups].view(per_sample) for t in (mean, var)
-        )  # fmt: skip
-        centered = part - part_mean
-        gain, rstd = _gain_ref(part_var, weight, eps), torch.rsqrt(part_var + eps)
-        part_dy = _unpadded_ref(dy[rows], centered, pad)
-        dz = part_dy
-        work = torch.mul(centered, gain)
+    for at in _pieces(x, over_batch):
+        channels = at[1]
+        part_mean, part_var = (t[at][..., None, None] for t in (mean, var))
+        centered = _wide(x[at]).contiguous(memory_format=format) - part_mean
+        gain = _gain_ref(part_var, _some(weight, channels), eps)
+        rstd = torch.rsqrt(part_var + eps)
+        part_dy = dz = _unpadded_ref(dy[at], centered, pad)
+        work = torch.empty_like(centered)
         if slope != 1:
+            z = centered  # which alone has the sign of what follows a norm
+            if weight is not None or bias is not None:
+                z = torch.mul(centered, gain, out=work)
             if bias is not None:
-                work.add_(_per_channel(bias, work))
-            dz = _slope_ref(part_dy, work, slope)
+                z.add_(_per_channel(bias[channels], z))
+            dz = _slope_ref(part_dy, z, slope)
         plain = _mean_ref(dz, over_batch)
         along = _mean_ref(torch.mul(dz, centered, out=work), over_batch)
-        into = dx[rows] if dx.dtype == work.dtype else work
-        torch.sub(dz, plain, out=into)
-        into.sub_(centered.mul_(along * rstd.square())).mul_(gain)
+        centered.mul_(along * rstd.square())
+        into = dx[at] if dx.dtype == work.dtype else work
+        torch.mul(torch.sub(dz, plain, out=work).sub_(centered), gain, out=into)
         if into is work:
-            dx[rows] = into
-        sums[0, groups] = (plain * pixels).flatten(1)
-        sums[1, groups] = (along * rstd * pixels).flatten(1)
+            dx[at] = work
+        sums[(0, *at)] = (plain * pixels).flatten(1)
+        sums[(1, *at)] = (along * rstd * pixels).flatten(1)
         if dresidual.numel():
-            dresidual[rows] = part_dy
+            dresidual[at] = part_dy
     return dx, sums, dresidual
 
 
