@@ -37,8 +37,17 @@ KERNELS, STRIDES, PADDINGS = (1, 3, 4), (1, 2), (0, 1, 2)
 def conv2d_stats_ref(x, weight, stride, padding):
     wide = _wide(x)
     y = F.conv2d(x.to(wide), weight.to(wide), None, stride, padding).to(x.dtype)
-    mean = y.to(wide).mean((2, 3))
-    return y, mean, (y.to(wide) - mean[..., None, None]).square().mean((2, 3))
+    return y, *_stats_ref(y)
+
+
+def _stats_ref(y):
+    """Mean and biased variance of each image and channel, in at least float32.
+
+    Not by torch.var_mean: it sums in float64 on a CPU, which no kernel can be asked for.
+    """
+    y = y.to(_wide(y))
+    mean = y.mean((2, 3))
+    return mean, (y - mean[..., None, None]).square().mean((2, 3))
 
 
 def conv2d_stats_bwd_ref(wanted, dy, dmean, dvar, x, weight, y, mean, stride, padding):
@@ -78,6 +87,16 @@ def _channels_last(x):
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
+def _sum_of_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """By twos, eights and the rest: no chain of additions is long, nor its error large.
+
+    Tensor cores leave row r and r + 8 in one thread, eight rows in a warp: so no sum costs more.
+    """
+    x = x.reshape(ROWS // 16, 2, 8, COLUMNS)
+    return tl.sum(tl.sum(tl.sum(x, 1), 1), 0)
+
+
+@triton.jit
 def _kernel(
     y_ptr, partial_ptr, x_ptr, weight_ptr, features, height, width, channels, out_width, pixels,
     stride, padding, tiles, blocks,
@@ -86,7 +105,8 @@ def _kernel(
 ):  # fmt: skip
     """One program per BLOCK_M pixels of an image and BLOCK_N output channels: an implicit GEMM.
 
-    Stores y, and of the tile the mean and the sum of squared distances from it of each channel.
+    Stores y, and of the tile what `_merge_kernel` takes: the mean of each channel, and the sums of
+    the distances from it and of their squares.
     Programs that share pixels are neighbours.
     """
     program = tl.program_id(0)
@@ -124,11 +144,12 @@ def _kernel(
     at = y_ptr + at[:, None] * channels + channel[None, :]
     tl.store(at, rounded, mask=there[:, None] & good[None, :])
     y = rounded.to(tl.float32)  # zero where there is no pixel
-    mean = tl.sum(y, 0) / tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)
+    mean = _sum_of_rows(y, BLOCK_M, BLOCK_N) / tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)
     distance = tl.where(there[:, None], y - mean[None, :], 0.0)
-    at = partial_ptr + (image.to(tl.int64) * tiles + tile) * (2 * channels) + channel
+    at = partial_ptr + (image.to(tl.int64) * tiles + tile) * (3 * channels) + channel
     tl.store(at, mean, mask=good)
-    tl.store(at + channels, tl.sum(distance * distance, 0), mask=good)
+    tl.store(at + channels, _sum_of_rows(distance, BLOCK_M, BLOCK_N), mask=good)
+    tl.store(at + 2 * channels, _sum_of_rows(distance * distance, BLOCK_M, BLOCK_N), mask=good)
 
 
 @triton.jit
@@ -136,36 +157,45 @@ def _merge_kernel(
     mean_ptr, var_ptr, partial_ptr, channels, pixels, tiles, blocks,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_N channels of an image: all of its tiles, in their order.
+    """One program per BLOCK_N channels of an image: merges its tiles, in their order.
 
-    With n_t, m_t, s_t the pixels, mean and squared distances of tile t, as sums over t:
-    mean = (n_t m_t) / pixels, var = (s_t + n_t (m_t - mean)^2) / pixels.
+    Tile t of n_t pixels has a mean m_t, rounded, and of the distances y - m_t the sums r_t (what
+    rounding took from m_t) and s_t (of squares). With any c near the mean,
+
+        sum y - c = sum_t n_t (m_t - c) + r_t
+        sum (y - c)^2 = sum_t s_t + 2 (m_t - c) r_t + n_t (m_t - c)^2,
+
+    of which mean and variance lose no digits, however large the mean is.
     """
     program = tl.program_id(0)
     block, image = program % blocks, program // blocks
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
     good = channel < channels
-    start_of = partial_ptr + image.to(tl.int64) * tiles * (2 * channels)
+    first = partial_ptr + image.to(tl.int64) * tiles * (3 * channels)
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(0, tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
         mask = (tile < tiles)[:, None] & good[None, :]
-        at = start_of + tile[:, None] * (2 * channels) + channel[None, :]
+        at = first + tile[:, None] * (3 * channels) + channel[None, :]
         count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M).to(tl.float32)[:, None]
         total += count * tl.load(at, mask=mask, other=0.0)
-    mean = tl.sum(total, 0) / pixels
+    near = tl.sum(total, 0) / pixels
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(0, tiles, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
         mask = (tile < tiles)[:, None] & good[None, :]
-        at = start_of + tile[:, None] * (2 * channels) + channel[None, :]
+        at = first + tile[:, None] * (3 * channels) + channel[None, :]
         count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M).to(tl.float32)[:, None]
-        distance = tl.load(at, mask=mask, other=0.0) - mean[None, :]
-        within = tl.load(at + channels, mask=mask, other=0.0)
-        total += tl.where(mask, within + count * distance * distance, 0.0)
+        distance = tl.where(mask, tl.load(at, mask=mask, other=0.0) - near[None, :], 0.0)
+        rest = tl.load(at + channels, mask=mask, other=0.0)
+        within = tl.load(at + 2 * channels, mask=mask, other=0.0)
+        total += count * distance + rest
+        squares += within + distance * (2.0 * rest + count * distance)
+    off = tl.sum(total, 0) / pixels
     at = image.to(tl.int64) * channels + channel
-    tl.store(mean_ptr + at, mean, mask=good)
-    tl.store(var_ptr + at, tl.sum(total, 0) / pixels, mask=good)
+    tl.store(mean_ptr + at, near + off, mask=good)
+    tl.store(var_ptr + at, tl.sum(squares, 0) / pixels - off * off, mask=good)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
@@ -185,7 +215,7 @@ def _launch_config(pixels, channels, features, dtype):
         "BLOCK_M": 64,
         "BLOCK_N": min(128 if wide else 64, max(16, triton.next_power_of_2(channels))),
         "BLOCK_K": min(block_k, max(16, triton.next_power_of_2(features))),
-        "STAGES": 4, "num_warps": 4, "maxnreg": 168 if vectors and not half else None,
+        "STAGES": 4, "num_warps": 4, "maxnreg": 192 if vectors and not half else None,
     }  # fmt: skip
 
 
@@ -199,7 +229,7 @@ def _launch(x, weight, stride, padding):
     config = _launch_config(pixels, channels, features, x.dtype)
     tiles = triton.cdiv(pixels, config["BLOCK_M"])
     blocks = triton.cdiv(channels, config["BLOCK_N"])
-    partial = torch.empty(images, tiles, 2, channels, dtype=torch.float32, device=x.device)
+    partial = torch.empty(images, tiles, 3, channels, dtype=torch.float32, device=x.device)
     _kernel[(images * tiles * blocks,)](
         y, partial, x, weight, features, *x.shape[2:], channels, width, pixels, stride, padding,
         tiles, blocks, KERNEL=weight.shape[2], enable_fp_fusion=True, **config,
@@ -247,15 +277,14 @@ def _fake(x, weight, stride, padding):
 
 
 def _cpu(x, weight, stride, padding):
-    out, mean, var = _fake(x, weight, stride, padding)
+    out, *stats = _fake(x, weight, stride, padding)
     if out.numel() == 0:
-        return out, mean, var
+        return out, *stats
     wide = _wide(x)
     x, weight = _channels_last(x.to(wide)), _channels_last(weight.to(wide))
     images = x.split(1 if weight.shape[2] == 1 else len(x))
     y = out.copy_(torch.cat([_convolved(part, weight, stride, padding) for part in images]))
-    var, mean = torch.var_mean(y.to(wide), (2, 3), correction=0)
-    return y, mean, var
+    return y, *_stats_ref(y)
 
 
 def _convolved(x, weight, stride, padding):

@@ -70,11 +70,17 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
 
 # The definition -----------------------------------------------------------------------------------
 def by_modules(x, weight, *, stride, padding):
-    """What one would write with PyTorch, in the dtype of x; the statistics of what is stored."""
+    """What one would write with PyTorch, in the dtype of x; the statistics of what is stored.
+
+    Without torch.var_mean, which sums float32 in float64 on a CPU.
+    """
     y = F.conv2d(x, weight, None, stride, padding)
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    var, mean = torch.var_mean(wide, (2, 3), correction=0)
-    return y, mean, var
+    return y, *stats_of(y.to(torch.promote_types(y.dtype, torch.float32)))
+
+
+def stats_of(y):
+    mean = y.mean((2, 3))
+    return mean, (y - mean[..., None, None]).square().mean((2, 3))
 
 
 def widened(inputs):
@@ -312,15 +318,11 @@ def test_any_strides(dtype, device):
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_kernels_keep_the_digits_beside_a_large_mean(device):
-    """Statistics of three tiles, against float64 and those of PyTorch."""
+    """Statistics of three tiles, of what the kernel itself made of y."""
     inputs = offset_inputs(torch.float32, (3, 16, 13, 11), 90)
-    results = kernel_results(call_of(inputs, device))
-    plain, exact = by_modules(**inputs), by_modules(**widened(inputs))
-    for one, same, true in zip(results, plain, exact, strict=True):
+    y, *stats = (t.cpu() for t in kernel_results(call_of(inputs, device)))
+    for one, same, true in zip(stats, stats_of(y), stats_of(y.double()), strict=True):
         assert_within_budget(one, same, true)
-    true_var, true_mean = torch.var_mean(results[0].double(), (2, 3), correction=0)
-    torch.testing.assert_close(results[1].double(), true_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(results[2].double(), true_var, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
