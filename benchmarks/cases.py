@@ -2,7 +2,7 @@
 
 A case is a call of ours on random inputs of a shape that a known model has, with the bytes that it
 must move, the operations that it must do, and the other ways to compute the same. The cases of ops
-have their own files (`diffusion.py`, `attention.py`, `decoding.py`).
+have their own files (`diffusion.py`, `attention.py`, `decoding.py`, `convolution.py`).
 
 Plain PyTorch is what one would write without this library: noise comes from PyTorch's own
 generator, whose draws depend on the batch and on the device, and which is cheaper than ours on a
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgkernels
-from benchmarks import attention, decoding, diffusion
+from benchmarks import attention, convolution, decoding, diffusion
 from benchmarks.generation import decoding_cost, generation_cases
 from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, Size
 from benchmarks.records import OURS
@@ -41,7 +41,9 @@ _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index al
 
 
 # Ops ----------------------------------------------------------------------------------------------
-OP_CASES: dict[str, list[OpCase]] = {**diffusion.CASES, **attention.CASES, **decoding.CASES}
+OP_CASES: dict[str, list[OpCase]] = {
+    **diffusion.CASES, **attention.CASES, **decoding.CASES, **convolution.CASES,
+}  # fmt: skip
 
 
 def _op_case(

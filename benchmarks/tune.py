@@ -34,7 +34,7 @@ from benchmarks.opcase import Case
 from benchmarks.records import OURS
 from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows
-from cgkernels.ops import decode_attention, norm_linear, sample_logits
+from cgkernels.ops import conv2d_stats, decode_attention, norm_linear, sample_logits
 
 Config = dict[str, Any]
 
@@ -125,6 +125,24 @@ def _linear_tiles(
         }  # fmt: skip
 
 
+def _convolution_tiles(
+    pixels: int, channels: int, features: int, dtype: torch.dtype
+) -> Iterator[Config]:
+    """Up to 64 sums a thread of four warps: eight are wrong (triton#1254), and more sums spill."""
+    widest = min(128, max(16, 2 ** (channels - 1).bit_length()))
+    deepest = max(16, 2 ** (features - 1).bit_length())
+    for block_m, block_n, block_k, stages in product(
+        (64, 128), (16, 32, 64, 128), (16, 32, 64), (3, 4, 5)
+    ):
+        fits = widest <= 4 * block_n <= 4 * widest and block_m * block_n <= 8192
+        shared = (block_m + block_n) * block_k * stages * dtype.itemsize
+        if fits and block_k <= deepest and shared <= 100 << 10:  # so that two fit a multiprocessor
+            yield {
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages,
+                "num_warps": 4, "maxnreg": None if dtype.itemsize == 2 else 192,
+            }  # fmt: skip
+
+
 def _vocabulary_walks(vocabulary: int) -> Iterator[Config]:
     """A row in registers where 32 of each thread's hold it; pieces of 4 to 16 tokens a thread."""
     whole = max(128, 2 ** (vocabulary - 1).bit_length())
@@ -145,6 +163,7 @@ TUNABLES = {
     "diffusion_loss": _ROWS,
     "philox_normal": _ROWS,
     "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
+    "conv2d_stats": Tunable(conv2d_stats, "_launch_config", _convolution_tiles),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
     "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
 }

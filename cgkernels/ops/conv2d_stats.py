@@ -205,17 +205,17 @@ def _launch_config(pixels, channels, features, dtype):
     Four warps at most (see `_kernel`). A tile of 64 x 128 moves fewer bytes a product than one of
     64 x 64; it is taken where one image then still makes the 128 programs that a GPU needs.
     Features that are no multiple of 16 are loaded one by one, each through a pointer of its own:
-    few at once, and so are those of float32, or registers spill. And of float32 ptxas left alone
-    spills to get down to 128 registers.
+    few at once, and so are those of float32, or registers spill. Of float32 ptxas left alone spills
+    to get down to 128 registers.
     """
     half, vectors = dtype in (torch.float16, torch.bfloat16), features % 16 == 0
     wide = half and channels >= 128 and triton.cdiv(pixels, 64) * triton.cdiv(channels, 128) >= 128
-    block_k = 64 if half and vectors else 16
+    block_n = 128 if wide else 64 if half or vectors else 32
     return {
         "BLOCK_M": 64,
-        "BLOCK_N": min(128 if wide else 64, max(16, triton.next_power_of_2(channels))),
-        "BLOCK_K": min(block_k, max(16, triton.next_power_of_2(features))),
-        "STAGES": 4, "num_warps": 4, "maxnreg": 192 if vectors and not half else None,
+        "BLOCK_N": min(block_n, max(16, triton.next_power_of_2(channels))),
+        "BLOCK_K": min(64 if half and vectors else 16, max(16, triton.next_power_of_2(features))),
+        "STAGES": 4, "num_warps": 4, "maxnreg": None if half else 192,
     }  # fmt: skip
 
 
