@@ -132,14 +132,15 @@ def _convolution_tiles(
     widest = min(128, max(16, 2 ** (channels - 1).bit_length()))
     deepest = max(16, 2 ** (features - 1).bit_length())
     for block_m, block_n, block_k, stages in product(
-        (64, 128), (16, 32, 64, 128), (16, 32, 64), (3, 4, 5)
+        (64, 128), (16, 32, 64, 128), (16, 32, 64), (2, 3, 4)
     ):
         fits = widest <= 4 * block_n <= 4 * widest and block_m * block_n <= 8192
         shared = (block_m + block_n) * block_k * stages * dtype.itemsize
         if fits and block_k <= deepest and shared <= 100 << 10:  # so that two fit a multiprocessor
             yield {
                 "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages,
-                "num_warps": 4, "maxnreg": None if dtype.itemsize == 2 else 192,
+                "num_warps": 4,
+                "maxnreg": 192 if dtype.itemsize == 4 and features % 16 == 0 else None,
             }  # fmt: skip
 
 

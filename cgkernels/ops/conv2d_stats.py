@@ -205,8 +205,8 @@ def _launch_config(pixels, channels, features, dtype):
     Four warps at most (see `_kernel`). A tile of 64 x 128 moves fewer bytes a product than one of
     64 x 64; it is taken where one image then still makes the 128 programs that a GPU needs.
     Features that are no multiple of 16 are loaded one by one, each through a pointer of its own:
-    few at once, and so are those of float32, or registers spill. Of float32 ptxas left alone spills
-    to get down to 128 registers.
+    few at once, and so are those of float32, or registers spill. Of float32 by vectors ptxas left
+    alone spills to get down to 128 registers.
     """
     half, vectors = dtype in (torch.float16, torch.bfloat16), features % 16 == 0
     wide = half and channels >= 128 and triton.cdiv(pixels, 64) * triton.cdiv(channels, 128) >= 128
@@ -215,7 +215,8 @@ def _launch_config(pixels, channels, features, dtype):
         "BLOCK_M": 64,
         "BLOCK_N": min(block_n, max(16, triton.next_power_of_2(channels))),
         "BLOCK_K": min(64 if half and vectors else 16, max(16, triton.next_power_of_2(features))),
-        "STAGES": 4, "num_warps": 4, "maxnreg": None if half else 192,
+        "STAGES": 4 if half or vectors else 2, "num_warps": 4,
+        "maxnreg": 192 if vectors and not half else None,
     }  # fmt: skip
 
 

@@ -173,12 +173,15 @@ def test_a_large_mean_costs_no_digits():
     assert (mean.abs() / var.sqrt()).median() > 80
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_statistics_are_those_of_the_rounded_result(dtype):
-    y, mean, var = conv2d_stats(**offset_inputs(dtype))
-    exact_var, exact_mean = torch.var_mean(y.double(), (2, 3), correction=0)
+def assert_statistics_of_the_rounded(y, mean, var):
+    exact_mean, exact_var = stats_of(y.double())
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_statistics_are_those_of_the_rounded_result(dtype):
+    assert_statistics_of_the_rounded(*conv2d_stats(**offset_inputs(dtype)))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -323,6 +326,13 @@ def test_kernels_keep_the_digits_beside_a_large_mean(device):
     y, *stats = (t.cpu() for t in kernel_results(call_of(inputs, device)))
     for one, same, true in zip(stats, stats_of(y), stats_of(y.double()), strict=True):
         assert_within_budget(one, same, true)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_statistics_of_kernels_are_those_of_the_rounded_result(dtype, device):
+    results = kernel_results(call_of(offset_inputs(dtype, (2, 16, 9, 10), 20), device))
+    assert_statistics_of_the_rounded(*(t.cpu() for t in results))
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
