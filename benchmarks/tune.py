@@ -35,6 +35,7 @@ from benchmarks.records import OURS
 from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows
 from cgkernels.ops import (
+    conv2d_stats,
     decode_attention,
     instance_norm_act,
     norm_linear,
@@ -153,6 +154,25 @@ def _window_tiles(features: int, outputs: int, dtype: torch.dtype) -> Iterator[C
         }  # fmt: skip
 
 
+def _convolution_tiles(
+    pixels: int, channels: int, features: int, dtype: torch.dtype
+) -> Iterator[Config]:
+    """Up to 64 sums a thread of four warps: eight are wrong (triton#1254), and more sums spill."""
+    widest = min(128, max(16, 2 ** (channels - 1).bit_length()))
+    deepest = max(16, 2 ** (features - 1).bit_length())
+    for block_m, block_n, block_k, stages in product(
+        (64, 128), (16, 32, 64, 128), (16, 32, 64), (2, 3, 4)
+    ):
+        fits = widest <= 4 * block_n <= 4 * widest and block_m * block_n <= 8192
+        shared = (block_m + block_n) * block_k * stages * dtype.itemsize
+        if fits and block_k <= deepest and shared <= 100 << 10:  # so that two fit a multiprocessor
+            yield {
+                "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages,
+                "num_warps": 4,
+                "maxnreg": 192 if dtype.itemsize == 4 and features % 16 == 0 else None,
+            }  # fmt: skip
+
+
 def _vocabulary_walks(vocabulary: int) -> Iterator[Config]:
     """A row in registers where 32 of each thread's hold it; pieces of 4 to 16 tokens a thread."""
     whole = max(128, 2 ** (vocabulary - 1).bit_length())
@@ -195,6 +215,7 @@ TUNABLES = {
     "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
     "pair_conv2d": Tunable(pair_conv2d, "_launch_config", _window_tiles),
     "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),
+    "conv2d_stats": Tunable(conv2d_stats, "_launch_config", _convolution_tiles),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
     "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
 }

@@ -5,6 +5,7 @@ Importing this package needs no GPU and no Triton: every op also runs as plain P
 
 from cgkernels.library import reference
 from cgkernels.ops.add_noise import add_noise
+from cgkernels.ops.conv2d_stats import conv2d_stats
 from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
 from cgkernels.ops.guided_step import guided_step, guided_step_
@@ -18,6 +19,7 @@ from cgkernels.ops.sample_logits import sample_logits
 
 __all__ = [
     "add_noise",
+    "conv2d_stats",
     "decode_attention",
     "diffusion_loss",
     "guided_step",

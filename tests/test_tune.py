@@ -106,6 +106,15 @@ def test_candidates_for_windows_include_the_present(features, outputs, dtype):
     assert all(c["num_warps"] <= 4 for c in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(4096, 128, 64), (4096, 256, 256), (961, 512, 256), (900, 7, 3)])
+def test_candidates_for_convolutions_include_the_present_and_no_eight_warps(size, dtype):
+    found = list(tune._convolution_tiles(*size, dtype))
+    assert tune.TUNABLES["conv2d_stats"].function(*size, dtype) in found
+    assert len({json.dumps(c) for c in found}) == len(found) < 80
+    assert all(c["num_warps"] == 4 and c["BLOCK_N"] >= 16 <= c["BLOCK_K"] for c in found)
+
+
 @pytest.mark.parametrize("vocabulary", [1, 100, 1000, 16384, 32000, 2**18])
 def test_candidates_for_vocabularies_hold_what_fits(vocabulary):
     found = list(tune._vocabulary_walks(vocabulary))

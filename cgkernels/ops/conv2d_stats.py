@@ -1,0 +1,387 @@
+"""Convolution without bias, and the statistics of its result that an instance norm needs.
+
+    y = conv2d(x, weight),   mean, var = those of y over its pixels, for each image and channel
+
+The statistics come out of the convolution's epilogue, where y is still in registers: the norm that
+follows need not read y for them. They are those of y as it is stored, rounded.
+
+Shapes   x: (N, C, H, W); weight: (O, C, k, k), k = 1, 3 or 4; stride 1 or 2; padding 0, 1 or 2;
+         y: (N, O, h, w), h = (H + 2 padding - k) // stride + 1, w alike; mean, var: (N, O).
+         y is channels_last; so are x and weight best, which are copied otherwise.
+Dtypes   float32, float16, bfloat16 (float64 on CPU), the weight as x; float32 inside, and products
+         of float32 are never TF32; y has x's dtype; mean, var: float32. An image has the same bits
+         alone or in any batch.
+Backward in x and weight, of y, mean and var, as often as one likes: PyTorch's convolutions.
+Source   implicit GEMM: arXiv:1410.0759; merging of variances: Chan, Golub, LeVeque 1979.
+         Derivatives from the formulas.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgkernels._triton import tl, triton
+from cgkernels.checks import check_float, check_same_device
+from cgkernels.library import Launch, define_op, needs_function, using_reference
+
+KERNELS, STRIDES, PADDINGS = (1, 3, 4), (1, 2), (0, 1, 2)
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def conv2d_stats_ref(x, weight, stride, padding):
+    wide = _wide(x)
+    y = F.conv2d(x.to(wide), weight.to(wide), None, stride, padding).to(x.dtype)
+    return y, *_stats_ref(y)
+
+
+def _stats_ref(y):
+    """Mean and biased variance of each image and channel, in at least float32.
+
+    Not by torch.var_mean: it sums in float64 on a CPU, which no kernel can be asked for.
+    """
+    y = y.to(_wide(y))
+    mean = y.mean((2, 3))
+    return mean, (y - mean[..., None, None]).square().mean((2, 3))
+
+
+def conv2d_stats_bwd_ref(wanted, dy, dmean, dvar, x, weight, y, mean, stride, padding):
+    """Gradients of x and weight where wanted, None elsewhere; dy, dmean, dvar: None for zero.
+
+    As in PyTorch, the two convolutions take the gradient of y rounded to its dtype.
+    """
+    wide, pixels, parts = _wide(x), math.prod(y.shape[2:]), []
+    if dy is not None:
+        parts.append(dy.to(wide))
+    if dmean is not None:
+        parts.append((dmean / pixels)[..., None, None])
+    if dvar is not None:
+        parts.append((dvar * (2 / pixels))[..., None, None] * (y - mean[..., None, None]))
+    if not parts:
+        return None, None
+    dy = functools.reduce(operator.add, parts).to(x.dtype).expand(y.shape)
+    # In half types a GPU accumulates in float32, and a CPU may be slow, or round in between.
+    dtype = x.dtype if x.is_cuda else wide
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        _channels_last(dy.to(dtype)), x.to(dtype), weight.to(dtype), None, (stride, stride),
+        (padding, padding), (1, 1), False, (0, 0), 1, (*wanted, False),
+    )  # fmt: skip
+    return tuple(
+        gradient.to(x.dtype) if want else None
+        for want, gradient in zip(wanted, (dx, dweight), strict=True)
+    )
+
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _sum_of_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """By twos, eights and the rest: no chain of additions is long, nor its error large.
+
+    Tensor cores leave row r and r + 8 in one thread, eight rows in a warp: so no sum costs more.
+    """
+    x = x.reshape(ROWS // 16, 2, 8, COLUMNS)
+    return tl.sum(tl.sum(tl.sum(x, 1), 1), 0)
+
+
+@triton.jit
+def _kernel(
+    y_ptr, partial_ptr, x_ptr, weight_ptr, features, height, width, channels, out_width, pixels,
+    stride, padding, tiles, blocks,
+    KERNEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_M pixels of an image and BLOCK_N output channels: an implicit GEMM.
+
+    Stores y, and of the tile what `_merge_kernel` takes: the mean of each channel, and the sums of
+    the distances from it and of their squares.
+    Programs that share pixels are neighbours.
+    """
+    program = tl.program_id(0)
+    block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
+    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = pixel < pixels
+    channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    good = channel < channels
+    # The first tap of each pixel; where there is no pixel, all its taps are above the image.
+    top = tl.where(there, pixel // out_width * stride - padding, -KERNEL)
+    left = pixel % out_width * stride - padding
+    first = (image.to(tl.int64) * height + top) * width + left
+    x_row = x_ptr + first[:, None] * features
+    weight_row = weight_ptr + channel.to(tl.int64)[:, None] * (KERNEL * KERNEL * features)
+
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # One loop over blocks of features and taps, that it may be pipelined. Its counter is split by
+    # // and %, which Triton miscompiles with eight warps (triton#1254): launch at most four.
+    steps = (features + BLOCK_K - 1) // BLOCK_K * (KERNEL * KERNEL)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        tap = i % (KERNEL * KERNEL)
+        down, right = tap // KERNEL, tap % KERNEL
+        feature = i // (KERNEL * KERNEL) * BLOCK_K + tl.arange(0, BLOCK_K)
+        some = (feature < features)[None, :]
+        row, column = top + down, left + right
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        at = x_row + ((down * width + right) * features + feature)[None, :]
+        x = tl.load(at, mask=inside[:, None] & some, other=0.0)
+        at = weight_row + (tap * features + feature)[None, :]
+        w = tl.load(at, mask=good[:, None] & some, other=0.0)
+        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
+
+    rounded = y.to(y_ptr.dtype.element_ty)
+    at = image.to(tl.int64) * pixels + pixel
+    at = y_ptr + at[:, None] * channels + channel[None, :]
+    tl.store(at, rounded, mask=there[:, None] & good[None, :])
+    y = rounded.to(tl.float32)  # zero where there is no pixel
+    mean = _sum_of_rows(y, BLOCK_M, BLOCK_N) / tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)
+    distance = tl.where(there[:, None], y - mean[None, :], 0.0)
+    at = partial_ptr + (image.to(tl.int64) * tiles + tile) * (3 * channels) + channel
+    tl.store(at, mean, mask=good)
+    tl.store(at + channels, _sum_of_rows(distance, BLOCK_M, BLOCK_N), mask=good)
+    tl.store(at + 2 * channels, _sum_of_rows(distance * distance, BLOCK_M, BLOCK_N), mask=good)
+
+
+@triton.jit
+def _merge_kernel(
+    mean_ptr, var_ptr, partial_ptr, channels, pixels, tiles, blocks,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_N channels of an image: merges its tiles, in their order.
+
+    Tile t of n_t pixels has a mean m_t, rounded, and of the distances y - m_t the sums r_t (what
+    rounding took from m_t) and s_t (of squares). With any c near the mean,
+
+        sum y - c = sum_t n_t (m_t - c) + r_t
+        sum (y - c)^2 = sum_t s_t + 2 (m_t - c) r_t + n_t (m_t - c)^2,
+
+    of which mean and variance lose no digits, however large the mean is.
+    """
+    program = tl.program_id(0)
+    block, image = program % blocks, program // blocks
+    channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    good = channel < channels
+    first = partial_ptr + image.to(tl.int64) * tiles * (3 * channels)
+    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mask = (tile < tiles)[:, None] & good[None, :]
+        at = first + tile[:, None] * (3 * channels) + channel[None, :]
+        count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M).to(tl.float32)[:, None]
+        total += count * tl.load(at, mask=mask, other=0.0)
+    near = tl.sum(total, 0) / pixels
+    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mask = (tile < tiles)[:, None] & good[None, :]
+        at = first + tile[:, None] * (3 * channels) + channel[None, :]
+        count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M).to(tl.float32)[:, None]
+        distance = tl.where(mask, tl.load(at, mask=mask, other=0.0) - near[None, :], 0.0)
+        rest = tl.load(at + channels, mask=mask, other=0.0)
+        within = tl.load(at + 2 * channels, mask=mask, other=0.0)
+        total += count * distance + rest
+        squares += within + distance * (2.0 * rest + count * distance)
+    off = tl.sum(total, 0) / pixels
+    at = image.to(tl.int64) * channels + channel
+    tl.store(mean_ptr + at, near + off, mask=good)
+    tl.store(var_ptr + at, tl.sum(squares, 0) / pixels - off * off, mask=good)
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_config(pixels, channels, features, dtype):
+    """Sizes that may depend on nothing else, or an image would depend on its batch.
+
+    Four warps at most (see `_kernel`). A tile of 64 x 128 moves fewer bytes a product than one of
+    64 x 64; it is taken where one image then still makes the 128 programs that a GPU needs.
+    Features that are no multiple of 16 are loaded one by one, each through a pointer of its own:
+    few at once, and so are those of float32, or registers spill. Of float32 by vectors ptxas left
+    alone spills to get down to 128 registers.
+    """
+    half, vectors = dtype in (torch.float16, torch.bfloat16), features % 16 == 0
+    wide = half and channels >= 128 and triton.cdiv(pixels, 64) * triton.cdiv(channels, 128) >= 128
+    block_n = 128 if wide else 64 if half or vectors else 32
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_N": min(block_n, max(16, triton.next_power_of_2(channels))),
+        "BLOCK_K": min(64 if half and vectors else 16, max(16, triton.next_power_of_2(features))),
+        "STAGES": 4 if half or vectors else 2, "num_warps": 4,
+        "maxnreg": 192 if vectors and not half else None,
+    }  # fmt: skip
+
+
+def _launch(x, weight, stride, padding):
+    y, mean, var = _fake(x, weight, stride, padding)
+    if y.numel() == 0:
+        return y, mean, var
+    x, weight = _channels_last(x), _channels_last(weight)
+    images, channels, height, width = y.shape
+    features, pixels = x.shape[1], height * width
+    config = _launch_config(pixels, channels, features, x.dtype)
+    tiles = triton.cdiv(pixels, config["BLOCK_M"])
+    blocks = triton.cdiv(channels, config["BLOCK_N"])
+    partial = torch.empty(images, tiles, 3, channels, dtype=torch.float32, device=x.device)
+    _kernel[(images * tiles * blocks,)](
+        y, partial, x, weight, features, *x.shape[2:], channels, width, pixels, stride, padding,
+        tiles, blocks, KERNEL=weight.shape[2], enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    blocks = triton.cdiv(channels, 32)
+    _merge_kernel[(images * blocks,)](
+        mean, var, partial, channels, pixels, tiles, blocks, BLOCK_M=config["BLOCK_M"],
+        BLOCK_T=16, BLOCK_N=32, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y, mean, var
+
+
+def _launches() -> Iterator[Launch]:
+    def launch(dtype, features, channels, side, kernel, stride, *, padding=1, last=True, bits=128):
+        x = torch.empty(16, features, side, side, dtype=dtype, device="meta")
+        weight = x.new_empty(channels, features, kernel, kernel)
+        if last:
+            x, weight = _channels_last(x), _channels_last(weight)
+        label = f"{kernel}x{kernel} {features}-{channels} stride {stride} at {side} {dtype}"
+        return Launch(
+            label, partial(_launch, x, weight, stride, padding), bits, dot=dtype != torch.float32
+        )
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield launch(dtype, 64, 128, 128, 4, 2)
+        yield launch(dtype, 128, 256, 64, 4, 2)
+        yield launch(dtype, 256, 512, 32, 4, 1)
+        yield launch(dtype, 256, 256, 64, 3, 1)
+        yield launch(dtype, 64, 128, 64, 1, 1, padding=0)
+        yield launch(dtype, 35, 70, 33, 4, 2, padding=2, last=False, bits=0)
+        yield launch(dtype, 3, 16, 32, 3, 1, bits=0)
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _fake(x, weight, stride, padding):
+    images, _, *sides = x.shape
+    channels, _, kernel, _ = weight.shape
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in sides)
+    y = torch.empty(
+        (images, channels, height, width), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+    mean, var = (x.new_empty(images, channels, dtype=_wide(x)) for _ in range(2))
+    return y, mean, var
+
+
+def _cpu(x, weight, stride, padding):
+    out, *stats = _fake(x, weight, stride, padding)
+    if out.numel() == 0:
+        return out, *stats
+    wide = _wide(x)
+    x, weight = _channels_last(x.to(wide)), _channels_last(weight.to(wide))
+    images = x.split(1 if weight.shape[2] == 1 else len(x))
+    y = out.copy_(torch.cat([_convolved(part, weight, stride, padding) for part in images]))
+    return y, *_stats_ref(y)
+
+
+def _convolved(x, weight, stride, padding):
+    """The convolution by oneDNN, which gives an image the same bits in any batch, if k is not 1.
+
+    So much for what was tried. One image alone PyTorch may compute in another way: it is doubled.
+    """
+    several = torch.cat([x, x]) if len(x) == 1 else x
+    return F.conv2d(several, weight, None, stride, padding)[: len(x)]
+
+
+_fwd = define_op(
+    "conv2d_stats",
+    "(Tensor x, Tensor weight, int stride, int padding) -> (Tensor, Tensor, Tensor)",
+    cuda=_launch,
+    cpu=_cpu,
+    fake=_fake,
+    launches=_launches,
+)
+
+
+# 5. Public function -------------------------------------------------------------------------------
+class _Conv2dStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        y, mean, var = _fwd(x, weight, stride, padding)
+        ctx.save_for_backward(x, weight, y, mean)
+        ctx.options = stride, padding
+        ctx.set_materialize_grads(False)  # without statistics in a loss, y is not read for them
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, dmean, dvar):
+        wanted = ctx.needs_input_grad[:2]
+        gradients = conv2d_stats_bwd_ref(wanted, dy, dmean, dvar, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, None
+
+
+def conv2d_stats(
+    x: Tensor, weight: Tensor, *, stride: int, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution without bias, with mean and variance of each image and channel of its result.
+
+        y = conv2d(x, weight),   mean = mean(y),   var = mean((y - mean)^2)   over the pixels of y
+
+    For the instance norm that follows, (y - mean) / sqrt(var + eps), which then need not read y for
+    its statistics. Around the image x is zero. An image has the same bits alone or in any batch.
+
+    Args:
+        x: (N, C, H, W) float32, float16 or bfloat16 (float64 on the CPU); any strides, best
+            channels_last.
+        weight: (O, C, k, k) of x's dtype, k = 1, 3 or 4; best channels_last.
+        stride: 1 or 2.
+        padding: 0, 1 or 2 on each side.
+
+    Returns:
+        y: (N, O, h, w) in x's dtype, channels_last, h = (H + 2 padding - k) // stride + 1, w alike.
+        mean, var (biased): (N, O) float32 (float64 for float64), of y as it was rounded. All three
+        are differentiable in x and weight.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> x = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
+        >>> y, mean, var = conv2d_stats(x, torch.ones(1, 1, 1, 1), stride=1, padding=0)
+        >>> mean, var
+        (tensor([[3.]]), tensor([[3.5000]]))
+    """
+    check_float(x=x)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must be {x.dtype} as x is, got {weight.dtype}")
+    check_same_device(x=x, weight=weight)
+    for name, value, known in (("stride", stride, STRIDES), ("padding", padding, PADDINGS)):
+        if isinstance(value, bool) or value not in known:
+            raise ValueError(f"{name} must be of {known}, got {value!r}")
+    if weight.dim() != 4 or 0 in weight.shape[:2]:
+        raise ValueError(
+            f"weight must have shape (O, C, k, k), not empty, got {tuple(weight.shape)}"
+        )
+    _, features, kernel, other = weight.shape
+    if kernel != other or kernel not in KERNELS:
+        raise ValueError(
+            f"weight must have shape (O, C, k, k), k of {KERNELS}, got {tuple(weight.shape)}"
+        )
+    if x.dim() != 4 or x.shape[1] != features:
+        raise ValueError(f"x must have shape (N, {features}, H, W), got {tuple(x.shape)}")
+    least = max(1, kernel - 2 * padding)
+    if min(x.shape[2:]) < least:
+        raise ValueError(
+            f"x must have sides of at least {least}, for a kernel of {kernel} with padding "
+            f"{padding}, got {tuple(x.shape)}"
+        )
+    if using_reference():
+        return conv2d_stats_ref(x, weight, stride, padding)
+    run: Callable[..., tuple] = _Conv2dStats.apply if needs_function(x, weight) else _fwd
+    return run(x, weight, stride, padding)
