@@ -43,8 +43,8 @@ def _gpt2(layers: int, width: int, head_size: int, vocabulary: int) -> Transform
 _JUDGED = 8  # tokens
 _SMALL, _IMAGES = _gpt2(6, 384, 64, 1024), _gpt2(12, 768, 64, 16384)
 DECODES = [
-    Decode("gpt2_6x384", _SMALL, 1, 64, 32, cpu=True),
-    Decode("gpt2_6x384", _SMALL, 8, 64, 32, cpu=True),
+    Decode("gpt2_6x384", _SMALL, 1, 64, 128, cpu=True),
+    Decode("gpt2_6x384", _SMALL, 8, 64, 128, cpu=True),
     Decode("gpt2_12x768", _IMAGES, 1, 256, 64),
     Decode("gpt2_12x768", _IMAGES, 8, 1024, 64),
     Decode("gpt2_12x768", _IMAGES, 64, 1024, 64),
