@@ -484,22 +484,24 @@ def _launch_config(pixels, channels, channels_last):
 
     Eight elements a thread leave registers for the offsets and sums of the backward. In
     channels_last tiles are 32 channels wide, whole sectors of memory in any dtype, and yet enough
-    programs for one picture; else one channel wide, and sixteen elements a thread.
+    programs for one picture; else one channel wide, and sixteen elements a thread. Of channels
+    that are no multiple of 8 each element has an address of its own: four a thread.
     Up to 1024 pixels one program takes them all, from the cache the second time; beyond that parts
     of 256 pixels or more let all multiprocessors at one picture.
     """
     if channels_last:
+        tile = 1024 if channels % 8 else 2048
         block_c = min(32, triton.next_power_of_2(channels))
-        block_p = 2048 // block_c
+        block_p, warps = tile // block_c, 8
     else:
         block_c = 1
         block_p = min(2048, max(32, triton.next_power_of_2(pixels)))
+        warps = max(1, block_p // 512)
     whole = pixels <= 1024
     least = pixels if whole else max(256, triton.cdiv(pixels, _MERGED["PARTS"]))
     split = block_p * triton.cdiv(least, block_p)
     return {
-        "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c,
-        "num_warps": max(1, block_p * block_c // (256 if channels_last else 512)),
+        "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps,
     }  # fmt: skip
 
 
