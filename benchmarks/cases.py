@@ -227,6 +227,8 @@ def _judge_model(
         solver["given"] = solver["given"][:judged]
     wide = copy.deepcopy(model).cpu().double()
     wide_cond = None if first is None else first.cpu()
+    if wide_cond is not None and wide_cond.is_floating_point():
+        wide_cond = wide_cond.double()
     exact = model_call(wide, "plain", wide_cond, rows=judged, seed=seed, **solver)()
     if model.discrete:
         difference = difference_of(model, ours, exact)

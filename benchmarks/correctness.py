@@ -261,6 +261,7 @@ class ModelChecks:
             return "equal to the bit"
         wide = copy.deepcopy(self.model).cpu().double()
         cond = None if self.cond is None else self.cond.cpu()
+        cond = cond.double() if cond is not None and cond.is_floating_point() else cond
         exact = model_call(wide, "plain", cond, rows=_ROWS, **self.solver)()
         plain = model_call(self.model, "plain", self.cond, rows=_ROWS, **self.solver)()
         for samples in (alone, batch):

@@ -14,7 +14,7 @@ import torch
 from benchmarks import cases as declared
 from benchmarks import correctness, gpu, opcase, tune
 from benchmarks import run as door
-from benchmarks.correctness import Skipped, judge, judge_graph, materialise
+from benchmarks.correctness import Skipped, is_large, judge, judge_graph, materialise
 from benchmarks.gpu import FAILED, OK, SKIPPED, STARTED, Check, Journal, Look, Lost, Runner
 from benchmarks.records import OURS, Row, Writer, read
 from benchmarks.timing import ROOT, Ceilings
@@ -71,7 +71,7 @@ def test_arguments_become_real():
 
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_an_op_agrees_with_itself(name):
-    launch = list(LAUNCHES[name]())[-1]
+    launch = [launch for launch in LAUNCHES[name]() if not is_large(launch.run.args)][-1]
     assert judge(OPS[name], launch.run.args, OPS[name], CPU) == ""
 
 

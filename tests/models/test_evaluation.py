@@ -36,7 +36,7 @@ def held_out():
 def test_shipped_classifier():
     folder = shipped(evaluation.CHECKPOINT)
     assert sum(file.stat().st_size for file in folder.iterdir()) < 200_000
-    assert read_config(folder)["training"] == dataclasses.asdict(evaluation.RECIPE)
+    assert TrainingConfig(**read_config(folder)["training"]) == evaluation.RECIPE
     assert held_out_accuracy() >= 0.88
     assert load_classifier() is load_classifier()
 

@@ -103,7 +103,7 @@ def error_to_the_hidden_pair(folder, **weights: float) -> float:
     )  # fmt: skip
     model = make_model(CycleGAN, config, seed=1)
     training = TrainingConfig(
-        steps=500, batch_size=32, learning_rate=2e-3, beta1=0.5, warmup=0, decay="late_linear",
+        steps=400, batch_size=16, learning_rate=2e-3, beta1=0.5, warmup=0, decay="late_linear",
         gradient_clip=math.inf, ema_decay=0.0,
     )  # fmt: skip
     model = train(model, data, training, folder, console=Console(file=io.StringIO()))
