@@ -199,7 +199,7 @@ def _kernel(
     there = row < rows
     x_row = x_ptr + row.to(tl.int64)[:, None] * x_stride
     mean = tl.zeros((16,), tl.float32)
-    rstd = mean
+    rest, rstd = mean, mean
     if NORM == 2:
         total = tl.zeros((16, BLOCK_K), tl.float32)
         for start in tl.range(0, features, BLOCK_K, num_stages=STAGES):
@@ -209,14 +209,17 @@ def _kernel(
         mean = tl.sum(total, 1) / features
     if NORM != 0:
         total = tl.zeros((16, BLOCK_K), tl.float32)
+        left = total
         for start in tl.range(0, features, BLOCK_K, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK_K)
             inside = there[:, None] & (k < features)[None, :]
             x = tl.load(x_row + k[None, :], mask=inside, other=0.0).to(tl.float32)
             if NORM == 2:
                 x = tl.where(inside, x - mean[:, None], 0.0)
+                left += x
             total += x * x
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / features + eps)
+        rest = tl.sum(left, 1) / features  # of a mean so large that its last place counts
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(total, 1) / features - rest * rest + eps)
 
     line, good, _ = _lines(block * BLOCK_N, channels, ACTIVATION, BLOCK_N)
     weight_row = weight_ptr + line.to(tl.int64)[:, None] * weight_stride
@@ -229,7 +232,7 @@ def _kernel(
         x = tl.load(x_row + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
         if NORM != 0:
             h = x.to(tl.float32)
-            h = (h - mean[:, None] if NORM == 2 else h) * rstd[:, None]
+            h = (h - mean[:, None] - rest[:, None] if NORM == 2 else h) * rstd[:, None]
             if norm_weight_ptr is not None:
                 gain = tl.load(norm_weight_ptr + k, mask=inside, other=0.0)
                 h *= gain.to(tl.float32)[None, :]

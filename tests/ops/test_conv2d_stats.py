@@ -324,6 +324,7 @@ def test_kernels_keep_the_digits_beside_a_large_mean(device):
     """Statistics of three tiles, of what the kernel itself made of y."""
     inputs = offset_inputs(torch.float32, (3, 16, 13, 11), 90)
     y, *stats = (t.cpu() for t in kernel_results(call_of(inputs, device)))
+    assert (y.abs() > 1).all()  # there is one
     for one, same, true in zip(stats, stats_of(y), stats_of(y.double()), strict=True):
         assert_within_budget(one, same, true)
 
