@@ -461,7 +461,8 @@ def test_all_stages(tmp_path, small, capsys):
     checks = ("graph and eager", "alone and in a batch", "waits in the loop")
     models = [f"{name}: {check}" for name in declared.drawable_names() for check in checks]
     assert keys[2 : 2 + len(models)] == models
-    assert keys[2 + len(models) :] == ["pytest -m cuda", f"time ops {small}", f"tune {small}", "winners"]
+    others = ["pytest -m cuda", f"time ops {small}", f"tune {small}", "winners"]
+    assert keys[2 + len(models) :] == others
     (table,) = tmp_path.glob("*.csv")
     assert [row.provider for row in read(table)[1]] == [OURS]
     pasted = "if numel <= 784 and dense: return"
