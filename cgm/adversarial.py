@@ -5,12 +5,14 @@ Source   penalties: Gulrajani et al., arXiv:1704.00028 (WGAN-GP); Mescheder et a
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cgkernels.random import STREAM_POOL, uniform
+from cgm.families import Model
 from cgm.layers import check_choice, check_positive
 from cgm.networks.patch_discriminator import PATCHES
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
@@ -19,6 +21,82 @@ from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 LOSSES = ("lsgan", "vanilla", "hinge", "nonsaturating", "wgan")
 Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
 Target = Literal["real", "fake", "generator"]
+
+
+# The training that is published for both.
+IMAGE_TO_IMAGE_TRAINING: dict[str, Any] = {
+    "batch_size": 1, "learning_rate": 2e-4, "beta1": 0.5, "warmup": 0, "decay": "late_linear",
+    "gradient_clip": float("inf"), "ema_decay": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageToImageConfig:
+    """What models from pictures to pictures share: what is made of what, and the networks."""
+
+    # Shape (C, H, W) of what is generated.
+    event_shape: tuple[int, int, int] = (3, 256, 256)
+    # Shape (C, H, W) of one condition, with the sides of event_shape.
+    cond_shape: tuple[int, int, int] = (3, 256, 256)
+    # Kind of condition: pictures.
+    cond_kind: Literal["image"] = "image"
+
+    # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
+    generator: Literal["unet", "resnet"] = "unet"
+    # Levels of the U-Net, or residual blocks; 0: as many levels as the sides allow, up to 8 for 256
+    # pixels, or 9 blocks for 256 pixels and 6 for fewer.
+    depth: int = 0
+    # Channels of the first layer of a generator.
+    width: int = 64
+    # Normalisation in all networks.
+    norm: Literal["batch", "instance", "none"] = "batch"
+    # Side of the patches that a discriminator judges.
+    patch: Literal[1, 16, 34, 70, 142, 286] = 70
+    # Channels of the first layer of a discriminator.
+    discriminator_width: int = 64
+    # Loss of a patch.
+    loss: Loss = "vanilla"
+
+    def __post_init__(self) -> None:
+        for name in ("event_shape", "cond_shape"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be (C, H, W), got {getattr(self, name)}")
+        if self.cond_kind != "image":
+            raise ValueError(f"cond_kind must be image: from pictures, got {self.cond_kind!r}")
+        sides = self.event_shape[1:]
+        if sides != self.cond_shape[1:]:
+            raise ValueError(
+                f"cond_shape must have the sides of event_shape {self.event_shape}, "
+                f"got {self.cond_shape}"
+            )
+        check_choice(self, "generator", ("unet", "resnet"))
+        check_choice(self, "norm", ("batch", "instance", "none"))
+        check_choice(self, "patch", tuple(PATCHES))
+        check_choice(self, "loss", LOSSES)
+        check_positive(self, "width", "discriminator_width")
+        if self.depth < 0:
+            raise ValueError(f"depth must not be negative, got {self.depth}")
+        unit = 2 ** max(self.depth, 2) if self.generator == "unet" else 4
+        if any(side % unit for side in sides):
+            raise ValueError(
+                f"event_shape must have sides that are multiples of {unit} for this generator and "
+                f"depth, got {self.event_shape}"
+            )
+
+    @property
+    def cond_dropout(self) -> float:
+        """Share of conditions dropped in training: none."""
+        return 0.0
+
+
+class AdversarialModel(Model):
+    """A model whose parts are named after the phase that trains them."""
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        """Of the discriminators or of the generators."""
+        self.check_phase(phase)
+        parts = [part for name, part in self.named_children() if name.startswith(phase)]
+        return [parameter for part in parts for parameter in part.parameters()]
 
 
 def discriminator_loss(
@@ -84,34 +162,6 @@ def _usual_depth(config: Any) -> int:
 def channels_last(model: nn.Module) -> None:
     """Convolutions in the format in which they, and the norms between them, are fastest."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def check_image_to_image(config: Any) -> None:
-    """ValueError unless a config from pictures to pictures makes sense."""
-    for name in ("event_shape", "cond_shape"):
-        if len(getattr(config, name)) != 3 or min(getattr(config, name)) < 1:
-            raise ValueError(f"{name} must be (C, H, W), got {getattr(config, name)}")
-    if config.cond_kind != "image":
-        raise ValueError(f"cond_kind must be image: from pictures, got {config.cond_kind!r}")
-    sides = config.event_shape[1:]
-    if sides != config.cond_shape[1:]:
-        raise ValueError(
-            f"cond_shape must have the sides of event_shape {config.event_shape}, "
-            f"got {config.cond_shape}"
-        )
-    check_choice(config, "generator", ("unet", "resnet"))
-    check_choice(config, "norm", ("batch", "instance", "none"))
-    check_choice(config, "patch", tuple(PATCHES))
-    check_choice(config, "loss", LOSSES)
-    check_positive(config, "width", "discriminator_width")
-    if config.depth < 0:
-        raise ValueError(f"depth must not be negative, got {config.depth}")
-    unit = 2 ** max(config.depth, 2) if config.generator == "unet" else 4
-    if any(side % unit for side in sides):
-        raise ValueError(
-            f"event_shape must have sides that are multiples of {unit} for this generator and "
-            f"depth, got {config.event_shape}"
-        )
 
 
 def check_weights(config: object, *names: str) -> None:

@@ -16,50 +16,35 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cgkernels.checks import check_shape
 from cgm.adversarial import (
+    IMAGE_TO_IMAGE_TRAINING,
+    AdversarialModel,
     ImagePool,
+    ImageToImageConfig,
     Loss,
     channels_last,
-    check_image_to_image,
     check_weights,
     discriminator_loss,
     image_generator,
     once,
     row_loss,
 )
-from cgm.families import Model, numbered, solver_options
+from cgm.families import numbered, solver_options
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class CycleGANConfig:
+class CycleGANConfig(ImageToImageConfig):
     """What is generated from what, the four networks, and the objective."""
 
-    # Shape (C, H, W) of what is generated.
-    event_shape: tuple[int, int, int] = (3, 256, 256)
-    # Shape (C, H, W) of one condition, with the sides of event_shape.
-    cond_shape: tuple[int, int, int] = (3, 256, 256)
-    # Kind of condition: pictures.
-    cond_kind: Literal["image"] = "image"
-
     # Generators: residual blocks, or a U-Net, for sides that are multiples of 2^depth.
-    generator: Literal["resnet", "unet"] = "resnet"
-    # Residual blocks, or levels of the U-Net; 0: 9 blocks for 256 pixels and 6 for fewer, or as
-    # many levels as the sides allow, up to 8.
-    depth: int = 0
-    # Channels of the first layer of a generator.
-    width: int = 64
+    generator: Literal["unet", "resnet"] = "resnet"
     # Normalisation in all networks.
-    norm: Literal["instance", "batch", "none"] = "instance"
-    # Side of the patches that the discriminators judge.
-    patch: Literal[1, 16, 34, 70, 142, 286] = 70
-    # Channels of their first layer.
-    discriminator_width: int = 64
-
+    norm: Literal["batch", "instance", "none"] = "instance"
     # Loss of a patch.
     loss: Loss = "lsgan"
     # Weight of what the discriminators say.
@@ -72,18 +57,13 @@ class CycleGANConfig:
     pool: int = 50
 
     def __post_init__(self) -> None:
-        check_image_to_image(self)
+        super().__post_init__()
         check_weights(self, "adversarial_weight", "cycle_weight", "identity_weight", "pool")
         if self.identity_weight and self.event_shape != self.cond_shape:
             raise ValueError(
                 f"identity_weight must be 0 between pictures of different channels, "
                 f"{self.cond_shape} and {self.event_shape}"
             )
-
-    @property
-    def cond_dropout(self) -> float:
-        """Share of conditions dropped in training: none."""
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +75,7 @@ class CycleGANSampling:
 
 
 # Model --------------------------------------------------------------------------------------------
-class CycleGAN(Model):
+class CycleGAN(AdversarialModel):
     """Pictures from pictures, learned from two unrelated sets; `loss` and `sample` of all families.
 
     Names as published: generator_a makes y (kind B) of conditions (kind A) and discriminator_a
@@ -106,10 +86,7 @@ class CycleGAN(Model):
     phases: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
     sampling_config: ClassVar[type[CycleGANSampling]] = CycleGANSampling
     unpaired: ClassVar[bool] = True
-    training_defaults: ClassVar[dict[str, Any]] = {
-        "batch_size": 1, "learning_rate": 2e-4, "beta1": 0.5, "warmup": 0, "decay": "late_linear",
-        "gradient_clip": float("inf"), "ema_decay": 0.0,
-    }  # fmt: skip
+    training_defaults: ClassVar[dict[str, Any]] = IMAGE_TO_IMAGE_TRAINING
 
     def __init__(self, config: CycleGANConfig) -> None:
         super().__init__()
@@ -131,11 +108,6 @@ class CycleGAN(Model):
         self.discriminator_a, self.discriminator_b = discriminator(b), discriminator(a)
         self.pool_a, self.pool_b = ImagePool(config.pool, b), ImagePool(config.pool, a)
         channels_last(self)
-
-    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
-        """Of both discriminators or of both generators."""
-        self.check_phase(phase)
-        return [p for side in "ab" for p in getattr(self, f"{phase}_{side}").parameters()]
 
     def loss(
         self,

@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from cgkernels.checks import as_seed, check_shape
 from cgkernels.random import STREAM_LATENTS, normal
 from cgm.adversarial import (
+    IMAGE_TO_IMAGE_TRAINING,
     LOSSES,
+    AdversarialModel,
+    ImageToImageConfig,
     Loss,
     channels_last,
-    check_image_to_image,
     check_weights,
     discriminator_loss,
     image_generator,
     once,
     row_loss,
 )
-from cgm.families import Model, numbered, solver_options
+from cgm.families import numbered, solver_options
 from cgm.layers import check_choice, check_positive
 from cgm.networks.patch_discriminator import (
     PATCHES,
@@ -43,50 +45,22 @@ from cgm.networks.patch_discriminator import (
 
 # pix2pix ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Pix2PixConfig:
+class Pix2PixConfig(ImageToImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
-    # Shape (C, H, W) of what is generated.
-    event_shape: tuple[int, int, int] = (3, 256, 256)
-    # Shape (C, H, W) of one condition, with the sides of event_shape.
-    cond_shape: tuple[int, int, int] = (3, 256, 256)
-    # Kind of condition: pictures.
-    cond_kind: Literal["image"] = "image"
-
-    # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
-    generator: Literal["unet", "resnet"] = "unet"
-    # Levels of the U-Net, or residual blocks; 0: as many levels as the sides allow, up to 8 for 256
-    # pixels, or 9 blocks for 256 pixels and 6 for fewer.
-    depth: int = 0
-    # Channels of its first layer.
-    width: int = 64
-    # Normalisation in both networks.
-    norm: Literal["batch", "instance", "none"] = "batch"
     # Dropout in the generator, its only noise: without it a condition has one picture. A U-Net has
     # it from 6 levels on.
     dropout: bool = True
-    # Side of the patches that the discriminator judges.
-    patch: Literal[1, 16, 34, 70, 142, 286] = 70
-    # Channels of its first layer.
-    discriminator_width: int = 64
-
-    # Loss of a patch.
-    loss: Loss = "vanilla"
     # Weight lambda of the distance to the true picture.
     l1_weight: float = 100.0
     # Weight of the R1 penalty on the discriminator, which excludes batch norm; 0: none.
     r1_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        check_image_to_image(self)
+        super().__post_init__()
         check_weights(self, "l1_weight", "r1_weight")
         if self.r1_weight and self.norm == "batch":
             raise ValueError("norm must not be batch with r1_weight: rows would depend on another")
-
-    @property
-    def cond_dropout(self) -> float:
-        """Share of conditions dropped in training: none."""
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -97,16 +71,13 @@ class Pix2PixSampling:
     dropout: bool = True
 
 
-class Pix2Pix(Model):
+class Pix2Pix(AdversarialModel):
     """Pictures from pictures; `loss` and `sample` of all families."""
 
     family: ClassVar[str] = "pix2pix"
     phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
     sampling_config: ClassVar[type[Pix2PixSampling]] = Pix2PixSampling
-    training_defaults: ClassVar[dict[str, Any]] = {
-        "batch_size": 1, "learning_rate": 2e-4, "beta1": 0.5, "warmup": 0, "decay": "late_linear",
-        "gradient_clip": float("inf"), "ema_decay": 0.0,
-    }  # fmt: skip
+    training_defaults: ClassVar[dict[str, Any]] = IMAGE_TO_IMAGE_TRAINING
 
     def __init__(self, config: Pix2PixConfig) -> None:
         super().__init__()
@@ -123,11 +94,6 @@ class Pix2Pix(Model):
             )
         )
         channels_last(self)
-
-    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
-        """Of the discriminator or of the generator."""
-        self.check_phase(phase)
-        return list(getattr(self, phase).parameters())
 
     def loss(
         self,
@@ -277,7 +243,7 @@ class LatentGenerator(nn.Module):
         return torch.tanh(self.last(F.relu(self.norms[-1](h))))
 
 
-class ConditionalGAN(Model):
+class ConditionalGAN(AdversarialModel):
     """Pictures from classes, or without a condition; `loss` and `sample` of all families."""
 
     family: ClassVar[str] = "gan"
@@ -302,11 +268,6 @@ class ConditionalGAN(Model):
             )
         )
         channels_last(self)
-
-    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
-        """Of the discriminator or of the generator."""
-        self.check_phase(phase)
-        return list(getattr(self, phase).parameters())
 
     def loss(
         self,

@@ -1,5 +1,6 @@
 """The command line: what a user types, and what comes of it."""
 
+import dataclasses
 import inspect
 import json
 import re
@@ -100,8 +101,10 @@ def test_usage(cgm):
 
 
 def comments(options):
-    """{field: its comment} of a dataclass, from the source."""
-    found = re.findall(r"((?:^    #.*\n)+)    (\w+):", inspect.getsource(options), re.MULTILINE)
+    """{field: its comment} of a dataclass and those it derives from, from the source."""
+    classes = [cls for cls in reversed(options.__mro__) if dataclasses.is_dataclass(cls)]
+    source = "".join(map(inspect.getsource, classes))
+    found = re.findall(r"((?:^    #.*\n)+)    (\w+):", source, re.MULTILINE)
     return {name: " ".join(re.sub(r"^    # ?", "", c, flags=re.M).split()) for c, name in found}
 
 
