@@ -3,7 +3,8 @@
 import dataclasses
 import pkgutil
 import typing
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,47 @@ FAMILIES = {
     "gan": "cgm.gan:ConditionalGAN",
     "pix2pix": "cgm.gan:Pix2Pix",
 }
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """What models of pictures share: what is generated from what."""
+
+    # Shape (C, H, W) of what is generated; a point of the plane is (2, 1, 1).
+    event_shape: tuple[int, int, int] = (1, 28, 28)
+    # Kind of condition.
+    cond_kind: Literal["none", "class", "image"] = "none"
+    # Number of classes.
+    num_classes: int = 0
+    # Shape of one condition: (C, H, W) of a picture with the sides of event_shape, else ().
+    cond_shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.event_shape) != 3 or min(self.event_shape) < 1:
+            raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
+        kinds = ("none", "class", "image")
+        if self.cond_kind not in kinds:
+            raise ValueError(f"cond_kind must be one of {', '.join(kinds)}, got {self.cond_kind!r}")
+        if (self.cond_kind == "class") != (self.num_classes > 0):
+            raise ValueError(
+                "num_classes must be positive for class conditions, and 0 for others, "
+                f"got {self.num_classes} for {self.cond_kind}"
+            )
+        if self.cond_kind == "image":
+            if len(self.cond_shape) != 3 or self.cond_shape[1:] != self.event_shape[1:]:
+                raise ValueError(
+                    f"cond_shape must be (C, H, W) with the sides of event_shape "
+                    f"{self.event_shape}, got {self.cond_shape}"
+                )
+        elif self.cond_shape:
+            raise ValueError(
+                f"cond_shape must be () without a picture as condition, got {self.cond_shape}"
+            )
+
+    @property
+    def cond_dropout(self) -> float:
+        """Share of conditions dropped in training: none."""
+        return 0.0
 
 
 class Model(nn.Module):

@@ -16,22 +16,26 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu((1 + scale) norm(conv(silu(norm(x)))) + shift)), scale and shift from FiLM."""
+    """x + conv(silu((1 + scale) norm(conv(silu(norm(x)))) + shift)), scale and shift from FiLM.
+
+    Without FiLM both are 0.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _norm(in_channels), _norm(out_channels)
+        self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+    def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
         """film is (B, 2 out_channels): scale, then shift."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = film[:, :, None, None].chunk(2, dim=1)
-        h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
-        return self.skip(x) + h
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if film is not None:
+            scale, shift = film[:, :, None, None].chunk(2, dim=1)
+            h = torch.addcmul(shift, h, 1 + scale)
+        return self.skip(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):
@@ -39,10 +43,10 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, *, tokens: bool = False) -> None:
         super().__init__()
-        self.heads, self.norm = heads, _norm(channels)
+        self.heads, self.norm = heads, group_norm(channels)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key_value = None if tokens else nn.Conv2d(channels, 2 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
         """keys_values are (B, heads, M, channels / heads) each, or None for self-attention."""
@@ -134,8 +138,8 @@ class UNet(nn.Module):
             if level > 0:
                 self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
         self.blocks, self.levels = blocks, len(widths)
-        self.norm_out = _norm(width)
-        self.conv_out = _zero(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
+        self.norm_out = group_norm(width)
+        self.conv_out = zeroed(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
 
         hidden, film = 2 * channels, sum(self.film_sizes)
         self.frequencies = channels
@@ -217,13 +221,13 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with up to 32 groups of at least 4 channels."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4)
     return nn.GroupNorm(groups, channels)
 
 
-def _zero(module):
+def zeroed(module):
     """Start as zero: a residual block as the identity, the network as no prediction."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
