@@ -43,7 +43,8 @@ class TrainOptions(Generic[_Model, _Training]):
 
     model: _Model
     training: _Training
-    # What to learn from the shipped pictures: class_to_image, complete, colorize or edges_to_image.
+    # What to learn: class_to_image, complete, colorize or edges_to_image on the shipped pictures;
+    # bouncing_ball, two_moons or eight_gaussians on data that are drawn.
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     # A folder of your own pictures, instead of a task.
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -230,6 +231,7 @@ class _Conditions:
 def _sample(argv: Sequence[str]) -> None:
     path, data, options = _checkpoint_options("sample", argv, SampleOptions)
     from cgm.checkpoints import load_model, write_tensors
+    from cgm.plots import POINT
 
     if options.n < 1:
         raise ValueError(f"--n must be at least 1, got {options.n}")
@@ -246,7 +248,8 @@ def _sample(argv: Sequence[str]) -> None:
         write_tensors(options.save_array, tensors, what)
         print(f"{options.save_array}: samples {tuple(samples.shape)}")
     _write_picture(options.out, samples, given, stacked=_task_of(data) == "complete")
-    cut = f"; the picture has the first {_SHOWN}" if max(samples.shape[:2]) > _SHOWN else ""
+    shown = samples.shape[1:2] if samples.shape[2:] == POINT else samples.shape[:2]
+    cut = f"; the picture has the first {_SHOWN}" if max(shown) > _SHOWN else ""
     print(f"{options.out}: {samples.shape[0]} draws for each of {samples.shape[1]}{cut}")
 
 
@@ -274,12 +277,12 @@ def _checkpoint_options(
 
 
 def _write_picture(file: Path, samples: "Tensor", given: _Conditions, *, stacked: bool) -> None:
-    from cgm.plots import sample_grid
+    from cgm.plots import POINT, sample_grid
 
     cond = None if given.cond is None or given.cond.dim() != 4 else given.cond[:_SHOWN]
     sample_grid(
         file,
-        samples[:_SHOWN, :_SHOWN],
+        samples[: None if samples.shape[2:] == POINT else _SHOWN, :_SHOWN],
         cond=cond,
         real=None if given.real is None else given.real[:_SHOWN],
         labels=given.labels[:_SHOWN],

@@ -20,6 +20,7 @@ from cgm.data import lab_to_rgb
 _DPI = 64  # a power of two: sizes in inches are exact, so that no pixel is resampled
 _LETTER = 13  # height of letters, pixels
 _SIDE = 64  # pictures are enlarged to at least this many pixels
+POINT = (2, 1, 1)  # shape of a point of the plane
 _NARROW, _WIDE = 2, 18  # gaps between pictures, and around groups
 
 
@@ -111,11 +112,15 @@ def sample_grid(
 
     Args:
         samples: (draws, rows, C, H, W), shown as `as_pictures` says. Of one row without label and
-            condition the draws fill rows of eight.
+            condition the draws fill rows of eight. Points (draws, rows, 2, 1, 1) are shown by
+            `point_map`, all draws of a row in one picture, and real then likewise.
         cond: pictures (rows, C, H, W).
         real: (rows, C, H, W), the true y.
         labels: one for each row, or none.
     """
+    if samples.shape[2:] == POINT:
+        samples = point_map(samples)[None]
+        real = None if real is None else point_map(real[None])
     if cond is None and not labels and samples.shape[1] == 1:
         draws = as_pictures(samples)
         wide = min(8, len(draws))
@@ -129,6 +134,23 @@ def sample_grid(
     if real is not None:
         groups.append((real_header, as_pictures(real, cond, stacked=stacked)[None]))
     picture_grid(file, groups, row_labels=labels)
+
+
+def point_map(points: Tensor) -> Tensor:
+    """Where points (draws, rows, 2, 1, 1) lie: a picture (rows, 1, 64, 64) of each row, in [-1, 1].
+
+    It shows the square [-1.25, 1.25]^2, the second coordinate upwards. White is where no point is,
+    black where there are three times as many as in the mean of the places that have any.
+    """
+    places = ((points.flatten(2).double() / 1.25 + 1) * (_SIDE / 2)).floor().long()
+    inside = ((places >= 0) & (places < _SIDE)).all(2)
+    rows = torch.arange(points.shape[1], device=points.device).expand_as(inside)
+    across, down = places[..., 0], _SIDE - 1 - places[..., 1]
+    cells = ((rows * _SIDE + down) * _SIDE + across)[inside]
+    counts = torch.bincount(cells, minlength=points.shape[1] * _SIDE**2)
+    counts = counts.view(-1, 1, _SIDE, _SIDE).double()
+    mean = counts.sum((2, 3), keepdim=True) / (counts > 0).sum((2, 3), keepdim=True).clamp_min(1)
+    return (1 - 2 * (counts / (3 * mean.clamp_min(1))).clamp_max(1)).float().cpu()
 
 
 def as_pictures(y: Tensor, cond: Tensor | None = None, *, stacked: bool = False) -> Tensor:

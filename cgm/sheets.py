@@ -22,10 +22,11 @@ from torch import Tensor
 from cgm.checkpoints import CONFIG_FILE, read_config, replacing
 from cgm.data import Dataset
 from cgm.families import Model
-from cgm.plots import sample_grid
+from cgm.plots import POINT, sample_grid
 
 FOLDER, PAGE = "samples", "index.html"
 ROWS, DRAWS = 6, 3  # of each row so many draws; a model without condition draws ROWS x DRAWS
+_POINTS = 500  # draws in place of DRAWS, where they are points
 
 _STYLE = """
 body { font-family: sans-serif; margin: 2em; }
@@ -71,12 +72,15 @@ class Sheets:
         of_cond = None if self.cond is None else self.cond.shape[1]
         of_y = shown.real.shape[1] if shown.real.dim() == 4 else 0
         colours = (of_y, of_cond) == (2, 1)  # of the luminance cond
-        if of_cond not in (None, 1, 3) or not (of_y in (1, 3) or colours):
+        points = shown.real.shape[1:] == POINT
+        if of_cond not in (None, 1, 3) or not (of_y in (1, 3) or colours or points):
             cond = "" if self.cond is None else f" and cond {tuple(self.cond.shape)}"
             raise ValueError(
-                "sheet_every must be 0: sheets show pictures with 1 or 3 channels, got y "
-                f"{tuple(shown.real.shape)}{cond}"
+                "sheet_every must be 0: sheets show points, and pictures with 1 or 3 channels, "
+                f"got y {tuple(shown.real.shape)}{cond}"
             )
+
+        self.draws = _POINTS if points else DRAWS
 
     def write(self, step: int) -> None:
         """The sheet of this step, then the page; the model must be in evaluation mode."""
@@ -97,9 +101,9 @@ class Sheets:
         """(draws, rows, C, H, W); one draw if all are the same."""
         cond = self.shown.cond
         if cond is None:
-            return self.model.sample(ROWS * DRAWS, seed=0)[:, None].cpu()
+            return self.model.sample(ROWS * self.draws, seed=0)[:, None].cpu()
         device = next(self.model.parameters()).device
-        samples = self.model.sample(DRAWS, cond=cond.to(device), seed=0).cpu()
+        samples = self.model.sample(self.draws, cond=cond.to(device), seed=0).cpu()
         return samples[:1] if (samples == samples[:1]).all() else samples
 
 

@@ -1,9 +1,12 @@
-"""Four conditional tasks on the shipped pictures.
+"""The tasks: four on the shipped pictures, and three on data drawn by `cgm.data.synthetic`.
 
 class_to_image   class id                     -> picture (1, 28, 28)
 complete         upper half (1, 14, 28)       -> lower half (1, 14, 28)
 colorize         luminance (1, 28, 28)        -> ab colours (2, 28, 28), T-shirts and tops only
 edges_to_image   binary edge map (1, 28, 28)  -> picture (1, 28, 28)
+bouncing_ball    frame (3, 12, 12)            -> the next frame (3, 12, 12)
+two_moons        class id                     -> point (2, 1, 1)
+eight_gaussians  nothing                      -> point (2, 1, 1)
 
 colorize is made so that p(y | x) is known exactly: with m = garment_mask(x), y is m TEAL with
 probability 1/2 and m PINK with probability 1/2, one colour for the whole garment. Every garment is
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgm.data import fashion
+from cgm.data import fashion, synthetic
 from cgm.data.dataset import Dataset, to_float
 
 AB_UNIT = 50.0
@@ -29,11 +32,13 @@ EDGE_SLOPE = 240  # in the units of the Sobel sums below: a step of s grey level
 
 
 def load_task(name: str, split: str = "train") -> Dataset:
-    """A task on the shipped pictures.
+    """The data of a task.
 
-    name: one of TASKS. split: "train", 900 pictures per class, or "test", 100 per class. Any other
-    raises ValueError.
+    name: one of TASKS. split: "train", 900 of the shipped pictures per class or 10,000 rows of what
+    is drawn, or "test", 100 per class or 2,000. Any other raises ValueError.
     """
+    if name in _SYNTHETIC:
+        return _SYNTHETIC[name](split)
     if name not in _MAKERS:
         raise ValueError(f"name must be one of {', '.join(TASKS)}, got {name!r}")
     rows = fashion.rows_of(split)
@@ -106,4 +111,9 @@ _MAKERS: dict[str, Callable[[Tensor, Tensor], Dataset]] = {
     "colorize": _colorize,
     "edges_to_image": _edges_to_image,
 }
-TASKS = tuple(_MAKERS)
+_SYNTHETIC: dict[str, Callable[[str], Dataset]] = {
+    "bouncing_ball": synthetic.bouncing_ball,
+    "two_moons": synthetic.two_moons,
+    "eight_gaussians": synthetic.eight_gaussians,
+}
+TASKS = (*_MAKERS, *_SYNTHETIC)

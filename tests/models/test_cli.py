@@ -28,7 +28,7 @@ from cgm.diffusion import ConditionalDiffusion, DiffusionConfig, SamplingConfig
 from cgm.families import make_model
 from cgm.gan import GANConfig, Pix2PixConfig
 from cgm.networks.classifier import Classifier, ClassifierConfig
-from cgm.plots import as_pictures, picture_grid, sample_grid
+from cgm.plots import as_pictures, picture_grid, point_map, sample_grid
 from cgm.training import TrainingConfig
 
 TINY = shlex.split(
@@ -385,6 +385,26 @@ def test_sheets_of_a_task_show_what_was_kept_from_training(cgm, tmp_path):
         np.asarray(Image.open(f)).astype(int) for f in (file, out / "samples" / "step_000001.png")
     ]
     assert np.abs(levels[0] - levels[1]).max() <= 1
+
+
+# Points -------------------------------------------------------------------------------------------
+def test_points_are_learned_and_shown_as_a_map(cgm, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "points.png"
+    flags = ["--model.patch", "1", "--training.steps", "2", "--training.sheet-every", "2"]
+    line = f"train diffusion --task two_moons --out {out}"
+    assert cgm(line, *TINY, *flags)[0] == 0
+    assert cgm(f"sample {out} --n 40 --steps 2 --out {file}")[0] == 0
+    with Image.open(file) as picture, Image.open(out / "samples" / "step_000002.png") as sheet:
+        assert picture.height > 2 * 64 and sheet.height > 6 * 64
+
+
+def test_a_point_map_has_the_points_where_they_are():
+    points = torch.tensor([[0.0, 0.0], [1.2, 1.2], [1.2, 1.2], [-1.24, -1.24], [9.0, 0.0]])
+    shown = point_map(points[:, None, :, None, None])
+    assert shown.shape == (1, 1, 64, 64) and (shown < 1).sum() == 3
+    assert shown[0, 0, 1, 62] < shown[0, 0, 31, 32] < 1  # upwards; two points are darker
+    assert shown[0, 0, 63, 0] < 1
+    assert (point_map(torch.full((0, 2, 2, 1, 1), 0.0)) == 1).all()
 
 
 # Errors -------------------------------------------------------------------------------------------

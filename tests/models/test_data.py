@@ -91,6 +91,9 @@ def test_the_split_keeps_the_last_100_of_each_class():
         ("complete", (9000, 1000), (1, 14, 28), (1, 14, 28), "image"),
         ("colorize", (1800, 200), (2, 28, 28), (1, 28, 28), "image"),
         ("edges_to_image", (9000, 1000), (1, 28, 28), (1, 28, 28), "image"),
+        ("bouncing_ball", (10000, 2000), (3, 12, 12), (3, 12, 12), "image"),
+        ("two_moons", (10000, 2000), (2, 1, 1), (), "class"),
+        ("eight_gaussians", (10000, 2000), (2, 1, 1), (), "none"),
     ],
 )
 def test_tasks_have_the_documented_shapes(name, rows, event_shape, cond_shape, kind):
@@ -99,7 +102,8 @@ def test_tasks_have_the_documented_shapes(name, rows, event_shape, cond_shape, k
     assert (train.event_shape, train.cond_shape, train.cond_kind) == (event_shape, cond_shape, kind)
     assert train.name == name
     batch = train.batch(torch.tensor([5, 0, 5]))
-    assert batch["y"].shape == (3, *event_shape) and batch["cond"].shape == (3, *cond_shape)
+    assert batch["y"].shape == (3, *event_shape)
+    assert batch["cond"] is None if kind == "none" else batch["cond"].shape == (3, *cond_shape)
     assert batch["y"].dtype == torch.float32 and batch["y"].abs().max() <= 1
     assert batch["y"][0].equal(batch["y"][2]) and not batch["y"][0].equal(batch["y"][1])
     if kind == "image":
@@ -108,11 +112,13 @@ def test_tasks_have_the_documented_shapes(name, rows, event_shape, cond_shape, k
 
 
 def test_the_tasks_are_all_tested_and_unknown_ones_are_refused():
-    assert TASKS == ("class_to_image", "complete", "colorize", "edges_to_image")
+    on_pictures = ("class_to_image", "complete", "colorize", "edges_to_image")
+    assert (*on_pictures, "bouncing_ball", "two_moons", "eight_gaussians") == TASKS
     with pytest.raises(ValueError, match=r"class_to_image, complete, colorize, .*got 'x'"):
         load_task("x")
-    with pytest.raises(ValueError, match=r"split.*'valid'"):
-        load_task("complete", "valid")
+    for task in ("complete", "two_moons"):
+        with pytest.raises(ValueError, match=r"split.*'valid'"):
+            load_task(task, "valid")
 
 
 def test_class_to_image_pairs_labels_with_pictures():
