@@ -1,4 +1,4 @@
-"""Conditional GANs: pix2pix, from a picture to a picture; and from a class, or nothing, to one.
+"""Conditional GANs: pix2pix, from a picture to a picture; and one that draws latent vectors.
 
     discriminator:  (L(D(x, y), real) + L(D(x, G(x, z)), fake)) / 2  [+ R1 / 2 |dD / dy|^2]
     generator:      L(D(x, G(x, z)), generator)  [+ lambda |y - G(x, z)|_1]
@@ -34,13 +34,14 @@ from cgm.adversarial import (
     once,
     row_loss,
 )
-from cgm.families import numbered, solver_options
+from cgm.families import PictureConfig, numbered, solver_options
 from cgm.layers import check_choice, check_positive
 from cgm.networks.patch_discriminator import (
     PATCHES,
     PatchDiscriminator,
     PatchDiscriminatorConfig,
 )
+from cgm.networks.residual import ConditionPlanes, ResidualUNet
 
 
 # pix2pix ------------------------------------------------------------------------------------------
@@ -164,24 +165,17 @@ class Pix2Pix(AdversarialModel):
         return y.contiguous().view(*shape, *self.config.event_shape)
 
 
-# From a class, or from nothing --------------------------------------------------------------------
+# With latent vectors ------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class GANConfig:
+class GANConfig(PictureConfig):
     """What is generated from what, the two networks, and the objective."""
-
-    # Shape (C, H, W) of what is generated; sides are multiples of 4.
-    event_shape: tuple[int, int, int] = (1, 28, 28)
-    # Kind of condition.
-    cond_kind: Literal["none", "class"] = "none"
-    # Number of classes.
-    num_classes: int = 0
-    # Shape of one condition: ().
-    cond_shape: tuple[int, ...] = ()
 
     # Numbers of the latent vector z.
     latents: int = 64
     # Channels of the last hidden layer of the generator.
     width: int = 32
+    # Resolutions of a generator from pictures, or of sides that are no multiples of 4.
+    levels: int = 3
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 34
     # Channels of its first layer.
@@ -192,22 +186,11 @@ class GANConfig:
     r1_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if len(self.event_shape) != 3 or any(n % 4 or n < 4 for n in self.event_shape[1:]):
-            raise ValueError(
-                f"event_shape must be (C, H, W), sides multiples of 4, got {self.event_shape}"
-            )
-        check_choice(self, "cond_kind", ("none", "class"))
-        if self.cond_kind == "class" and self.num_classes < 1:
-            raise ValueError("num_classes must be positive for class conditions")
-        check_positive(self, "latents", "width", "discriminator_width")
+        super().__post_init__()
+        check_positive(self, "latents", "width", "levels", "discriminator_width")
         check_choice(self, "patch", tuple(PATCHES))
         check_choice(self, "loss", LOSSES)
         check_weights(self, "r1_weight")
-
-    @property
-    def cond_dropout(self) -> float:
-        """Share of conditions dropped in training: none."""
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -243,8 +226,32 @@ class LatentGenerator(nn.Module):
         return torch.tanh(self.last(F.relu(self.norms[-1](h))))
 
 
+class TranslatingGenerator(nn.Module):
+    """A picture from planes of a condition and a vector, which modulates a U-Net."""
+
+    def __init__(self, config: GANConfig) -> None:
+        super().__init__()
+        self.planes = ConditionPlanes(config)
+        self.unet = ResidualUNet(
+            self.planes.planes,
+            config.event_shape[0],
+            width=config.width,
+            levels=config.levels,
+            features=config.latents,
+            start_at_zero=False,
+        )
+
+    def forward(self, z: Tensor, cond: Tensor | None) -> Tensor:
+        """y (B, C, H, W) in (-1, 1) of z (B, D) and a condition."""
+        return torch.tanh(self.unet(self.planes(cond, len(z)), z))
+
+
 class ConditionalGAN(AdversarialModel):
-    """Pictures from classes, or without a condition; `loss` and `sample` of all families."""
+    """Pictures from any condition, or from none; `loss` and `sample` of all families.
+
+    From pictures, and where the sides are no multiples of 4, a `TranslatingGenerator` makes them,
+    else a `LatentGenerator`.
+    """
 
     family: ClassVar[str] = "gan"
     phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
@@ -258,10 +265,15 @@ class ConditionalGAN(AdversarialModel):
         super().__init__()
         self.config = config
         features, channels = config.latents + config.num_classes, config.event_shape[0]
-        self.generator = LatentGenerator(features, config.event_shape, config.width)
+        self.generator: TranslatingGenerator | LatentGenerator
+        if config.cond_kind == "image" or any(side % 4 for side in config.event_shape[1:]):
+            self.generator = TranslatingGenerator(config)
+        else:
+            self.generator = LatentGenerator(features, config.event_shape, config.width)
+        planes = config.cond_shape[0] if config.cond_kind == "image" else config.num_classes
         self.discriminator = PatchDiscriminator(
             PatchDiscriminatorConfig(
-                in_channels=channels + config.num_classes,
+                in_channels=channels + planes,
                 patch=config.patch,
                 width=config.discriminator_width,
                 norm="none",
@@ -309,7 +321,7 @@ class ConditionalGAN(AdversarialModel):
         index: Tensor | None = None,
         **solver: Any,
     ) -> Tensor:
-        """Pictures in (-1, 1): (B, C, H, W) of classes (B,); (n, B, C, H, W); (n, C, H, W) of none.
+        """Pictures in (-1, 1): (B, C, H, W) of cond; (n, B, C, H, W); (n, C, H, W) of none.
 
         index: (B,) int64 numbers of the conditions, default 0 .. B - 1; without cond of the draws.
         solver: fields of `GANSampling`.
@@ -325,7 +337,8 @@ class ConditionalGAN(AdversarialModel):
         self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
         if index.numel() == 0:
             return torch.empty((*shape, *config.event_shape), device=device)
-        cond = None if cond is None else cond.repeat(len(index) // rows)
+        if cond is not None:
+            cond = cond.repeat(len(index) // rows, *[1] * (cond.dim() - 1))
         y = self._draw(cond, as_seed(seed, device)[0], index, options.truncation)
         return y.contiguous().view(*shape, *config.event_shape)
 
@@ -337,13 +350,15 @@ class ConditionalGAN(AdversarialModel):
             (len(index), config.latents), seed=seed, index=index, stream=STREAM_LATENTS,
             device=index.device,
         )  # fmt: skip
+        if isinstance(self.generator, TranslatingGenerator):
+            return self.generator(z, cond)
         if cond is not None:
             z = torch.cat([z, F.one_hot(cond, config.num_classes).to(z.dtype)], 1)
         return self.generator(z)
 
     def _planes(self, cond: Tensor | None) -> Tensor | None:
-        """The class as pictures, one of ones and the others of zeros."""
-        if cond is None:
-            return None
+        """A picture itself; a class as pictures, one of ones and the others of zeros."""
+        if cond is None or self.config.cond_kind == "image":
+            return cond
         hot = F.one_hot(cond, self.config.num_classes).float()
         return hot[:, :, None, None].expand(-1, -1, *self.config.event_shape[1:])

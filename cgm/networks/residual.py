@@ -54,7 +54,8 @@ class ResidualUNet(nn.Module):
         levels: resolutions, each half of the one above, rounded up.
         blocks: residual blocks of a level, on the way down and again on the way up.
         features: size of the vector, 0 for none.
-        start_at_zero: the result of the initial weights is 0.
+        start_at_zero: blocks start as their skips, deaf to the vector, and the result as 0; else
+            all weights start as PyTorch's.
     """
 
     def __init__(
@@ -83,6 +84,9 @@ class ResidualUNet(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         if start_at_zero:
             zeroed(self.conv_out)
+        else:
+            for block in [*self.down, *self.up]:
+                block.conv2.reset_parameters()
         self.film_sizes = [2 * block.conv2.out_channels for block in [*self.down, *self.up]]
         self.film = nn.Linear(features, sum(self.film_sizes)) if features else None
 
