@@ -587,6 +587,47 @@ def _demo(argv: Sequence[str]) -> None:
     demo(options.out, device=find_device(options.device))
 
 
+# cgm compare --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CompareOptions:
+    """Trains the families on one task, each for the same time, and scores what they draw.
+
+    Prints the scores and what they cost; writes compare.csv and compare.png beside the models. What
+    is there already, of the same budget, is not trained again.
+    """
+
+    # The task: colorize, bouncing_ball, two_moons or eight_gaussians.
+    task: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    # Families to compare, by name.
+    families: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")
+    ] = ()
+    # Seconds of training for each.
+    seconds: float = 60.0
+    # Folder of the comparison.
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/compare-TASK)"),
+    ] = None
+    # cpu, cuda or cuda:N.
+    device: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: cuda if present)")
+    ] = None
+
+
+def _compare(argv: Sequence[str]) -> None:
+    options = _parse(CompareOptions, prog="cgm compare", args=argv)
+    from cgm.compare import compare
+
+    compare(
+        options.task,
+        options.out or Path("runs") / f"compare-{options.task}",
+        families=options.families,
+        seconds=options.seconds,
+        device=find_device(options.device),
+    )
+
+
 # cgm bench ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class BenchOptions:
@@ -680,6 +721,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate, "CHECKPOINT", "measure a model on pictures that it never saw"),
     "convert": Command(_convert, "FILE OUT", "use a published checkpoint of pix2pix or CycleGAN"),
     "demo": Command(_demo, "", "draw clothes; how fast and how good they come, in a minute"),
+    "compare": Command(_compare, "", "all families on one task, under one budget"),
     "bench": Command(_bench, "", "samples per second: fused, plain and compiled"),
     "info": Command(_info, "", "versions, GPU, how each op runs here, shipped checkpoints"),
 }

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from cgkernels.random import STREAM_DATA, uniform
-from cgm.data.synthetic import GAUSSIAN_SIGMA, SIDE, gaussian_centres
+from cgm.data.synthetic import (
+    GAUSSIAN_SIGMA,
+    MOON_CENTRES,
+    MOON_RADIUS,
+    MOON_SIGMA,
+    SIDE,
+    gaussian_centres,
+)
 from cgm.data.tasks import PINK, TEAL, garment_mask
 
 Scores = dict[str, float]
@@ -32,9 +39,9 @@ def colour_scores(samples: Tensor, luminance: Tensor) -> Scores:
     background    mean chroma off the garment, as a share of that of the two colours; truth 0
     best of n     mean over garments and colours of the smallest distance of a sample, likewise;
                   truth 0 for several samples, and 2 (1/2)^n if all are right
-    miscalibration  root mean square, over garments, of the share of pink among its samples, by the
-                  mean of s, less 1/2; 1 / (2 sqrt(n)) of the truth itself, 1/2 of a model that has
-                  one answer
+    calibration error  root mean square, over garments, of the share of pink among its samples, by
+                  the mean of s, less 1/2; 1 / (2 sqrt(n)) of the truth itself, 1/2 of a model that
+                  has one answer
     """
     if samples.dim() != 5 or samples.shape[1:3] != (len(luminance), 2):
         raise ValueError(
@@ -68,7 +75,7 @@ def colour_scores(samples: Tensor, luminance: Tensor) -> Scores:
         "pink": near[1],
         "background": over(chroma, 1 - mask, rest).mean().item(),
         "best of n": distances.amin(1).mean().item(),
-        "miscalibration": (pink - 0.5).square().mean().sqrt().item(),
+        "calibration error": (pink - 0.5).square().mean().sqrt().item(),
     }
 
 
@@ -112,6 +119,27 @@ def gaussian_scores(points: Tensor, truth: Tensor) -> Scores:
         "p-value": energy_test(points, truth),
         "least share": (counts.min() / counts.mean()).item(),
         "on a Gaussian": (nearest < 3 * GAUSSIAN_SIGMA).double().mean().item(),
+    }
+
+
+def moon_scores(points: Tensor, moon: Tensor, true: Tensor, true_moon: Tensor) -> Scores:
+    """Of points (N, 2, 1, 1) drawn for moons (N,), and true points (M, 2, 1, 1) of moons (M,).
+
+    p-value       of `energy_test`, with the moon as a third coordinate
+    on its moon   share within 3 sigma of the half circle that was asked for, on its side of the
+                  centre; truth 0.997
+    """
+
+    def labelled(where: Tensor, which: Tensor) -> Tensor:
+        return torch.cat([where.double().flatten(1), which.double()[:, None]], 1)
+
+    centres = torch.tensor(MOON_CENTRES, dtype=torch.float64, device=points.device)[moon]
+    x, y = (points.double().flatten(1) - centres).unbind(1)
+    near = (torch.hypot(x, y) - MOON_RADIUS).abs() < 3 * MOON_SIGMA
+    side = torch.where(moon == 0, y >= 0, y <= 0)
+    return {
+        "p-value": energy_test(labelled(points, moon), labelled(true, true_moon)),
+        "on its moon": (near & side).double().mean().item(),
     }
 
 

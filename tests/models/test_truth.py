@@ -34,7 +34,7 @@ def test_true_colours_score_as_the_truth(garments):
         assert scores[name] == pytest.approx(1, abs=1e-6)
     assert scores["teal"] + scores["pink"] == 1 and abs(scores["teal"] - 0.5) < 0.05
     assert scores["background"] == 0 and scores["best of n"] < 1e-6
-    assert scores["miscalibration"] == pytest.approx(1 / (2 * math.sqrt(64)), rel=0.3)
+    assert scores["calibration error"] == pytest.approx(1 / (2 * math.sqrt(64)), rel=0.3)
 
 
 def test_each_way_to_be_wrong_has_a_score(garments):
@@ -51,7 +51,7 @@ def test_each_way_to_be_wrong_has_a_score(garments):
     assert speckled["consistency"] == pytest.approx(expected, rel=0.2)
 
     one = truth.colour_scores(coloured(mask, torch.ones(4, 40, 1, 1)), luminance)
-    assert one["pink"] == 1 and one["teal"] == 0 and one["miscalibration"] == 0.5
+    assert one["pink"] == 1 and one["teal"] == 0 and one["calibration error"] == 0.5
     assert one["best of n"] == pytest.approx(1)  # 0 of the one colour, 2 of the other
 
     everywhere = coloured(torch.ones_like(mask), coins(4, 40, 1, 1))
