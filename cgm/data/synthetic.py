@@ -5,7 +5,7 @@ two_moons         moon, a class id -> a point (2, 1, 1) on that half circle, blu
 bouncing_ball     a frame (3, 12, 12) -> the next one, of a ball whose velocity no frame shows
 
 Everything is a function of the split and of the row: the test rows are the ones after those of
-training. Densities are exact, per unit of area.
+training. Densities are exact, per unit of area. `digits` are pictures that no model is trained on.
 """
 
 import math
@@ -142,6 +142,41 @@ def _frames(position: Tensor, colour: Tensor) -> Tensor:
     return (2 * colour[:, :, None, None] * light[:, None] - 1).float()
 
 
+# Pictures that are no clothes ---------------------------------------------------------------------
+# Ends of the strokes of a display of seven, across and down in [0, 1]; and the strokes of a digit.
+_CORNERS = ((0, 0), (1, 0), (0, 0.5), (1, 0.5), (0, 1), (1, 1))
+_STROKES = ((0, 1), (0, 2), (1, 3), (2, 3), (2, 4), (3, 5), (4, 5))
+_DIGITS = ("0124567", "25", "02346", "02356", "1235", "01356", "013456", "025", "0123456", "012356")
+
+
+def digits(n: int, seed: int = 0) -> Tensor:
+    """Pictures (n, 1, 28, 28) in [-1, 1] that look like written digits: strokes, white on black.
+
+    Digit i mod 10 of seven strokes, whose height, width, slant, thickness and place vary.
+    """
+    u = _uniform(torch.arange(n), 6, seed)
+    height, width = 14 + 6 * u[:, 0], 6 + 5 * u[:, 1]
+    slant, thickness = 0.3 * u[:, 2] - 0.05, 1.0 + 0.8 * u[:, 3]
+    middle = 13.5 + 3 * (u[:, 4:] - 0.5)
+    corners = torch.tensor(_CORNERS, dtype=torch.float64)[None] - 0.5
+    down = corners[..., 1] * height[:, None]
+    across = corners[..., 0] * width[:, None] - slant[:, None] * down
+    points = torch.stack([across, down], 2) + middle[:, None]
+    grid = torch.arange(28, dtype=torch.float64)
+    pixels = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1)
+    nearest = torch.full((n, 28, 28), math.inf, dtype=torch.float64)
+    for number, (a, b) in enumerate(_STROKES):
+        drawn = torch.tensor([str(number) in digit for digit in _DIGITS])[torch.arange(n) % 10]
+        start, along = points[:, a, None, None], (points[:, b] - points[:, a])[:, None, None]
+        offset = pixels - start
+        t = ((offset * along).sum(-1) / along.square().sum(-1)).clamp(0, 1)
+        distance = (offset - t[..., None] * along).norm(dim=-1)
+        distance = distance.masked_fill(~drawn[:, None, None], math.inf)
+        nearest = torch.minimum(nearest, distance)
+    light = (thickness[:, None, None] + 0.5 - nearest).clamp(0, 1)
+    return (2 * light - 1).float()[:, None]
+
+
 # Noise of rows ------------------------------------------------------------------------------------
 def _rows(split: str) -> Tensor:
     if split not in ROWS:
@@ -157,8 +192,8 @@ def _normal(rows: Tensor, event: int) -> Tensor:
     )
 
 
-def _uniform(rows: Tensor, event: int) -> Tensor:
+def _uniform(rows: Tensor, event: int, seed: int = 0) -> Tensor:
     shape = (len(rows), event)
     return uniform(
-        shape, seed=0, index=rows, step=_STEP_CHOICE, stream=STREAM_DATA, dtype=torch.float64
+        shape, seed=seed, index=rows, step=_STEP_CHOICE, stream=STREAM_DATA, dtype=torch.float64
     )
