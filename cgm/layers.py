@@ -152,6 +152,53 @@ def weight_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
     return conv.weight
 
 
+def folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """norm(conv(x)) as one convolution, where norm is batch norm in evaluation; else conv alone.
+
+    What a hook makes of the weight is its weight, and a bias that norm takes off is left out.
+    """
+    weight, bias = weight_of(conv), conv.bias
+    if isinstance(norm, nn.BatchNorm2d):
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = -norm.running_mean if bias is None else bias - norm.running_mean
+        weight, bias = weight * scale[:, None, None, None], scale * shift + norm.bias
+    elif isinstance(norm, nn.InstanceNorm2d) and not norm.affine:
+        bias = None
+    made = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+        bias=bias is not None, device="meta",
+    )  # fmt: skip
+    made.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return made
+
+
+class PackedConv2d(nn.Module):
+    """A convolution whose weight lies as oneDNN reads it: float32 on a CPU, without gradients."""
+
+    def __init__(self, conv: nn.Conv2d, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.bias = conv.bias
+        self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            conv.weight.detach(), *self.geometry, list(shape)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """conv(x)."""
+        return torch.ops.mkldnn._convolution_pointwise(
+            x.float(), self.weight, self.bias, *self.geometry, "none", [], ""
+        )
+
+
+def packed(conv: nn.Conv2d, shape: tuple[int, ...]) -> nn.Module:
+    """A `PackedConv2d` for x of this shape where there is one, else conv itself."""
+    weight = conv.weight
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return PackedConv2d(conv, shape) if fits and torch.backends.mkldnn.is_available() else conv
+
+
 def dropout(
     x: Tensor, *, seed: int | Tensor, index: Tensor | None, layer: int, p: float = 0.5
 ) -> Tensor:

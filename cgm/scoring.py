@@ -50,9 +50,8 @@ def patch_scores(
 class PatchScorer:
     """`patch_scores` of pictures of one shape, on CUDA as one graph: for few pictures at a time.
 
-    The graph reads the network's parameters where they are: weights that are changed in place are
-    used, a network that was moved or whose parameters were replaced needs a new scorer. Call it
-    with the network in evaluation mode.
+    It keeps the weights that the network has when it is made (see `PatchDiscriminator.frozen`): a
+    network that has changed needs a new scorer.
 
     Args:
         network: the discriminator.
@@ -66,8 +65,7 @@ class PatchScorer:
     def __init__(
         self, network: PatchDiscriminator, x: Tensor, y: Tensor | None = None, **options: str
     ) -> None:
-        if network.training:
-            raise ValueError("network must be in evaluation mode")
+        network = network.frozen(x, y)
         self._inputs = [None if t is None else t.detach().clone() for t in (x, y)]
 
         def score() -> None:

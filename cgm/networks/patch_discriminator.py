@@ -10,6 +10,7 @@ Source   Isola et al., arXiv:1611.07004; Wang et al., arXiv:1711.11585 (scales, 
          al., arXiv:2012.09841 (ActNorm); Miyato et al., arXiv:1802.05957 (spectral norm).
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,10 +25,12 @@ from cgm.layers import (
     check_choice,
     check_picture,
     check_positive,
+    folded,
     has_bias,
     init_normal,
     new_norm,
     norm_act,
+    packed,
     weight_of,
 )
 
@@ -95,12 +98,12 @@ class PatchDiscriminator(nn.Module):
             ValueError: channels are not those of the config, x and y do not fit, or a side is too
                 small for one patch of the map.
         """
-        return self._conv(self.last)(self._trunk(x, y))
+        return self._head(self._trunk(x, y))
 
     def features(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """What every block gives, after its activation, and the map as the last; as `forward`."""
         kept: list[Tensor] = []
-        out = self._conv(self.last)(self._trunk(x, y, kept))
+        out = self._head(self._trunk(x, y, kept))
         return [*kept, out]
 
     def row_losses(self, x: Tensor, y: Tensor | None = None, *, loss: str, target: str) -> Tensor:
@@ -108,7 +111,39 @@ class PatchDiscriminator(nn.Module):
 
         The last layer and the loss are one op, which writes no map.
         """
-        conv, h = self._conv(self.last), self._trunk(x, y)
+        return self._head(self._trunk(x, y), loss, target)
+
+    @torch.no_grad()
+    def frozen(self, x: Tensor, y: Tensor | None = None) -> "PatchDiscriminator":
+        """A twin with the weights of now, made ready to judge pictures of the sizes of x and y.
+
+        Batch norm in evaluation is folded into the convolution before it,
+
+            W' = s W,  b' = s (b - mean) + beta   with   s = gamma / sqrt(var + eps),
+
+        spectral norm into its weight; on a CPU weights lie as oneDNN reads them. It has no
+        gradients, and does not follow changes of this network. Arguments and errors as of
+        `forward`; ValueError in training mode.
+        """
+        if self.training:
+            raise ValueError("network must be in evaluation mode")
+        _check_pair(x, y, self.config.in_channels, _least_side(self.config))
+        twin = copy.deepcopy(self).requires_grad_(False)
+        layers, sides = twin._layers(), x.shape[2:]
+        for i, (kernel, stride, padding) in enumerate(_geometry(self.config)):
+            place, after = _places(i)
+            norm = layers[after] if i < self.last else nn.Identity()
+            conv = folded(layers[place], norm)
+            if isinstance(norm, nn.BatchNorm2d):
+                layers[after] = nn.Identity()
+            # The ops of the first and of the last layer take weights as they are.
+            inner = 0 < i < self.last
+            layers[place] = packed(conv, (len(x), conv.in_channels, *sides)) if inner else conv
+            sides = torch.Size((n + 2 * padding - kernel) // stride + 1 for n in sides)
+        return twin
+
+    def _head(self, h: Tensor, loss: str | None = None, target: str | None = None) -> Tensor:
+        conv = self._conv(self.last)
         bias = None if conv.bias is None else conv.bias.to(h.dtype)
         return cgkernels.patch_head_loss(  # under autocast h is narrower than the parameters
             h, weight_of(conv).to(h.dtype), bias,

@@ -1,9 +1,12 @@
 """Scores of pictures: outputs, one graph for pictures of one shape."""
 
+import copy
+
 import pytest
 import torch
 
 import cgkernels
+from cgkernels.testing import assert_within_budget
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.scoring import PatchScorer, patch_scores
 from tests.support import assert_equal
@@ -53,10 +56,39 @@ def test_a_scorer_gives_the_scores_of_what_it_is_shown(device, options):
         torch.testing.assert_close(given, expected)
     kept = scorer(x, y)
     with torch.no_grad():
-        judge.model["0"].weight.mul_(-2)  # in place: seen
-    changed = scorer(x, y)
-    torch.testing.assert_close(changed, patch_scores(judge, x, y, **options))
+        judge.model["0"].weight.mul_(-2)  # not seen
+    scorer(*pair(device=device, seed=3))
     torch.testing.assert_close(kept, expected)  # not overwritten
+    torch.testing.assert_close(scorer(x, y), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("patch", [1, 34])
+@pytest.mark.parametrize(
+    "kind",
+    [{"norm": "batch"}, {"norm": "instance"}, {"norm": "none", "spectral_norm": True},
+     {"norm": "actnorm"}],
+    ids=lambda kind: kind["norm"],
+)  # fmt: skip
+def test_frozen_networks_compute_the_same_with_other_weights(kind, patch, device):
+    judge = network(patch=patch, **kind).to(device)
+    for module in judge.modules():  # as after some training
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+            torch.nn.init.uniform_(module.bias)
+    wide, (x, y) = copy.deepcopy(judge).double(), pair(device=device)
+    frozen = judge.frozen(x, y)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in frozen.modules())
+    expected = wide.features(x.double(), y.double())
+    for got, same, want in zip(frozen.features(x, y), judge.features(x, y), expected, strict=True):
+        assert not got.requires_grad
+        assert_within_budget(got, same.detach(), want.detach())
+    half = judge.half() if device == "cuda" else None
+    if half is not None:
+        x, y = x.half(), y.half()
+        torch.testing.assert_close(half.frozen(x, y)(x, y), half(x, y), rtol=0.02, atol=0.02)
 
 
 def test_wrong_arguments():
