@@ -37,6 +37,7 @@ STREAM_DATA = 8  # data sets: the order of an epoch, partners
 STREAM_AUGMENTATION = 9
 STREAM_POOL = 10  # adversarial training: the pool of pictures from before
 STREAM_PENALTY = 11  # gradient penalties: places between real and drawn
+STREAM_MEASURES = 12  # measures of samples: which rows they take
 
 _MASK = 0xFFFFFFFF
 

@@ -1,8 +1,10 @@
-"""Measures of models and of generated pictures: what `cgm evaluate` prints.
+"""Measures of models and of generated pictures: the first part of what `cgm evaluate` prints.
 
 bits_per_dimension   -log2 p(y | cond) of a picture, divided by the number of its values
 class_accuracy       share of pictures that a classifier, trained on real ones, puts in the asked
                      class
+
+`cgm.comparison` has the second part, how samples compare with real pictures.
 
 `python -m cgm.evaluation FOLDER` makes that classifier: it trains for some minutes on one core and
 writes the checkpoint that ships as cgm/data/checkpoints/fashion_classifier.
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cgkernels.checks import check_shape
 from cgm.checkpoints import load_model, save_model, shipped
 from cgm.data import Dataset, load_task
 from cgm.data.dataset import to_float
@@ -87,6 +90,9 @@ class Measure:
     value: float
     error: float | None
     rows: int
+    reference: int | None = None  # real pictures of training that it compares with
+    floor: float | None = None  # the same of real pictures that training never saw
+    floor_rows: int | None = None  # how many these were
 
 
 def bits_per_dimension(model: Any, y: Tensor, cond: Tensor | None) -> Tensor:
@@ -99,6 +105,12 @@ def bits_per_dimension(model: Any, y: Tensor, cond: Tensor | None) -> Tensor:
     return -torch.cat(parts) / (math.prod(y.shape[1:]) * math.log(2))
 
 
+def check_rows(rows: int, held_out: Dataset) -> None:
+    """ValueError unless there are so many held-out pictures, and at least 2 asked for."""
+    if not 2 <= rows <= len(held_out):
+        raise ValueError(f"rows must be from 2 to {len(held_out)}, got {rows}")
+
+
 def evaluate(
     model: Any,
     held_out: Dataset,
@@ -106,6 +118,7 @@ def evaluate(
     rows: int = 200,
     seed: int = 0,
     say: Callable[[str], None] = lambda what: None,
+    samples: Tensor | None = None,
     **solver: Any,
 ) -> list[Measure]:
     """What can be measured of a model on the first `rows` held-out pictures, and on its samples.
@@ -117,13 +130,15 @@ def evaluate(
     likelihoods that makes pictures of pictures: how far they are from the real ones, |y - y'| with
     values in [-1, 1], and those made of another picture's condition.
 
-    solver: options of `sample`. say: is told what is being done.
+    solver: options of `sample`. say: is told what is being done. samples: of this model for these
+    pictures' conditions, (rows, *event), if they were drawn before.
 
     Raises:
         ValueError: rows does not fit, or nothing here can be measured of this model.
     """
-    if not 2 <= rows <= len(held_out):
-        raise ValueError(f"rows must be from 2 to {len(held_out)}, got {rows}")
+    check_rows(rows, held_out)
+    if samples is not None:
+        check_shape("samples", samples, (rows, *held_out.event_shape))
     batch = held_out.batch(torch.arange(rows))
     y, cond = batch["y"], batch["cond"]
     device = next(model.parameters()).device
@@ -133,21 +148,26 @@ def evaluate(
         cond = None if cond is None else cond.to(device)
         return model.sample(n, cond=cond, seed=seed, **solver).cpu()
 
+    @functools.cache
+    def own() -> Tensor:
+        return draw(cond) if samples is None else samples
+
     found = []
     say("likelihoods of real pictures")
     with contextlib.suppress(NotImplementedError):  # of a family that has no exact log_prob
-        found += _likelihoods(model, y, cond, draw, say)
+        found += _likelihoods(model, y, cond, own, draw, say)
     if held_out.cond_kind == "class" and held_out.name == "class_to_image":
         say("classes of samples")
         assert cond is not None
-        accuracy = class_accuracy(draw(cond), cond)
+        accuracy = class_accuracy(own(), cond)
         found.append(Measure("share of samples in the asked class", accuracy, None, rows))
         found.append(Measure("... of real pictures", held_out_accuracy(), None, len(held_out)))
     if not found and held_out.cond_kind == "image" and held_out.paired:
         say("distances of samples")
         assert cond is not None
-        for name, given in (("mean absolute error", cond), ("... of another's", cond.roll(1, 0))):
-            found.append(_mean(name, (draw(given) - y).abs().flatten(1).mean(1)))
+        other = draw(cond.roll(1, 0))
+        for name, drawn in (("mean absolute error", own()), ("... of another's", other)):
+            found.append(mean_measure(name, (drawn - y).abs().flatten(1).mean(1)))
     if not found:
         raise ValueError(
             "model must have likelihoods, make pictures of pictures, or draw the classes of "
@@ -157,29 +177,35 @@ def evaluate(
 
 
 def _likelihoods(
-    model: Any, y: Tensor, cond: Tensor | None, draw: Callable, say: Callable[[str], None]
+    model: Any,
+    y: Tensor,
+    cond: Tensor | None,
+    own: Callable[[], Tensor],
+    draw: Callable[[Tensor | None], Tensor],
+    say: Callable[[str], None],
 ) -> list[Measure]:
     real = bits_per_dimension(model, y, cond)
-    found = [_mean("bits per dimension, held out", real)]
+    found = [mean_measure("bits per dimension, held out", real)]
     if cond is not None:
         other = cond.roll(1, 0)  # no picture keeps its own
         swapped = bits_per_dimension(model, y, other)
-        found.append(_mean("... given another's condition", swapped))
+        found.append(mean_measure("... given another's condition", swapped))
     if hasattr(model, "int8"):
         say("likelihoods with weights of 8 bits")
         rounded = bits_per_dimension(model.int8(), y, cond)
-        found.append(_mean("... with weights of 8 bits", rounded))
-        found.append(_mean("... of 8 bits, what is lost", rounded - real))
+        found.append(mean_measure("... with weights of 8 bits", rounded))
+        found.append(mean_measure("... of 8 bits, what is lost", rounded - real))
     if cond is not None:
         say("likelihoods of samples")
-        own, others = (bits_per_dimension(model, draw(c), cond) for c in (cond, other))
-        found.append(_mean("bits per dimension, samples", own))
-        found.append(_mean("... drawn given another's condition", others))
+        mine, others = (bits_per_dimension(model, drawn, cond) for drawn in (own(), draw(other)))
+        found.append(mean_measure("bits per dimension, samples", mine))
+        found.append(mean_measure("... drawn given another's condition", others))
     return found
 
 
-def _mean(name: str, values: Tensor) -> Measure:
-    error = (values.std() / math.sqrt(len(values))).item()
+def mean_measure(name: str, values: Tensor) -> Measure:
+    """Mean of values (N,) and, of more than one, its standard error."""
+    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
     return Measure(name, values.mean().item(), error, len(values))
 
 

@@ -64,8 +64,11 @@ class Classifier(Model):
 
     def forward(self, y: Tensor) -> Tensor:
         """Logits (B, num_classes)."""
-        features = F.adaptive_avg_pool2d(self.blocks(y), self.config.grid)
-        return self.head(features.flatten(1))
+        return self.head(self.features(y))
+
+    def features(self, y: Tensor) -> Tensor:
+        """What the last layer sees, (B, channels[-1] grid^2)."""
+        return F.adaptive_avg_pool2d(self.blocks(y), self.config.grid).flatten(1)
 
     def loss(
         self,

@@ -158,10 +158,53 @@ def test_data_fields_are_no_flags(cgm, tmp_path):
 
 # Evaluate -----------------------------------------------------------------------------------------
 def test_evaluate_prints_what_is_measured(cgm, trained):
-    code, out, err = cgm(f"evaluate {trained['class_to_image']} --rows 20 --steps 1")
+    code, out, err = cgm(
+        f"evaluate {trained['class_to_image']} --rows 20 --steps 1 --measures task"
+    )
     assert code == 0 and err == ""
     assert "class_to_image on pictures of class_to_image that it never saw" in " ".join(out.split())
     assert re.search(r"share of samples in the asked class\s*│\s*0\.\d+ │\s*│\s*20 │", out)
+    assert "held out:" not in out
+
+
+def test_evaluate_compares_samples_with_real_pictures(cgm, trained, tmp_path):
+    """All that fits lower halves, of one drawing: as a table, as figures and as a picture."""
+    line = f"evaluate {trained['complete']} --rows 20 --samples 20 --steps 1 --seed 3"
+    code, out, err = cgm(line, "--out", tmp_path)
+    assert code == 0 and err == ""
+    words = " ".join(out.split())
+    assert "Features of pixels, fingerprint pixels: only figures of Inception can" in words
+    assert re.search(r"FD-pixels\s*│\s*[\d.]+ │\s*20 │\s*9000 │\s*[\d.]+ │\s*20 │", out)
+    assert "memorisation z, pixels" in out and "IS-" not in out
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["features"] == {"name": "pixels", "fingerprint": "pixels"}
+    assert (found["task"], found["samples"], found["seed"], found["steps"]) == (
+        "complete",
+        20,
+        3,
+        1,
+    )
+    measures = {m["name"]: m for m in found["measures"]}
+    assert len(measures) == len(found["measures"])
+    assert measures["FD-pixels"]["reference"] == 9000 and measures["FD-pixels"]["floor_rows"] == 20
+    assert measures["mean absolute error, of another's"]["error"] > 0
+    assert measures["memorisation z, pixels, below 1 % quantile"]["floor"] == 0.01
+    assert Image.open(tmp_path / "nearest.png").height > 8 * 28
+    samples = load_model(trained["complete"]).sample(
+        cond=load_task("complete", "test").batch(torch.arange(20))["cond"], seed=3, steps=1
+    )
+    real = load_task("complete", "test").batch(torch.arange(20))["y"]
+    error = (samples - real).abs().mean().item()
+    assert measures["mean absolute error"]["value"] == pytest.approx(error, rel=1e-5)
+
+
+def test_evaluate_one_measure(cgm, trained, tmp_path):
+    line = f"evaluate {trained['class_to_image']} --measures fd --samples 20 --steps 1"
+    code, out, err = cgm(line, "--features", "pixels", "--out", tmp_path)
+    assert code == 0 and err == "" and "share of samples in the asked class" not in out
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [m["name"] for m in found["measures"]] == ["FD-pixels"]
+    assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_an_autoregressive_model_from_training_to_bits(cgm, tmp_path, monkeypatch):
@@ -173,7 +216,7 @@ def test_an_autoregressive_model_from_training_to_bits(cgm, tmp_path, monkeypatc
     code, out, err = cgm("sample runs/autoregressive-complete --rows 3 --n 2 --top-k 1 --int8")
     assert code == 0 and "2 draws for each of 1" in out and err == ""
     assert Image.open("samples.png").height > 28
-    code, out, err = cgm("evaluate runs/autoregressive-complete --rows 3")
+    code, out, err = cgm("evaluate runs/autoregressive-complete --rows 3 --measures task")
     assert code == 0 and err == "" and "bits per dimension, held out" in out
     assert "of 8 bits, what is lost" in out
 
@@ -463,6 +506,12 @@ def test_a_point_map_has_the_points_where_they_are():
         ("evaluate {tmp}/classifier", "is a classifier, which draws nothing"),
         ("evaluate {run} --rows 1", "rows must be from 2 to 1000, got 1"),
         ("evaluate {run} --rows 9 --steps 0", "steps must be from 1"),
+        ("evaluate {run} --samples 3", "samples must be at least 20, got 3"),
+        ("evaluate {run} --measures fid", "measures must be of inception_score, fd, kid, prec"),
+        ("evaluate {run} --features faces", "features must be one of classifier, pixels, incep"),
+        ("evaluate {complete} --features classifier", "features must be pixels for y (1, 14, 28)"),
+        ("evaluate {complete} --measures inception_score", "which pixels have not"),
+        ("evaluate {run} --out {tmp}/nothing", "--out must be a folder, got {tmp}/nothing"),
         ("evaluate {pairs}", "was not trained on a shipped task, so nothing is held out"),
         ("train autoregressive --task complete --out {new} --model.heads 5", "heads must"),
         ("demo --out {tmp}/nothing", "out must be a folder"),

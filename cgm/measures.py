@@ -1,0 +1,501 @@
+"""How samples compare with real pictures: measures of feature matrices, in float64 on the CPU.
+
+frechet_distance   |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)      copies win it
+kernel_distance    unbiased squared MMD, kernel (x . y / d + 1)^3
+InceptionScore     exp(mean KL(p(class | x) || p(class)))                knows no real picture
+PrecisionRecall    precision, recall, density, coverage: balls around neighbours
+Memorisation       are samples closer to the training pictures than unseen pictures are?
+Birthday           1 / sum p^2 of what is drawn, from the duplicates among draws
+best_of_n          smallest of the first n distances to the real y, for each condition
+diversity          mean distance of two draws for one condition
+
+Features are rows (N, d); no measure makes them. Each has a blind side: training pictures returned
+as samples have a perfect Frechet distance, noise may have a good precision, one good picture a
+density above 1. They are to be read together, and beside the same measure of real pictures that
+were kept from training, at the same number of rows: the Frechet distance of two sets of real
+pictures is not 0, but falls like 1 / N.
+
+Samples come in parts, any number of them: `add` them one part after another. The result depends on
+the rows and their order, not on the parts, and memory does not grow with the rows. What measures
+keep are the features of the real rows and, where pairs of samples count (recall; the rows for
+`kernel_distance`), a fixed number of sample rows, which Philox chooses by their number. Wrong
+arguments raise ValueError or TypeError.
+
+Source   M. Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
+         equilibrium", arXiv:1706.08500 (Frechet distance).
+         M. Binkowski et al., "Demystifying MMD GANs", arXiv:1801.01401 (kernel distance).
+         T. Salimans et al., "Improved techniques for training GANs", arXiv:1606.03498 (Inception
+         score).
+         T. Kynkaanniemi et al., "Improved precision and recall metric for assessing generative
+         models", arXiv:1904.06991.
+         M. F. Naeem et al., "Reliable fidelity and diversity metrics for generative models",
+         arXiv:2002.09797 (density, coverage).
+         C. Meehan, K. Chaudhuri, S. Dasgupta, "A non-parametric test to detect data-copying in
+         generative models", arXiv:2004.05675 (memorisation, of which we take one cell).
+         S. Arora, Y. Zhang, "Do GANs actually learn the distribution? An empirical study",
+         arXiv:1706.08224 (birthday paradox).
+         T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for
+         computing sample variances", 1979 (moments in parts).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cgkernels.random import STREAM_MEASURES, uniform
+
+# What the measures draw, one step number of their stream each.
+_STEP_KEEP, _STEP_SPLIT, _STEP_REAL, _STEP_GENERATED = 0, 1, 2, 3
+
+_BLOCK = 256  # rows whose distances to all others are held at a time
+
+
+# Frechet distance ---------------------------------------------------------------------------------
+class Moments:
+    """Mean (d,) and covariance (d, d) of rows that come in parts."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.mean = self._scatter = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Takes rows (n, d), n may be 0."""
+        rows = _rows("rows", rows, like=self.mean if self.n else None)
+        if len(rows):
+            mean = rows.mean(0)
+            centred = rows - mean
+            self._add(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> None:
+        """Takes the rows that another has seen."""
+        if other.n:
+            if self.n and len(other.mean) != len(self.mean):
+                raise ValueError(
+                    f"other must be of {len(self.mean)} features, got {len(other.mean)}"
+                )
+            self._add(other.n, other.mean, other._scatter)
+
+    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if self.n == 0:
+            self.n, self.mean, self._scatter = n, mean.clone(), scatter.clone()
+            return
+        total = self.n + n
+        apart = mean - self.mean
+        self._scatter += scatter + apart.outer(apart) * (self.n * n / total)
+        self.mean = self.mean + apart * (n / total)
+        self.n = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d), divided by n - 1."""
+        if self.n < 2:
+            raise ValueError(f"rows must be at least 2 for a covariance, got {self.n}")
+        return self._scatter / (self.n - 1)
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """|m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2), the "FID" of any features.
+
+    The trace of the root is the sum of the square roots of the eigenvalues of a symmetric matrix:
+    real and stable also where there are fewer rows than features. The distance of finite samples is
+    too large by about 1 / n, the more the more features there are: compare at equal n.
+    """
+    if one.n and other.n and len(one.mean) != len(other.mean):
+        raise ValueError(f"other must be of {len(one.mean)} features, got {len(other.mean)}")
+    first, second = one.covariance, other.covariance
+    values, vectors = torch.linalg.eigh(first)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
+    apart = (one.mean - other.mean).square().sum()
+    return max(0.0, (apart + first.trace() + second.trace() - 2 * shared).item())
+
+
+# Kernel distance ----------------------------------------------------------------------------------
+def kernel_distance(
+    real: Tensor, generated: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and population standard deviation, over random subsets, of the unbiased squared MMD.
+
+    With k(x, y) = (x . y / d + 1)^3 and subsets of `size` rows each, at most all rows:
+        sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (size (size - 1)) - 2 mean k(x_i, y_j)
+    Its expectation is 0 for equal distributions at any size; a value may be negative. It grows
+    with the sixth power of the features' scale: `standardise` them to compare extractors. The
+    deviation is customary, but no standard error: subsets overlap.
+    """
+    real = _rows("real", real, least=2)
+    generated = _rows("generated", generated, like=real[0], least=2)
+    if subsets < 1 or size < 2:
+        raise ValueError(f"subsets and size must be at least 1 and 2, got {subsets} and {size}")
+    size = min(size, len(real), len(generated))
+    found = []
+    for subset in range(subsets):
+        x = real[_chosen(len(real), size, seed, subset, _STEP_REAL)]
+        y = generated[_chosen(len(generated), size, seed, subset, _STEP_GENERATED)]
+        xx, yy, xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        found.append(within / (size * (size - 1)) - 2 * xy.mean())
+    values = torch.stack(found)
+    return values.mean().item(), values.std(correction=0).item()
+
+
+def standardise(rows: Tensor, real: Moments) -> Tensor:
+    """(rows - mean) / scale with the mean of the real rows, and their mean variance = scale^2.
+
+    One scale for all features: a feature that hardly varies among real rows is not blown up.
+    """
+    rows = _rows("rows", rows, like=real.mean if real.n else None)
+    scale = real.covariance.diagonal().mean().sqrt().item()
+    return (rows - real.mean) / (scale or 1.0)
+
+
+def choose(n: int, size: int, seed: int = 0) -> Tensor:
+    """Numbers of `size` of n rows, all if there are fewer, ascending: a function of its arguments.
+
+    Of the real rows, to compare as many as there are samples.
+    """
+    return _chosen(n, min(n, size), seed, 0, _STEP_KEEP).sort().values
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _chosen(n: int, size: int, seed: int, number: int, step: int) -> Tensor:
+    index = torch.tensor([number])
+    u = uniform(
+        (1, n), seed=seed, index=index, step=step, stream=STREAM_MEASURES, dtype=torch.float64
+    )
+    return u[0].argsort(stable=True)[:size]
+
+
+class Kept:
+    """A uniformly random choice of at most `size` rows, of any number that come in parts.
+
+    Kept are the rows with the smallest Philox uniforms; that of a row is a function of its number
+    and the seed.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        self.size, self.seed, self.n = size, seed, 0
+        self._rows = torch.zeros(0, dtype=torch.float64)
+        self._u = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Takes rows (n, d), n may be 0."""
+        rows = _rows("rows", rows, like=self._rows[0] if self.n else None)
+        index = torch.arange(self.n, self.n + len(rows))
+        u = uniform(
+            (len(rows), 1),
+            seed=self.seed,
+            index=index,
+            step=_STEP_KEEP,
+            stream=STREAM_MEASURES,
+            dtype=torch.float64,
+        )
+        all_u = torch.cat([self._u, u[:, 0]])
+        all_rows = torch.cat([self._rows, rows]) if self.n else rows
+        kept = all_u.argsort(stable=True)[: self.size].sort().values
+        self._u, self._rows, self.n = all_u[kept], all_rows[kept], self.n + len(rows)
+
+    @property
+    def rows(self) -> Tensor:
+        """(min(n, size), d) float64, in the order they came in."""
+        return self._rows
+
+
+# Inception score ----------------------------------------------------------------------------------
+class InceptionScore:
+    """exp(mean KL(p(class | x) || p(class))) of class probabilities, in `splits` parts of the rows.
+
+    The probabilities come from any classifier; the score is between 1 and the number of classes.
+    Of each `splits` rows that follow one another each split gets one, by Philox: splits are equal,
+    and an order of the rows (by class, say) does no harm. The score sees no real picture, and is
+    as high for copies or a hundred pictures repeated as for real ones.
+    """
+
+    def __init__(self, splits: int = 10, seed: int = 0) -> None:
+        if splits < 1:
+            raise ValueError(f"splits must be at least 1, got {splits}")
+        self.splits, self.seed, self.n = splits, seed, 0
+        self._count = torch.zeros(splits, dtype=torch.float64)
+        self._entropy = torch.zeros(splits, dtype=torch.float64)  # sums of p ln p
+        self._sum = torch.zeros(splits, 0, dtype=torch.float64)  # sums of p
+
+    def add(self, probabilities: Tensor) -> None:
+        """Takes class probabilities (n, classes), n may be 0."""
+        p = _rows("probabilities", probabilities, like=self._sum[0] if self.n else None)
+        if len(p) and (p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3):
+            raise ValueError("probabilities must not be negative, and sum to 1 in each row")
+        if self.n == 0:
+            self._sum = torch.zeros(self.splits, p.shape[1], dtype=torch.float64)
+        split = self._split_of(torch.arange(self.n, self.n + len(p)))
+        self._count.index_add_(0, split, torch.ones(len(p), dtype=torch.float64))
+        self._entropy.index_add_(0, split, torch.xlogy(p, p).sum(1))
+        self._sum.index_add_(0, split, p)
+        self.n += len(p)
+
+    def _split_of(self, rows: Tensor) -> Tensor:
+        groups, group = torch.unique(rows // self.splits, return_inverse=True)
+        u = uniform(
+            (len(groups), self.splits),
+            seed=self.seed,
+            index=groups,
+            step=_STEP_SPLIT,
+            stream=STREAM_MEASURES,
+            dtype=torch.float64,
+        )
+        return u.argsort(dim=1, stable=True)[group, rows % self.splits]
+
+    def result(self) -> tuple[float, float]:
+        """Mean and population standard deviation over the splits."""
+        if self.n < self.splits:
+            raise ValueError(f"rows must be at least one for each split, got {self.n}")
+        mean = self._sum / self._count[:, None]
+        scores = (self._entropy / self._count - torch.xlogy(mean, mean).sum(1)).exp()
+        return scores.mean().item(), scores.std(correction=0).item()
+
+
+# Precision, recall, density, coverage -------------------------------------------------------------
+class Neighbourhoods(NamedTuple):
+    """What `PrecisionRecall` found."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+class PrecisionRecall:
+    """Balls around rows, as far as their k-th nearest neighbour among their own kind.
+
+        precision   share of samples that lie in a ball of a real row
+        recall      share of real rows that lie in a ball of a sample
+        density     mean number of real balls that a sample lies in, / k
+        coverage    share of real balls with a sample in them
+
+    Precision and recall with k = 3 and <=; density and coverage with k = 5 and <, as their sources
+    have them. A row is not its own neighbour. Compare as many real rows as samples: all four depend
+    on both numbers. Noise or one picture may have a high precision and density; their recall and
+    coverage are near 0.
+
+    held: recall is of so many samples at most, a random choice. The others are of all samples.
+    """
+
+    def __init__(
+        self, real: Tensor, *, k: int = 3, density_k: int = 5, held: int = 10_000, seed: int = 0
+    ) -> None:
+        if k < 1 or density_k < 1:
+            raise ValueError(f"k and density_k must be at least 1, got {k} and {density_k}")
+        self._real = _rows("real", real, least=max(k, density_k) + 1)
+        self._k, self._density_k = k, density_k
+        self._narrow, self._wide = _radii(self._real, k, density_k)
+        self._kept = Kept(held, seed)
+        self._precise, self._inside = 0, 0
+        self._covered = torch.zeros(len(self._real), dtype=torch.bool)
+
+    def add(self, generated: Tensor) -> None:
+        """Takes samples (n, d), n may be 0."""
+        generated = _rows("generated", generated, like=self._real[0])
+        self._kept.add(generated)
+        for block in generated.split(_BLOCK):
+            distances = _distances(block, self._real)
+            self._precise += int((distances <= self._narrow).any(1).sum())
+            inside = distances < self._wide
+            self._inside += int(inside.sum())
+            self._covered |= inside.any(0)
+
+    def result(self) -> Neighbourhoods:
+        """Of the samples so far, of which there must be more than k."""
+        n, kept = self._kept.n, self._kept.rows
+        if n <= self._k:
+            raise ValueError(f"generated must be more than k = {self._k} rows, got {n}")
+        radii = _radii(kept, self._k)[0]
+        recalled = [(_distances(block, kept) <= radii).any(1) for block in self._real.split(_BLOCK)]
+        return Neighbourhoods(
+            precision=self._precise / n,
+            recall=torch.cat(recalled).double().mean().item(),
+            density=self._inside / (n * self._density_k),
+            coverage=self._covered.double().mean().item(),
+        )
+
+
+def _radii(rows: Tensor, *ks: int) -> list[Tensor]:
+    """Distance (N,) of each row to its k-th nearest other row, for each k."""
+    parts = []
+    for block in rows.split(_BLOCK):
+        # The nearest of all is the row itself, or another that is equal to it.
+        nearest = _distances(block, rows).topk(max(ks) + 1, largest=False, sorted=True).values
+        parts.append(nearest[:, list(ks)])
+    return list(torch.cat(parts).unbind(1))
+
+
+# Memorisation -------------------------------------------------------------------------------------
+class Copying(NamedTuple):
+    """What `Memorisation` found: see there."""
+
+    z: float
+    close: float
+    nearer_training: float
+    expected: float
+
+
+class Memorisation:
+    """Are samples closer to the training rows than rows are that training never saw?
+
+        z                 Mann-Whitney statistic of the distances d to the nearest training row, of
+                          n samples and m unseen rows: (U - nm / 2) / sqrt(nm (n + m + 1) / 12),
+                          U = number of pairs in which the sample is farther, ties one half
+        close             share of samples with d below the 1 % quantile of the unseen rows
+        nearer_training   share of samples that are nearer to a training row than to any unseen one
+        expected          of that share, N / (N + m): training and unseen rows are alike to a model
+                          that has learned their distribution
+
+    Of unseen rows z is a standard normal and `close` 0.01; of a model that returns training
+    pictures z is far below -10, and `close` near 1. Without a correction for ties |z| is a little
+    too small where copies are exact. A z below 0 alone is no proof: pictures that are smoother than
+    real ones are close to all pictures. Of them `nearer_training` is as expected, of copies it is
+    near 1. It means nothing of samples that were made from the unseen rows' own conditions, and
+    are near them for that reason.
+
+    Test in pixels and in features: copies with a blur are far from their originals in the features
+    of a classifier.
+    """
+
+    def __init__(self, training: Tensor, unseen: Tensor) -> None:
+        self._training = _rows("training", training, least=1)
+        self._unseen = _rows("unseen", unseen, like=self._training[0], least=2)
+        self._limits = nearest(self._unseen, self._training)[0].sort().values
+        self._quantile = self._limits.quantile(0.01)
+        self._n, self._u, self._close, self._nearer = 0, 0.0, 0, 0
+
+    def add(self, generated: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes samples (n, d), n may be 0; returns what `nearest` says of them."""
+        generated = _rows("generated", generated, like=self._training[0])
+        distance, row = nearest(generated, self._training)
+        below = torch.searchsorted(self._limits, distance)
+        up_to = torch.searchsorted(self._limits, distance, right=True)
+        self._u += (below + up_to).sum().item() / 2
+        self._close += int((distance < self._quantile).sum())
+        self._nearer += int((distance < nearest(generated, self._unseen)[0]).sum())
+        self._n += len(generated)
+        return distance, row
+
+    def result(self) -> Copying:
+        """Of the samples so far."""
+        n, m = self._n, len(self._limits)
+        if n == 0:
+            raise ValueError("generated must be at least one row, got none")
+        z = (self._u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)
+        expected = len(self._training) / (len(self._training) + m)
+        return Copying(z, self._close / n, self._nearer / n, expected)
+
+
+def nearest(rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (n,) of each row (n, d) to the nearest of reference (N, d), and its number (n,)."""
+    reference = _rows("reference", reference, least=1)
+    rows = _rows("rows", rows, like=reference[0])
+    parts = [_distances(block, reference).min(1) for block in rows.split(_BLOCK)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+# Birthday paradox ---------------------------------------------------------------------------------
+class Support(NamedTuple):
+    """What `Birthday` found: see there."""
+
+    estimate: float | None
+    at_least: float
+    duplicates: int
+    pairs: int
+
+
+class Birthday:
+    """The size of the support of what is drawn, from the duplicates among draws.
+
+    Two of the draws are equal with probability sum p^2, so that of R batches of s draws
+        estimate = (R s (s - 1) / 2) / duplicates,      an estimate of 1 / sum p^2:
+    the number of different samples if all are equally probable, and less if they are not: a lower
+    bound of the support. Its relative error is about 1 / sqrt(duplicates). If no duplicate was
+    found it is None, and 1 / sum p^2 is larger than at_least with 95 % confidence.
+
+    Duplicates are rows nearer than `threshold`. If a share a of the pairs of different rows is
+    nearer too, no estimate exceeds 1 / a: measure real rows as well, which says how far it reaches.
+    """
+
+    def __init__(self, size: int, threshold: float) -> None:
+        if size < 2 or not threshold > 0:
+            raise ValueError(
+                f"size and threshold must be at least 2 and positive, got {size} and {threshold}"
+            )
+        self.size, self.threshold = size, threshold
+        self._waiting = torch.zeros(0, dtype=torch.float64)
+        self._duplicates, self._batches = 0, 0
+
+    def add(self, generated: Tensor) -> None:
+        """Takes samples (n, d), n may be 0: `size` that follow one another are a batch."""
+        like = self._waiting[0] if len(self._waiting) else None
+        rows = _rows("generated", generated, like=like)
+        rows = torch.cat([self._waiting, rows]) if len(self._waiting) else rows
+        while len(rows) >= self.size:
+            batch, rows = rows[: self.size], rows[self.size :]
+            self._duplicates += int((torch.pdist(batch) < self.threshold).sum())
+            self._batches += 1
+        self._waiting = rows.clone()
+
+    def result(self) -> Support:
+        """Of the whole batches so far; what is left over does not count."""
+        if self._batches == 0:
+            raise ValueError(f"generated must be at least size = {self.size} rows")
+        pairs = self._batches * self.size * (self.size - 1) // 2
+        found = self._duplicates
+        # Poisson with mean -ln 0.05 has no event with probability 0.05.
+        at_least = pairs / -math.log(0.05)
+        return Support(pairs / found if found else None, at_least, found, pairs)
+
+
+# For each condition -------------------------------------------------------------------------------
+def best_of_n(distances: Tensor) -> Tensor:
+    """(n,) means over conditions of the smallest of the first 1, 2, .. n distances (n, B).
+
+    distances: of n draws for each of B conditions to the real y. More draws lower it if they
+    differ; a model without noise gains nothing.
+    """
+    return _rows("distances", distances, least=1).cummin(0).values.mean(1)
+
+
+def diversity(draws: Tensor) -> float:
+    """Mean distance of two of the draws (n, d) for one condition; 0 if all are equal.
+
+    Divided by that of real rows that share the condition it is 1 for the right diversity.
+    """
+    return torch.pdist(_rows("draws", draws, least=2)).mean().item()
+
+
+# Rows ---------------------------------------------------------------------------------------------
+def _rows(name: str, rows: Tensor, *, like: Tensor | None = None, least: int = 0) -> Tensor:
+    """The rows (n, d) in float64 on the CPU; `like` is a row they must be as wide as."""
+    if rows.dim() != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name} must be (N, d) with d > 0, got {tuple(rows.shape)}")
+    if not rows.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {rows.dtype}")
+    if like is not None and len(like) != rows.shape[1]:
+        raise ValueError(f"{name} must be (N, {len(like)}), got {tuple(rows.shape)}")
+    if len(rows) < least:
+        raise ValueError(f"{name} must be at least {least} rows, got {len(rows)}")
+    rows = rows.detach().to("cpu", torch.float64)
+    if not rows.isfinite().all():
+        raise ValueError(f"{name} must be finite, got infinities or NaN")
+    return rows
+
+
+def _distances(rows: Tensor, others: Tensor) -> Tensor:
+    """(n, N) Euclidean distances by one matrix product; those of equal rows are exactly 0."""
+    centre = others.mean(0)
+    rows, others = rows - centre, others - centre
+    lengths = rows.square().sum(1)[:, None] + others.square().sum(1)
+    squares = torch.addmm(lengths, rows, others.T, alpha=-2)
+    # What is left of two equal rows is round-off of their lengths.
+    return squares.masked_fill_(squares <= 1e-12 * lengths, 0).sqrt_()
