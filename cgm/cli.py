@@ -472,10 +472,10 @@ def _evaluate(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from cgm.checkpoints import load_model
-    from cgm.comparison import check_measures, compare, write_nearest
     from cgm.data import load_task
     from cgm.evaluation import check_rows, evaluate
     from cgm.features import load_features
+    from cgm.realism import against_real, check_measures, write_nearest
 
     task = _task_of(data)
     if task is None:
@@ -494,7 +494,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     with console.status("") as status:
         model, samples, comparison = load_model(path, device), None, None
         if extractor is not None:
-            comparison = compare(
+            comparison = against_real(
                 model,
                 training,
                 held_out,

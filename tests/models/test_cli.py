@@ -125,6 +125,7 @@ def comments(options):
         ("convert --help", "", cli.ConvertOptions),
         ("demo --help", "", cli.DemoOptions),
         ("bench --help", "", cli.BenchOptions),
+        ("compare --help", "", cli.CompareOptions),
     ],
 )
 def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, options):
@@ -454,7 +455,10 @@ def test_a_point_map_has_the_points_where_they_are():
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("paint", "one of train, sample, evaluate, convert, demo, bench, info, got 'paint'"),
+        (
+            "paint",
+            "one of train, sample, evaluate, convert, demo, compare, bench, info, got 'paint'",
+        ),
         ("train autoencoder", "diffusion, gan, pix2pix, got 'autoencoder'"),
         ("train classifier", "diffusion, gan, pix2pix, got 'classifier'"),
         ("train diffusion --out {new}", "one of --task and --data"),

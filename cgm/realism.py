@@ -65,7 +65,7 @@ class Neighbours:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What `compare` found."""
+    """What `against_real` found."""
 
     measures: list[Measure]
     samples: Tensor  # the first ones, at most one for each held-out picture
@@ -104,7 +104,7 @@ class _Real:
         return f"{measure}-{self.extractor.name}"
 
 
-def compare(
+def against_real(
     model: Any,
     training: Dataset,
     held_out: Dataset,

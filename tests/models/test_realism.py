@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cgm import comparison
-from cgm.comparison import MEASURES, check_measures, compare, write_nearest
+from cgm import realism
 from cgm.data import Dataset, load_task
 from cgm.evaluation import evaluate, load_classifier
 from cgm.features import ClassifierFeatures, InceptionFeatures, Pixels, load_features
@@ -24,6 +23,7 @@ from cgm.measures import (
     kernel_distance,
     standardise,
 )
+from cgm.realism import MEASURES, against_real, check_measures, write_nearest
 
 
 def of_rows(dataset, rows):
@@ -74,7 +74,7 @@ def test_held_out_pictures_and_copies(data):
     copied = training.y[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
     found, names = {}, ("fd", "precision_recall", "memorisation", "birthday")
     for name, pictures in (("real", rest), ("copies", copied)):
-        result = compare(
+        result = against_real(
             Returns(pictures),
             training,
             held_out,
@@ -103,7 +103,7 @@ def test_the_measures_are_those_of_the_features(data):
     training, held_out, rest = data
     extractor = ClassifierFeatures()
     model = Returns(rest)
-    result = compare(model, training, held_out, extractor, samples=230, seed=5, steps=3)
+    result = against_real(model, training, held_out, extractor, samples=230, seed=5, steps=3)
     found = values(result.measures)
     # Picture 200 is draw 1 of row 0.
     assert torch.equal(result.samples, rest[:200])
@@ -142,7 +142,7 @@ def test_duplicates(data):
     """A model with 40 pictures: each equals one in 40."""
     training, held_out, rest = data
     ids = torch.randint(40, (1000,), generator=torch.Generator().manual_seed(0))
-    found = compare(
+    found = against_real(
         Returns(rest[ids]), training, held_out, Pixels(), samples=800, measures=("birthday",)
     )
     share, support = found.measures
@@ -157,7 +157,7 @@ def test_diversity_in_a_class(data):
     found = []
     for pictures in (held_out.batch(torch.arange(200))["y"], rest, rest[:1]):
         model = Returns(pictures)
-        found += compare(
+        found += against_real(
             model, training, held_out, Pixels(), samples=200, measures=("conditions",)
         ).measures
     right, mixed, collapsed = found
@@ -172,7 +172,7 @@ def test_samples_for_one_condition():
     samples = torch.cat([y, y[:1].expand(170, 1, 4, 4)]).repeat(4, 1, 1, 1)
     model = Returns(samples + offsets[:, None, None, None])
     pairs = Dataset("pairs", y, y, "image")
-    found = values(compare(model, pairs, pairs, Pixels(), samples=20).measures)
+    found = values(against_real(model, pairs, pairs, Pixels(), samples=20).measures)
     assert found["distance to the real y"].value == pytest.approx(4)
     assert found["distance to the real y ... best of 4 samples"].value == pytest.approx(2)
     apart = 4 * (1 + 1.5 + 3 + 2.5 + 2 + 4.5) / 6
@@ -183,18 +183,18 @@ def test_samples_for_one_condition():
 def test_parts_and_memory(data, monkeypatch):
     training, held_out, rest = data
     names = "fd", "memorisation", "precision_recall"
-    once = compare(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
-    monkeypatch.setattr(comparison, "_AT_ONCE", 37)
-    parts = compare(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
+    once = against_real(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
+    monkeypatch.setattr(realism, "_AT_ONCE", 37)
+    parts = against_real(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
     for one, other in zip(once.measures, parts.measures, strict=True):
         assert one.value == pytest.approx(other.value, rel=1e-6) and one.name == other.name
     assert torch.equal(once.closest.nearest, parts.closest.nearest)
     assert torch.equal(once.first.samples, parts.first.samples)
     kept = []
-    monkeypatch.setattr(comparison, "_HELD", 25)
+    monkeypatch.setattr(realism, "_HELD", 25)
     add = Kept.add
     monkeypatch.setattr(Kept, "add", lambda self, rows: (add(self, rows), kept.append(self.rows)))
-    compare(Returns(rest), training, held_out, Pixels(), samples=700, measures=("kid",))
+    against_real(Returns(rest), training, held_out, Pixels(), samples=700, measures=("kid",))
     assert max(map(len, kept)) == 25
 
 
@@ -216,7 +216,7 @@ def test_nearest_neighbours_as_a_picture(data, tmp_path):
     training, held_out, rest = data
     pictures = rest.clone()
     pictures[150:153] = training.y[77:80]
-    result = compare(
+    result = against_real(
         Returns(pictures), training, held_out, Pixels(), samples=200, measures=("memorisation",)
     )
     assert result.closest.nearest[:3].tolist() == [77, 78, 79]
@@ -235,7 +235,7 @@ def test_pictures_of_the_tasks(tmp_path):
     for task in ("colorize", "complete"):
         parts = [of_rows(load_task(task, split), torch.arange(40)) for split in ("train", "test")]
         model = Returns(parts[1].y)
-        result = compare(model, *parts, Pixels(), samples=20, measures=("memorisation",))
+        result = against_real(model, *parts, Pixels(), samples=20, measures=("memorisation",))
         file = tmp_path / f"{task}.png"
         write_nearest(file, result, *parts, stacked=task == "complete")
         sizes[task] = Image.open(file).size
@@ -293,7 +293,7 @@ def test_inception_is_given_levels_in_three_channels(torchmetrics, data):
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
     training, held_out, rest = data
     found = values(
-        compare(
+        against_real(
             Returns(rest), training, held_out, extractor, samples=20, measures=("kid",)
         ).measures
     )
@@ -343,13 +343,13 @@ def test_measures_that_do_not_fit(data):
         (("inception_score",), "inception_score: it needs class probabilities, which pixels"),
     ):
         with pytest.raises(ValueError, match=words):
-            compare(Returns(rest), training, held_out, Pixels(), measures=names)
+            against_real(Returns(rest), training, held_out, Pixels(), measures=names)
     with pytest.raises(ValueError, match="conditions: it needs classes or pairs of pictures"):
-        compare(Returns(rest), none, none, Pixels(), measures=("conditions",))
+        against_real(Returns(rest), none, none, Pixels(), measures=("conditions",))
     with pytest.raises(ValueError, match="samples must be at least 20, got 19"):
-        compare(Returns(rest), training, held_out, Pixels(), samples=19)
+        against_real(Returns(rest), training, held_out, Pixels(), samples=19)
     with pytest.raises(ValueError, match="must be finite"):
-        compare(Returns(rest * math.nan), training, held_out, Pixels(), measures=("fd",))
+        against_real(Returns(rest * math.nan), training, held_out, Pixels(), measures=("fd",))
 
 
 def test_a_model_without_condition(data):
@@ -357,7 +357,7 @@ def test_a_model_without_condition(data):
     model = Returns(rest[:200].repeat(4, 1, 1, 1))
     some = Dataset("pictures", rest[200:])
     model.sample = lambda n, seed, index: rest[index // 2**32]
-    found = compare(
+    found = against_real(
         model, some, Dataset("more", rest[-50:]), Pixels(), samples=60, measures=("fd",)
     )
     assert torch.equal(found.samples, rest[:50]) and found.measures[0].rows == 60
