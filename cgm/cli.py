@@ -709,7 +709,7 @@ class CompareOptions:
     """
 
     # The task: colorize, bouncing_ball, two_moons or eight_gaussians.
-    task: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    task: Annotated[str, tyro.conf.arg(metavar="NAME")] = "colorize"
     # Families to compare, by name.
     families: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all)")
