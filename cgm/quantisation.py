@@ -21,7 +21,7 @@ def from_bins(numbers: Tensor, bins: int) -> Tensor:
 
 
 def to_palette(y: Tensor, palette: Tensor) -> Tensor:
-    """The number (B, H, W) of the colour of palette (K, C) that is nearest to each of y (B, C, H, W).
+    """The number (B, H, W) of the colour of palette (K, C) nearest to each pixel of y (B, C, H, W).
 
     Of colours equally near, one of them.
     """
