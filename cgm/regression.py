@@ -279,7 +279,7 @@ def _annealed(logits: Tensor, dim: int, temperature: float) -> Tensor:
 def _choose(logits: Tensor, noise: _Noise, temperature: float) -> Tensor:
     """A class of each of logits (B, K, *event), (B, *event, draws), by the inverse of the CDF.
 
-    One uniform each; a class is drawn with its probability within 2^-24.
+    One uniform each, so that probabilities are right within a few 2^-24.
     """
     logits = logits.movedim(1, -1)
     draws = len(noise.index) // noise.rows
@@ -287,7 +287,7 @@ def _choose(logits: Tensor, noise: _Noise, temperature: float) -> Tensor:
         return logits.argmax(-1, keepdim=True).expand(*logits.shape[:-1], draws)
     cdf = _annealed(logits, -1, temperature).cumsum(-1)
     u = noise.uniform(logits.shape[1:-1], logits.dtype, _STEP_CHOICE).movedim(0, -1)
-    # u < 1 stays below the last entry, which need not be 1: a class of probability 0 is never it.
+    # The last entry need not be 1, and u < 1 stays below it.
     return torch.searchsorted(cdf, (u * cdf[..., -1:]).contiguous(), right=True)
 
 
@@ -327,12 +327,16 @@ class LeastSquares(Regression):
     def _mean(self, parameters: Tensor) -> Tensor:
         return parameters[:, 0]
 
-    def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
-        mean, sigma = self._mean(parameters), self.config.sigma
-        if sigma == 0:
+    def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """As of all, of a model with a sigma; NotImplementedError without one."""
+        if self.config.sigma == 0:
             raise NotImplementedError(
                 "LeastSquares has a log_prob only with a sigma; it has predict and a loss"
             )
+        return super().log_prob(y, cond=cond)
+
+    def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
+        mean, sigma = self._mean(parameters), self.config.sigma
         if self.config.error == "l2":
             return _normal_log_density(y, mean, torch.full_like(mean[:1], sigma))
         width = sigma / math.sqrt(2)
