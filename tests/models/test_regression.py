@@ -605,7 +605,7 @@ def test_wrong_arguments(family):
     with pytest.raises(ValueError, match="cond must be given"):
         model.loss(pictures(2), seed=0)
     with pytest.raises(ValueError, match=r"cond must be in \[0, 2\]"):
-        model.log_prob(pictures(2), cond=cond + 1)
+        model.loss(pictures(2), cond=cond + 1, seed=0)
     with pytest.raises(ValueError, match="cond must be given"):
         model.sample(2)
     with pytest.raises(ValueError, match="cond must be given"):
