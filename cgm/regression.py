@@ -175,7 +175,8 @@ class Regression(Model):
     def predict(self, *, cond: Tensor | None = None) -> Tensor:
         """The mean of p(y | cond), a point prediction: (B, C, H, W), without cond (1, C, H, W).
 
-        It has the least squared error, and of several right answers lies between all of them.
+        It has the least squared error, and of several right answers lies between all of them. Of
+        `LeastSquares` with error l1 it is the median instead.
         """
         return self._mean(self._distribution(cond))
 
