@@ -22,6 +22,7 @@ from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
 from cgm.decoding import Decoder, SamplingConfig
 from cgm.families import Model, numbered, solver_options
 from cgm.networks.transformer import Transformer, TransformerConfig
+from cgm.quantisation import from_bins, to_bins
 
 
 # Config -------------------------------------------------------------------------------------------
@@ -297,18 +298,15 @@ class ConditionalTransformer(Model):
 def quantise(y: Tensor, levels: int) -> Tensor:
     """Values 0 .. levels - 1 of pictures (B, C, H, W) in [-1, 1], in the order of the sequence.
 
-    The 256 values of an 8-bit picture are shared out evenly; `dequantise` gives the middle of those
-    that became one.
+    They are the bins of `cgm.quantisation`.
     """
-    steps = ((y.movedim(1, 3).flatten(1) + 1) * 127.5).round().long().clamp(0, 255)
-    return steps * levels // 256
+    return to_bins(y.movedim(1, 3).flatten(1), levels)
 
 
 def dequantise(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1] of values (B, C H W)."""
     channels, height, width = shape
-    steps = (values.float() + 0.5) * (256 / levels) - 0.5
-    pictures = (steps / 127.5 - 1).view(-1, height, width, channels)
+    pictures = from_bins(values, levels).view(-1, height, width, channels)
     return pictures.movedim(3, 1).contiguous()
 
 

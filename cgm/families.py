@@ -20,7 +20,11 @@ FAMILIES = {
     "cyclegan": "cgm.cyclegan:CycleGAN",
     "diffusion": "cgm.diffusion:ConditionalDiffusion",
     "gan": "cgm.gan:ConditionalGAN",
+    "gaussian_regression": "cgm.regression:GaussianRegression",
+    "least_squares": "cgm.regression:LeastSquares",
+    "mixture_density": "cgm.regression:MixtureDensity",
     "pix2pix": "cgm.gan:Pix2Pix",
+    "quantized_classifier": "cgm.regression:QuantizedClassifier",
 }
 
 

@@ -26,7 +26,8 @@ class Dataset:
     """N rows of what is generated, y, and of what it is generated from, cond.
 
     Pictures are held as uint8 (a quarter of the memory) and become float32 in [-1, 1] in `batch`;
-    float32 tensors pass unchanged. A wrong dtype, length or crop raises ValueError or TypeError.
+    float32 tensors pass unchanged. A wrong dtype, length or crop, or a value that is not finite,
+    raises ValueError or TypeError.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.y.dim() < 2 or len(self.y) == 0:
             raise ValueError(f"y must be (N, *event) with N > 0, got {tuple(self.y.shape)}")
-        _check_dtype("y", self.y, torch.uint8, torch.float32)
+        _check_pixels("y", self.y)
         self._check_augmentation()
         if self.cond is None:
             if self.cond_kind != "none":
@@ -61,7 +62,7 @@ class Dataset:
                 f"cond must have as many rows as y, {len(self.y)}, got {len(self.cond)}"
             )
         if self.cond_kind == "image":
-            _check_dtype("cond", self.cond, torch.uint8, torch.float32)
+            _check_pixels("cond", self.cond)
             return
         _check_dtype("cond", self.cond, torch.int64)
         low, high = (int(v) for v in self.cond.aminmax())
@@ -187,6 +188,13 @@ def _row_uniform(rows: Tensor, seed: int, epoch: int, step: int, *event: int) ->
         stream=STREAM_DATA,
         dtype=torch.float64,
     )
+
+
+def _check_pixels(name: str, pixels: Tensor) -> None:
+    _check_dtype(name, pixels, torch.uint8, torch.float32)
+    if pixels.is_floating_point() and not (finite := pixels.isfinite()).all():
+        row = int((~finite).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{name} must be finite, got row {row} with values that are not")
 
 
 def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

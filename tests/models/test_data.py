@@ -229,10 +229,17 @@ def test_a_data_set_of_tensors():
     [
         ({"y": torch.zeros(0, 2)}, ValueError, "y must be"),
         ({"y": torch.zeros(2, 2, dtype=torch.float64)}, TypeError, r"y must be.*float64"),
+        ({"y": torch.tensor([[0.0], [torch.nan]])}, ValueError, "y must be finite, got row 1"),
+        ({"y": torch.tensor([[torch.inf], [0.0]])}, ValueError, "y must be finite, got row 0"),
         ({"cond_kind": "class"}, ValueError, "cond must be given"),
         ({"cond": torch.zeros(2), "cond_kind": "words"}, ValueError, "cond_kind.*'words'"),
         ({"cond": torch.zeros(2, 1), "cond_kind": "image"}, ValueError, "cond.*4 dimensions"),
         ({"cond": torch.zeros(3, 1, 1, 1), "cond_kind": "image"}, ValueError, "as many rows"),
+        (
+            {"cond": torch.full((2, 1, 1, 1), torch.nan), "cond_kind": "image"},
+            ValueError,
+            "cond must be finite",
+        ),
         ({"cond": torch.zeros(2), "cond_kind": "class"}, TypeError, r"cond must be.*int64"),
         ({"cond": torch.tensor([0, 1]), "cond_kind": "class"}, ValueError, "num_classes = 1"),
     ],

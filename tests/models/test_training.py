@@ -327,9 +327,8 @@ def test_trains_in_another_thread(tmp_path):
 
 
 def test_stops_before_a_loss_that_is_not_finite(tmp_path):
-    y = toy_data().y
-    bad_row = 3
-    y[bad_row, 1, 2] = math.nan
+    data, bad_row = toy_data(), 3
+    data.y[bad_row, 1, 2] = math.nan  # behind its back: a data set takes none
     places = epoch_order(N, CONFIG.seed, 0).tolist()
     bad_step = places.index(bad_row) // 3 + 1
     config = dataclasses.replace(CONFIG, save_every=1)
@@ -341,7 +340,7 @@ def test_stops_before_a_loss_that_is_not_finite(tmp_path):
         weights.append({name: t.clone() for name, t in model.state_dict().items()})
 
     with pytest.raises(FloatingPointError, match=f"phase first is not finite at step {bad_step};"):
-        run(tmp_path / "run", config, toy_data(y), model, on_step=keep)
+        run(tmp_path / "run", config, data, model, on_step=keep)
     tensors, info = state(tmp_path / "run")
     assert info["step"] == bad_step - 1 and len(weights) == bad_step
     for name, parameter in model.named_parameters():
@@ -352,15 +351,15 @@ def test_stops_before_a_loss_that_is_not_finite(tmp_path):
 
 def test_no_update_follows_one_that_is_not_finite(tmp_path):
     """On a GPU the host learns of it steps later."""
-    y = toy_data().y
-    y[:] = math.nan
+    wrong = toy_data()
+    wrong.y[:] = math.nan
     for bad in range(1, 4):
         model = toy()
         loop = training._Run(model, toy_data(), CONFIG, torch.device("cpu"))
         for _ in range(bad):
             loop.train_step(0.1)
         before = [p.clone() for p in model.parameters()]
-        loop.dataset = toy_data(y)
+        loop.dataset = wrong
         loop.train_step(0.1)
         loop.dataset = toy_data()
         loop.train_step(0.1)
