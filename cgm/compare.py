@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cgm import truth
 from cgm.checkpoints import load_model, read_tensors, replacing, write_tensors
-from cgm.data import Batch, Dataset, load_task, synthetic
+from cgm.data import PINK, TEAL, Batch, Dataset, load_task, synthetic
 from cgm.families import config_class, family_class, make_model
 from cgm.plots import POINT, as_pictures, picture_grid, point_map
 from cgm.training import TrainingConfig, train
@@ -84,17 +84,51 @@ def _balls(samples: Tensor, held_out: Batch) -> truth.Scores:
     return truth.ball_scores(samples[:, free], balls.before[free], balls.position[free])
 
 
+_SMALL: dict[str, Any] = {"width": 16}
+_BATCH: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "ema_decay": 0.99}
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
-_POINT_UNET = {"channels": 64, "multipliers": (1,), "attention_levels": 0, "patch": 1}
-_POINT_GAN = {"patch": 1, "levels": 1, "latents": 8, "width": 64, "discriminator_width": 64}
+_POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
+_POINT_TRANSFORMER: dict[str, Any] = {
+    "levels": 64, "layers": 2, "width": 32, "heads": 2, "hidden": 64, "positions": "learned"
+}  # fmt: skip
+_POINT_UNET: dict[str, Any] = {
+    "channels": 32,
+    "multipliers": (1,),
+    "attention_levels": 0,
+    "patch": 1,
+}
+_POINT_GAN: dict[str, Any] = {
+    "patch": 1,
+    "levels": 1,
+    "latents": 8,
+    "width": 64,
+    "discriminator_width": 64,
+}
 CONTESTS = {
     "colorize": Contest(
         rows=50,
         draws=8,
         score=_colours,
         entries=(
-            Entry("diffusion", {"cond_dropout": 0.0}, {"batch_size": 32}, {"steps": 20}),
-            Entry("gan", {"latents": 8, "width": 16}, {"batch_size": 32}),
+            Entry("least_squares", _SMALL, _BATCH),
+            Entry("gaussian_regression", _SMALL, _BATCH),
+            Entry("mixture_density", _SMALL, _BATCH),
+            Entry("quantized_classifier", {**_SMALL, "palette": (TEAL, PINK, (0.0, 0.0))}, _BATCH),
+            Entry(
+                "autoregressive",
+                # A step of 0.1 between levels: both colours and grey are levels themselves.
+                {
+                    "levels": 21,
+                    "layers": 2,
+                    "width": 64,
+                    "heads": 2,
+                    "hidden": 128,
+                    "cond_dropout": 0.0,
+                },
+                {"batch_size": 8, "warmup": 50},
+            ),
+            Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
+            Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32, "learning_rate": 5e-4}),
         ),
     ),
     "eight_gaussians": Contest(
@@ -102,6 +136,10 @@ CONTESTS = {
         draws=1,
         score=_gaussians,
         entries=(
+            Entry("gaussian_regression", {}, _FLAT),
+            Entry("mixture_density", {}, _FLAT),
+            Entry("quantized_classifier", {"bins": 64}, _FLAT),
+            Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
             Entry("diffusion", _POINT_UNET, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
         ),
@@ -111,6 +149,10 @@ CONTESTS = {
         draws=1,
         score=_moons,
         entries=(
+            Entry("gaussian_regression", _POINT_REGRESSION, _FLAT),
+            Entry("mixture_density", _POINT_REGRESSION, _FLAT),
+            Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
+            Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
             Entry("diffusion", {**_POINT_UNET, "cond_dropout": 0.0}, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
         ),
@@ -119,7 +161,10 @@ CONTESTS = {
         rows=100,
         draws=8,
         score=_balls,
-        entries=(Entry("diffusion", {"cond_dropout": 0.0}, {"batch_size": 64}, {"steps": 20}),),
+        entries=(
+            Entry("least_squares", _SMALL, _BATCH),
+            Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
+        ),
     ),
 }
 
