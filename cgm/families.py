@@ -15,12 +15,14 @@ _Options = TypeVar("_Options")
 
 # Resolved on use: reading one checkpoint imports one family.
 FAMILIES = {
+    "autoencoder": "cgm.vae:Autoencoder",
     "autoregressive": "cgm.autoregressive:ConditionalTransformer",
     "classifier": "cgm.networks.classifier:Classifier",
     "cyclegan": "cgm.cyclegan:CycleGAN",
     "diffusion": "cgm.diffusion:ConditionalDiffusion",
     "gan": "cgm.gan:ConditionalGAN",
     "pix2pix": "cgm.gan:Pix2Pix",
+    "vae": "cgm.vae:ConditionalVAE",
 }
 
 

@@ -54,7 +54,8 @@ class ResidualUNet(nn.Module):
         levels: resolutions, each half of the one above, rounded up.
         blocks: residual blocks of a level, on the way down and again on the way up.
         features: size of the vector, 0 for none.
-        start_at_zero: the result of the initial weights is 0.
+        start_at_zero: blocks start as their skips, deaf to the vector, and the result as 0; else
+            all weights start as PyTorch's.
     """
 
     def __init__(
@@ -83,6 +84,9 @@ class ResidualUNet(nn.Module):
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         if start_at_zero:
             zeroed(self.conv_out)
+        else:
+            for block in [*self.down, *self.up]:
+                block.conv2.reset_parameters()
         self.film_sizes = [2 * block.conv2.out_channels for block in [*self.down, *self.up]]
         self.film = nn.Linear(features, sum(self.film_sizes)) if features else None
 
@@ -118,6 +122,7 @@ class ResidualEncoder(nn.Module):
         out_features: size of the result.
         width: channels at full resolution, at least 4; twice as many at each level below.
         levels: resolutions, each half of the one above, rounded up.
+        pooled: the vector is made of the means over all places, and knows none of them.
     """
 
     def __init__(
@@ -128,6 +133,7 @@ class ResidualEncoder(nn.Module):
         *,
         width: int,
         levels: int,
+        pooled: bool = False,
     ) -> None:
         super().__init__()
         widths = [width * 2**level for level in range(levels)]
@@ -136,12 +142,15 @@ class ResidualEncoder(nn.Module):
             ResidualBlock(widths[max(level - 1, 0)], widths[level]) for level in range(levels)
         )
         self.norm_out = group_norm(widths[-1])
+        self.pooled = pooled
         height, wide = (-(-side // 2 ** (levels - 1)) for side in sides)
-        self.out = nn.Linear(widths[-1] * height * wide, out_features)
+        places = 1 if pooled else height * wide
+        self.out = nn.Linear(widths[-1] * places, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, out_features) of x (B, in_channels, H, W)."""
         h = self.conv_in(x)
         for level, block in enumerate(self.down):
             h = block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h)
-        return self.out(F.silu(self.norm_out(h)).flatten(1))
+        h = F.silu(self.norm_out(h))
+        return self.out(h.mean((2, 3)) if self.pooled else h.flatten(1))

@@ -30,6 +30,7 @@ from cgm.gan import GANConfig, Pix2PixConfig
 from cgm.networks.classifier import Classifier, ClassifierConfig
 from cgm.plots import as_pictures, picture_grid, sample_grid
 from cgm.training import TrainingConfig
+from cgm.vae import VAEConfig
 
 TINY = shlex.split(
     "--model.channels 8 --model.multipliers 1 --model.blocks 1 --model.heads 2 "
@@ -94,7 +95,7 @@ def test_usage(cgm):
     assert cgm("")[0] == cgm("train")[0] == cgm("sample")[0] == cgm("train --task x")[0] == 2
     code, out, _ = cgm("train --help")
     assert (
-        code == 0 and "one of autoregressive, cyclegan, diffusion, gan, pix2pix." in out
+        code == 0 and "one of autoregressive, cyclegan, diffusion, gan, pix2pix, vae." in out
     )  # and no classifier: it generates nothing
     code, out, _ = cgm("sample --help")
     assert code == 0 and "CHECKPOINT" in out
@@ -118,6 +119,7 @@ def comments(options):
         ("train pix2pix --help", "training.", TrainingConfig),
         ("train cyclegan --help", "model.", CycleGANConfig),
         ("train gan --help", "model.", GANConfig),
+        ("train vae --help", "model.", VAEConfig),
         ("sample CHECKPOINT --help", "", cli.SampleOptions),
         ("sample CHECKPOINT --help", "", SamplingConfig),
         ("evaluate CHECKPOINT --help", "", cli.EvaluateOptions),
@@ -392,8 +394,8 @@ def test_sheets_of_a_task_show_what_was_kept_from_training(cgm, tmp_path):
     "line, words",
     [
         ("paint", "one of train, sample, evaluate, convert, demo, bench, info, got 'paint'"),
-        ("train autoencoder", "diffusion, gan, pix2pix, got 'autoencoder'"),
-        ("train classifier", "diffusion, gan, pix2pix, got 'classifier'"),
+        ("train autoencoder", "diffusion, gan, pix2pix, vae, got 'autoencoder'"),
+        ("train classifier", "diffusion, gan, pix2pix, vae, got 'classifier'"),
         ("train diffusion --out {new}", "one of --task and --data"),
         ("train diffusion --task complete --data {tmp} --out {new}", "one of --task and --data"),
         ("train diffusion --task paint --out {new}", "one of class_to_image, complete, colorize"),
