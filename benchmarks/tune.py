@@ -211,6 +211,7 @@ TUNABLES = {
     "add_noise": _ROWS,
     "diffusion_loss": _ROWS,
     "philox_normal": _ROWS,
+    "sample_and_kl": _ROWS,
     "instance_norm_act": Tunable(instance_norm_act, "_launch_config", _norm_tiles),
     "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
     "pair_conv2d": Tunable(pair_conv2d, "_launch_config", _window_tiles),

@@ -15,6 +15,7 @@ from cgkernels.ops.pair_conv2d import pair_conv2d
 from cgkernels.ops.patch_head_loss import patch_head_loss, patch_loss
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
+from cgkernels.ops.sample_and_kl import sample_and_kl
 from cgkernels.ops.sample_logits import sample_logits
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "philox_normal",
     "prefill_attention",
     "reference",
+    "sample_and_kl",
     "sample_logits",
 ]

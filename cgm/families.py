@@ -15,6 +15,7 @@ _Options = TypeVar("_Options")
 
 # Resolved on use: reading one checkpoint imports one family.
 FAMILIES = {
+    "autoencoder": "cgm.vae:Autoencoder",
     "autoregressive": "cgm.autoregressive:ConditionalTransformer",
     "classifier": "cgm.networks.classifier:Classifier",
     "cyclegan": "cgm.cyclegan:CycleGAN",
@@ -25,6 +26,7 @@ FAMILIES = {
     "mixture_density": "cgm.regression:MixtureDensity",
     "pix2pix": "cgm.gan:Pix2Pix",
     "quantized_classifier": "cgm.regression:QuantizedClassifier",
+    "vae": "cgm.vae:ConditionalVAE",
 }
 
 

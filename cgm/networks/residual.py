@@ -122,6 +122,7 @@ class ResidualEncoder(nn.Module):
         out_features: size of the result.
         width: channels at full resolution, at least 4; twice as many at each level below.
         levels: resolutions, each half of the one above, rounded up.
+        pooled: the vector is made of the means over all places, and knows none of them.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class ResidualEncoder(nn.Module):
         *,
         width: int,
         levels: int,
+        pooled: bool = False,
     ) -> None:
         super().__init__()
         widths = [width * 2**level for level in range(levels)]
@@ -140,12 +142,15 @@ class ResidualEncoder(nn.Module):
             ResidualBlock(widths[max(level - 1, 0)], widths[level]) for level in range(levels)
         )
         self.norm_out = group_norm(widths[-1])
+        self.pooled = pooled
         height, wide = (-(-side // 2 ** (levels - 1)) for side in sides)
-        self.out = nn.Linear(widths[-1] * height * wide, out_features)
+        places = 1 if pooled else height * wide
+        self.out = nn.Linear(widths[-1] * places, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, out_features) of x (B, in_channels, H, W)."""
         h = self.conv_in(x)
         for level, block in enumerate(self.down):
             h = block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h)
-        return self.out(F.silu(self.norm_out(h)).flatten(1))
+        h = F.silu(self.norm_out(h))
+        return self.out(h.mean((2, 3)) if self.pooled else h.flatten(1))

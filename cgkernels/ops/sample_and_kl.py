@@ -1,0 +1,437 @@
+"""Reparametrised sample of a Gaussian and its divergence from another, in one pass.
+
+    z  = mean + exp(log_variance / 2) epsilon
+    kl = sum_d max(free_bits, kl_d)
+    kl_d = (r - 1 - ln r + (mean - prior_mean)^2 exp(-prior_log_variance)) / 2
+    r  = exp(log_variance - prior_log_variance)
+
+epsilon is drawn in registers; without a prior it is the standard normal one. With free_bits 0, kl
+is the divergence itself.
+
+Shapes   mean, log_variance, prior_mean, prior_log_variance, z: (B, *event); kl: (B,).
+Dtypes   float32, float16, bfloat16 (float64 on CPU), mixed as they come; float32 inside; z has
+         mean's dtype, kl is float32. The order of its sum depends on the event's size and memory
+         format alone.
+Backward in mean, log_variance, prior_mean, prior_log_variance: once by kernel, which draws the
+         noise again, twice by differentiating sample_and_kl_bwd_ref.
+Source   arXiv:1312.6114, sections 2.4 and appendix B. Free bits: arXiv:1606.04934, appendix C.8;
+         there the floor is under the mean over a minibatch of the sum over a group of dimensions,
+         here under each dimension of each sample, so that no row depends on another.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+
+import torch
+from torch import Tensor
+
+from cgkernels import random
+from cgkernels._triton import tl, triton
+from cgkernels.checks import (
+    as_index,
+    as_seed,
+    as_step,
+    check_float,
+    check_noise_size,
+    check_rows,
+    check_same_device,
+    check_shape,
+)
+from cgkernels.device import block_of_row, element_of, normal_of, row_offset
+from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.rows import (
+    empty_rows,
+    in_strides_of,
+    meta_samples,
+    row_launch,
+    with_row_strides,
+    with_strides,
+)
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def sample_and_kl_ref(
+    mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
+):
+    wide, std, noise, _, _, _, kl = _parts_ref(
+        mean, log_variance, prior_mean, prior_log_variance, seed, index, step
+    )
+    if free_bits > 0:
+        kl = kl.clamp(min=free_bits)
+    z = (wide(mean) + std * noise).to(mean.dtype)
+    # Contiguous, so that the sum of a row has one order in any batch; (B,) has no event.
+    return z, kl.unsqueeze(-1).flatten(1).contiguous().sum(1)
+
+
+def sample_and_kl_bwd_ref(
+    dz, dkl, mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
+):
+    """Gradients with respect to mean, log_variance, prior_mean and prior_log_variance."""
+    wide, std, noise, distance, precision, ratio, kl = _parts_ref(
+        mean, log_variance, prior_mean, prior_log_variance, seed, index, step
+    )
+    dz, dkl = wide(dz), dkl.view(-1, *(1,) * (mean.dim() - 1)).expand(kl.shape)
+    if free_bits > 0:
+        dkl = torch.where(kl < free_bits, torch.zeros_like(dkl), dkl)
+    pull = dkl * distance * precision
+    dmean = (dz + pull).to(mean.dtype)
+    dlog_variance = (0.5 * (dz * std * noise + dkl * (ratio - 1))).to(log_variance.dtype)
+    if prior_mean is None:
+        return dmean, dlog_variance, None, None
+    dprior = 0.5 * (dkl * (1 - ratio) - pull * distance)
+    dprior = dprior.to(prior_log_variance.dtype)
+    return dmean, dlog_variance, (-pull).to(prior_mean.dtype), dprior
+
+
+def _parts_ref(mean, log_variance, prior_mean, prior_log_variance, seed, index, step):
+    """The cast to the dtype of the computation, and in it what the formula consists of.
+
+    exp(log_variance / 2), epsilon, mean - prior_mean, exp(-prior_log_variance), r, kl_d.
+    """
+    dtype = _dtype(mean, log_variance, prior_mean, prior_log_variance)
+    noise = random.normal(
+        tuple(mean.shape), seed=seed, index=index, step=step, stream=random.STREAM_LATENTS,
+        dtype=dtype,
+    )  # fmt: skip
+    distance, log_ratio, precision = mean.to(dtype), log_variance.to(dtype), 1.0
+    std = (0.5 * log_ratio).exp()
+    if prior_mean is not None:
+        distance = distance - prior_mean.to(dtype)
+        log_ratio = log_ratio - prior_log_variance.to(dtype)
+        precision = (-prior_log_variance.to(dtype)).exp()
+    ratio = log_ratio.exp()
+    kl = 0.5 * (ratio - 1 - log_ratio + distance.square() * precision)
+    return (lambda t: t.to(dtype)), std, noise, distance, precision, ratio, kl
+
+
+def _dtype(*tensors):
+    """That of the computation and of kl."""
+    return reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _load(ptr, strides, row, position, element, pixels, mask, DENSE: tl.constexpr):
+    offset = row_offset(strides, row, position, element, pixels, DENSE)
+    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, strides, value, row, position, element, pixels, mask, DENSE: tl.constexpr):
+    offset = row_offset(strides, row, position, element, pixels, DENSE)
+    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _parts(
+    mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
+    prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
+    seed_ptr, index_ptr, step_ptr, step_stride, row, first, position, element, mask, pixels,
+    CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `_parts_ref`, of a block, with the mean itself first."""
+    mean = _load(mean_ptr, mean_strides, row, position, element, pixels, mask, DENSE)
+    log_variance = _load(
+        log_variance_ptr, log_variance_strides, row, position, element, pixels, mask, DENSE
+    )
+    seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
+    step = tl.load(step_ptr + row * step_stride)
+    noise = normal_of(seed, index, step, first, element, 6, CHANNELS_LAST, BLOCK)
+    std = tl.exp(0.5 * log_variance)
+    distance, log_ratio, precision = mean, log_variance, 1.0
+    if prior_mean_ptr is not None:
+        distance -= _load(
+            prior_mean_ptr, prior_mean_strides, row, position, element, pixels, mask, DENSE
+        )
+        prior = _load(
+            prior_log_variance_ptr, prior_log_variance_strides, row, position, element, pixels,
+            mask, DENSE,
+        )  # fmt: skip
+        log_ratio -= prior
+        precision = tl.exp(-prior)
+    ratio = tl.exp(log_ratio)
+    kl = 0.5 * (ratio - 1.0 - log_ratio + distance * distance * precision)
+    return mean, std, noise, distance, precision, ratio, kl
+
+
+@triton.jit
+def _fwd_kernel(
+    z_ptr, z_strides, mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
+    prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
+    kl_ptr, partial_ptr, count_ptr, seed_ptr, index_ptr, step_ptr, step_stride, floor,
+    numel, channels, pixels, blocks,
+    CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row; of several the last one done adds up their sums.
+
+    It adds them in the order of their elements, whichever programs made them.
+    """
+    row, first, position, mask = block_of_row(blocks, numel, BLOCK)
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    mean, std, noise, _, _, _, kl = _parts(
+        mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
+        prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
+        seed_ptr, index_ptr, step_ptr, step_stride, row, first, position, element, mask, pixels,
+        CHANNELS_LAST, DENSE, BLOCK,
+    )  # fmt: skip
+    kl = tl.where(kl < floor, floor, kl)  # unlike maximum, this keeps NaN
+    total = tl.sum(tl.where(mask, kl, 0.0), 0)
+    if partial_ptr is None:
+        tl.store(kl_ptr + row, total)
+        _store(z_ptr, z_strides, mean + std * noise, row, position, element, pixels, mask, DENSE)
+    else:
+        tl.store(partial_ptr + tl.program_id(0), total)
+        tl.debug_barrier()
+        done = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
+        # After the atomic, which waits for all stores before it.
+        _store(z_ptr, z_strides, mean + std * noise, row, position, element, pixels, mask, DENSE)
+        if done == blocks - 1:
+            sums = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, blocks, BLOCK):
+                block = start + tl.arange(0, BLOCK)
+                sums += tl.load(
+                    partial_ptr + row * blocks + block, mask=block < blocks, other=0.0,
+                    cache_modifier=".cg",
+                )  # fmt: skip
+            tl.store(kl_ptr + row, tl.sum(sums, 0))
+
+
+@triton.jit
+def _bwd_kernel(
+    dmean_ptr, dmean_strides, dlog_variance_ptr, dlog_variance_strides,
+    dprior_mean_ptr, dprior_mean_strides, dprior_log_variance_ptr, dprior_log_variance_strides,
+    dz_ptr, dz_strides, mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
+    prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
+    dkl_ptr, seed_ptr, index_ptr, step_ptr, step_stride, floor,
+    numel, channels, pixels, blocks,
+    CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row."""
+    row, first, position, mask = block_of_row(blocks, numel, BLOCK)
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    _, std, noise, distance, precision, ratio, kl = _parts(
+        mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
+        prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
+        seed_ptr, index_ptr, step_ptr, step_stride, row, first, position, element, mask, pixels,
+        CHANNELS_LAST, DENSE, BLOCK,
+    )  # fmt: skip
+    dz = _load(dz_ptr, dz_strides, row, position, element, pixels, mask, DENSE)
+    dkl = tl.where(kl < floor, 0.0, tl.load(dkl_ptr + row))
+    pull = dkl * distance * precision
+    _store(dmean_ptr, dmean_strides, dz + pull, row, position, element, pixels, mask, DENSE)
+    value = 0.5 * (dz * std * noise + dkl * (ratio - 1.0))
+    _store(
+        dlog_variance_ptr, dlog_variance_strides, value, row, position, element, pixels, mask, DENSE
+    )
+    if dprior_mean_ptr is not None:
+        _store(
+            dprior_mean_ptr, dprior_mean_strides, -pull, row, position, element, pixels, mask, DENSE
+        )
+        value = 0.5 * (dkl * (1.0 - ratio) - pull * distance)
+        _store(
+            dprior_log_variance_ptr, dprior_log_variance_strides, value, row, position, element,
+            pixels, mask, DENSE,
+        )  # fmt: skip
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_fwd(mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits):
+    z, kl = _fake_fwd(
+        mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
+    )
+    if mean.numel() == 0:
+        return z, kl.zero_()
+    inputs = (mean, log_variance, prior_mean, prior_log_variance)
+    tensors = (z, *map(with_row_strides, inputs))
+    grid, arguments = row_launch(*tensors)
+    sums = count = None
+    if arguments["blocks"] > 1:
+        sums = torch.empty(grid[0], dtype=torch.float32, device=mean.device)
+        # Zeroed by each call, not left at zero by the last: calls on two streams must not meet.
+        count = torch.zeros(mean.shape[0], dtype=torch.int32, device=mean.device)
+    _fwd_kernel[grid](
+        *with_strides(*tensors), kl, sums, count, seed, index.contiguous(), step,
+        step.stride(0), _floor(free_bits), **arguments,
+    )  # fmt: skip
+    return z, kl
+
+
+def _launch_bwd(
+    dz, dkl, mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
+):
+    inputs = (mean, log_variance, prior_mean, prior_log_variance)
+    gradients = _fake_bwd(dz, dkl, *inputs, seed, index, step, free_bits)
+    if mean.numel() == 0:
+        return gradients
+    wanted = (None if t is None else g for t, g in zip(inputs, gradients, strict=True))
+    tensors = (*wanted, *map(with_row_strides, (dz, *inputs)))
+    grid, arguments = row_launch(*tensors)
+    _bwd_kernel[grid](
+        *with_strides(*tensors), dkl.contiguous(), seed, index.contiguous(), step, step.stride(0),
+        _floor(free_bits), **arguments,
+    )  # fmt: skip
+    return gradients
+
+
+def _floor(free_bits):
+    """Of 0 none: rounding puts what is near 0 below it, where it must keep its gradient."""
+    return free_bits if free_bits > 0 else float("-inf")
+
+
+def _launches() -> Iterator[Launch]:
+    for name, args, bits in _meta_inputs():
+        yield Launch(name, partial(_launch_fwd, *args), bits)
+
+
+def _bwd_launches() -> Iterator[Launch]:
+    for name, args, bits in _meta_inputs():
+        dkl = torch.empty(16, device="meta")
+        yield Launch(name, partial(_launch_bwd, args[0], dkl, *args), bits)
+
+
+def _meta_inputs():
+    """Labels, arguments of the forward op, and the width of its loads and stores."""
+    index = torch.empty(16, dtype=torch.int64, device="meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    numbers = (seed, index, index)
+    for name, x, bits in meta_samples():
+        yield name, (x, x, None, None, *numbers, 0.0), bits
+        yield f"prior {name}", (x, x, x, x, *numbers, 0.0), bits
+    vector = torch.empty(16, 32, device="meta")
+    yield "short rows", (vector, vector, None, None, *numbers, 0.5), 0
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _fake_fwd(mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits):
+    dtype = _dtype(mean, log_variance, prior_mean, prior_log_variance)
+    return empty_rows(mean), torch.empty(mean.shape[0], dtype=dtype, device=mean.device)
+
+
+def _cpu_fwd(mean, *rest):
+    z, kl = sample_and_kl_ref(mean, *rest)
+    return in_strides_of(mean, z), kl
+
+
+def _fake_bwd(dz, dkl, mean, log_variance, prior_mean, prior_log_variance, *rest):
+    inputs = (mean, log_variance, prior_mean, prior_log_variance)
+    return tuple(mean.new_empty(0) if t is None else empty_rows(t) for t in inputs)
+
+
+def _cpu_bwd(dz, dkl, mean, log_variance, prior_mean, prior_log_variance, *rest):
+    inputs = (mean, log_variance, prior_mean, prior_log_variance)
+    gradients = sample_and_kl_bwd_ref(dz, dkl, *inputs, *rest)
+    return tuple(
+        mean.new_empty(0) if t is None else in_strides_of(t, g)
+        for t, g in zip(inputs, gradients, strict=True)
+    )
+
+
+_fwd = define_op(
+    "sample_and_kl_fwd",
+    "(Tensor mean, Tensor log_variance, Tensor? prior_mean, Tensor? prior_log_variance, "
+    "Tensor seed, Tensor index, Tensor step, float free_bits) -> (Tensor, Tensor)",
+    cuda=_launch_fwd,
+    cpu=_cpu_fwd,
+    fake=_fake_fwd,
+    launches=_launches,
+)
+
+_bwd = define_op(
+    "sample_and_kl_bwd",
+    "(Tensor dz, Tensor dkl, Tensor mean, Tensor log_variance, Tensor? prior_mean, "
+    "Tensor? prior_log_variance, Tensor seed, Tensor index, Tensor step, float free_bits) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    cuda=_launch_bwd,
+    cpu=_cpu_bwd,
+    fake=_fake_bwd,
+    launches=_bwd_launches,
+)
+
+
+# 5. Public function -------------------------------------------------------------------------------
+class _SampleAndKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, ctx.free_bits = args
+        ctx.save_for_backward(*tensors)
+        return _fwd(*args)
+
+    @staticmethod
+    def backward(ctx, dz, dkl):
+        args = (dz, dkl, *ctx.saved_tensors, ctx.free_bits)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = sample_and_kl_bwd_ref(*args)
+        else:
+            inputs = ctx.saved_tensors[:4]
+            gradients = (None if t is None else g for t, g in zip(inputs, _bwd(*args), strict=True))
+        return *gradients, None, None, None, None
+
+
+def sample_and_kl(
+    mean: Tensor,
+    log_variance: Tensor,
+    *,
+    prior_mean: Tensor | None = None,
+    prior_log_variance: Tensor | None = None,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    step: int | Tensor = 0,
+    free_bits: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """z ~ N(mean, exp(log_variance)), and the divergence of that from the prior, in one pass.
+
+        z  = mean + exp(log_variance / 2) epsilon
+        kl = sum_d KL(N(mean_d, exp(log_variance_d)) | N(prior_mean_d, exp(prior_log_variance_d)))
+
+    epsilon is drawn in registers from (seed, index, step), stream 6, and never stored.
+
+    Args:
+        mean, log_variance: (B, *event), any strides.
+        prior_mean, prior_log_variance: like mean, or both None for the standard normal prior.
+        seed: 64-bit int or one-element int64 tensor.
+        index: (B,) int64, the number of each sample; default 0 .. B - 1.
+        step: int or integer tensor () or (B,), in [0, 2^24): several z of one sample. On a GPU
+            tensor this is not checked.
+        free_bits: nats; where the divergence of a dimension of a sample is less, this is added in
+            its place, and it has no gradient. It does not touch z.
+
+    Returns:
+        z like mean, and kl (B,) float32 (float64 for float64 inputs). Differentiable in mean,
+        log_variance, prior_mean and prior_log_variance.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> mean, log_variance = torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> z, kl = sample_and_kl(mean, log_variance, seed=0)
+        >>> z.shape, kl
+        (torch.Size([2, 3]), tensor([0., 0.]))
+    """
+    prior = {"prior_mean": prior_mean, "prior_log_variance": prior_log_variance}
+    given = {name: t for name, t in prior.items() if t is not None}
+    if len(given) == 1:
+        raise ValueError(
+            f"{next(iter(prior.keys() - given))} must be given with {next(iter(given))}, got None"
+        )
+    check_float(mean=mean, log_variance=log_variance, **given)
+    check_rows("mean", mean)
+    for name, tensor in {"log_variance": log_variance, **given}.items():
+        check_shape(name, tensor, tuple(mean.shape))
+    check_same_device(mean=mean, log_variance=log_variance, **given)
+    check_noise_size("mean", tuple(mean.shape))
+    if isinstance(free_bits, bool) or not isinstance(free_bits, int | float):
+        raise TypeError(f"free_bits must be a number, got {free_bits!r}")
+    if not 0 <= free_bits < math.inf:
+        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
+    rows = mean.shape[0]
+    seed, _ = as_seed(seed, mean.device)
+    index = as_index(index, rows, mean.device)
+    step = as_step("step", step, rows, mean.device, 2**24)
+    args = (mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits)
+    if using_reference():
+        return sample_and_kl_ref(*args)
+    run: Callable[..., tuple[Tensor, Tensor]]
+    run = _SampleAndKL.apply if needs_function(*args[:4]) else _fwd
+    return run(*args)
