@@ -91,6 +91,7 @@ _POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
 _POINT_TRANSFORMER: dict[str, Any] = {
     "levels": 64, "layers": 2, "width": 32, "heads": 2, "hidden": 64, "positions": "learned"
 }  # fmt: skip
+_POINT_VAE: dict[str, Any] = {"levels": 1, "width": 64, "latents": 2, "learn_scale": True}
 _POINT_UNET: dict[str, Any] = {
     "channels": 32,
     "multipliers": (1,),
@@ -114,6 +115,11 @@ CONTESTS = {
             Entry("gaussian_regression", _SMALL, _BATCH),
             Entry("mixture_density", _SMALL, _BATCH),
             Entry("quantized_classifier", {**_SMALL, "palette": (TEAL, PINK, (0.0, 0.0))}, _BATCH),
+            Entry(
+                "vae",
+                {**_SMALL, "levels": 2, "latents": 1, "pooled": True, "scale": 0.3},
+                _BATCH,
+            ),
             Entry(
                 "autoregressive",
                 # A step of 0.1 between levels: both colours and grey are levels themselves.
@@ -139,6 +145,7 @@ CONTESTS = {
             Entry("gaussian_regression", {}, _FLAT),
             Entry("mixture_density", {}, _FLAT),
             Entry("quantized_classifier", {"bins": 64}, _FLAT),
+            Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
             Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
             Entry("diffusion", _POINT_UNET, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
@@ -152,6 +159,7 @@ CONTESTS = {
             Entry("gaussian_regression", _POINT_REGRESSION, _FLAT),
             Entry("mixture_density", _POINT_REGRESSION, _FLAT),
             Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
+            Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
             Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
             Entry("diffusion", {**_POINT_UNET, "cond_dropout": 0.0}, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
@@ -163,6 +171,19 @@ CONTESTS = {
         score=_balls,
         entries=(
             Entry("least_squares", _SMALL, _BATCH),
+            Entry(
+                "vae",
+                {
+                    "width": 32,
+                    "levels": 1,
+                    "blocks": 2,
+                    "latents": 2,
+                    "pooled": True,
+                    "scale": 0.1,
+                    "free_bits": 2.0,
+                },
+                {"batch_size": 64, "learning_rate": 3e-3, "warmup": 100, "ema_decay": 0.99},
+            ),
             Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
         ),
     ),
