@@ -1,12 +1,15 @@
-"""What the parts of the image-to-image families are for, as numbers from small trainings.
+"""What parts of the families are for, as numbers of small trainings and of a shipped model.
 
 Study 1  Isola et al., arXiv:1611.07004, section 4.4: what a patch of r pixels can tell apart.
 Study 2  Zhu et al., arXiv:1703.10593, section 5.1.2: what each part of the objective is for.
+Study 3  Torralba, Isola, Freeman, "Foundations of Computer Vision", chapter 34: a latent vector
+         holds what the condition does not tell, and nothing else.
 """
 
 import functools
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from cgm import truth
 from cgm.adversarial import row_loss
+from cgm.anomaly import auroc
+from cgm.checkpoints import load_model, shipped
 from cgm.cyclegan import CycleGAN, CycleGANConfig
-from cgm.data import Dataset, load_task, to_float
+from cgm.data import Dataset, load_task, synthetic, to_float
 from cgm.families import make_model
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.training import TrainingConfig, train
@@ -35,12 +41,6 @@ def shuffled(pictures: Tensor, block: int, generator: torch.Generator) -> Tensor
     orders = [torch.randperm(blocks.shape[2], generator=generator) for _ in pictures]
     blocks = torch.stack([one[:, order] for one, order in zip(blocks, orders, strict=True)])
     return F.fold(blocks, pictures.shape[2:], block, stride=block)
-
-
-def auc(real: Tensor, fake: Tensor) -> float:
-    """How often a real picture has the higher score, ties half: the area under the ROC curve."""
-    above, equal = real[:, None] > fake, real[:, None] == fake
-    return (above.float() + equal.float() / 2).mean().item()
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def told_apart(patch: int, block: int) -> float:
         optimizer.step()
     with torch.no_grad():
         pair = (unseen, shuffled(unseen, block, generator))
-        return auc(*(discriminator(pictures).flatten(1).mean(1) for pictures in pair))
+        return auroc(*(discriminator(pictures).flatten(1).mean(1) for pictures in pair))
 
 
 @pytest.mark.parametrize("block", [1, 8, 32])
@@ -120,3 +120,35 @@ def test_unpaired_translation_takes_both_parts_of_the_objective(tmp_path):
     assert full < adversarial / 5
     # There and back works by any way: this one is worse than always answering the mean.
     assert cycle > mean_picture > full
+
+
+# What a latent vector holds -----------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def balls():
+    """Balls that no model saw, and that meet no wall."""
+    drawn = synthetic.balls("test")
+    free = ~drawn.bounced
+    parts = {name: getattr(drawn, name)[free] for name in ("before", "after")}
+    return parts, {n: getattr(drawn, n)[free] for n in ("velocity", "position", "colour")}
+
+
+def test_the_latent_vector_is_the_velocity_and_nothing_else(balls):
+    frames, truths = balls
+    model: Any = load_model(shipped("bouncing_ball_vae"))
+    mean, _ = model.encode(frames["after"], cond=frames["before"])
+    found = {name: truth.r_squared(mean, value) for name, value in truths.items()}
+    assert found["velocity"] > 0.9 and found["position"] < 0.1 and found["colour"] < 0.1
+    # The same regression finds each of these where it is.
+    where = truth.centroids(frames["before"])
+    assert truth.r_squared(where, truths["position"]) > 0.99
+    light = (frames["before"] + 1).amax((2, 3))
+    assert truth.r_squared(light / light.sum(1, keepdim=True), truths["colour"]) > 0.5
+
+
+def test_samples_of_the_next_frame_are_whole_balls_that_moved(balls):
+    """Not the faint ring around the ball that is the mean of all of them."""
+    frames, truths = balls
+    model = load_model(shipped("bouncing_ball_vae"))
+    before, position = frames["before"][:200], truths["position"][:200]
+    scores = truth.ball_scores(model.sample(4, cond=before, seed=0), before, position)
+    assert scores["peak"] > 0.8 and scores["right speed"] > 0.6
