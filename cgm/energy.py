@@ -59,23 +59,24 @@ class EnergyConfig(PictureConfig):
     width: int = 16
     # Resolutions, each half of the one above, rounded up.
     levels: int = 3
-    # Units of the layer between the picture and its energy.
+    # Units of the layer that sees the whole picture.
     hidden: int = 128
     # Side of the squares of pixels that enter the network as one; 1 where sides are odd.
     patch: int = 2
 
-    # Temperature T: the density is exp(-f / T) of what the network f gives.
-    temperature: float = 0.002
-    # Length a of a Langevin step.
-    step_size: float = 0.05
+    # Temperature T: the density is exp(-f / T). The more values a picture has, the less it should
+    # be: f does not grow with them.
+    temperature: float = 2e-4
+    # Length a of a Langevin step: a step adds noise of the variance 2 a T.
+    step_size: float = 5.0
     # Langevin steps of the chains in a training step.
-    chain_steps: int = 20
+    chain_steps: int = 10
     # Standard deviation r of the noise that chains begin with.
     start_std: float = 0.5
     # What a step leads to is clamped to [-bound, bound].
     bound: float = 2.0
     # Chains that are kept from one training step to the next; 0: all begin anew.
-    chains: int = 4096
+    chains: int = 512
     # Share of them that begin anew when their turn comes.
     renewal: float = 0.05
     # Standard deviation s of the noise on the data.
@@ -273,6 +274,9 @@ def _adjusted_step(energy: Energy, y: Tensor, a: float, z: Tensor, u: Tensor) ->
 class EnergyNetwork(nn.Module):
     """One number of a picture: residual blocks, each after the first at half the resolution.
 
+    It is the sum of one number of each place of each resolution, divided by the root of the number
+    of places, and of one of all places of the last. So a value has its own part in the energy, and
+    a force of its own: through a layer that knows the whole picture alone it learns that slowly.
     Without normalisation: a norm would take off what tells a picture from a stronger one, and of a
     single pixel all there is. SiLU throughout, so that there is a gradient everywhere.
 
@@ -281,7 +285,7 @@ class EnergyNetwork(nn.Module):
         sides: (H, W) of x.
         width: channels at full resolution; twice as many at each level below.
         levels: resolutions, each half of the one above, rounded up.
-        hidden: units of the layer before the result.
+        hidden: units of the layer that sees all of the last resolution.
         patch: side of the squares of pixels that enter as one; must divide the sides.
     """
 
@@ -303,16 +307,22 @@ class EnergyNetwork(nn.Module):
             _Block(widths[max(level - 1, 0)], widths[level]) for level in range(levels)
         )
         height, wide = (-(-side // patch // 2 ** (levels - 1)) for side in sides)
+        self.places = nn.ModuleList(nn.Conv2d(n, 1, 1) for n in [width, *widths])
         self.dense = nn.Linear(widths[-1] * height * wide, hidden)
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,) of x (B, in_channels, H, W)."""
         h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(h)
+        levels = [self.conv_in(h)]
         for level, block in enumerate(self.down):
-            h = block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h)
-        return self.out(F.silu(self.dense(F.silu(h).flatten(1))))[:, 0]
+            h = levels[-1]
+            levels.append(block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h))
+        levels = [F.silu(h) for h in levels]
+        total = self.out(F.silu(self.dense(levels[-1].flatten(1))))[:, 0]
+        for place, h in zip(self.places, levels, strict=True):
+            total = total + place(h).flatten(1).sum(1) / math.sqrt(math.prod(h.shape[2:]))
+        return total
 
 
 class _Block(nn.Module):
@@ -381,7 +391,7 @@ class ConditionalEBM(Model):
     family: ClassVar[str] = "energy"
     sampling_config: ClassVar[type[EnergySampling]] = EnergySampling
     training_defaults: ClassVar[dict[str, Any]] = {
-        "batch_size": 64, "learning_rate": 5e-4, "beta1": 0.5, "beta2": 0.9, "warmup": 0,
+        "batch_size": 32, "beta1": 0.5, "beta2": 0.9, "warmup": 0, "ema_decay": 0.99,
     }  # fmt: skip
 
     def __init__(self, config: EnergyConfig) -> None:
