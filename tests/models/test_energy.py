@@ -380,7 +380,11 @@ def test_options_of_samples():
         _, force = with_gradient(lambda y: m._scaled(y, planes), y)
         y = (y - TINY.step_size * force).clamp(-TINY.bound, TINY.bound)
     torch.testing.assert_close(cold, y)
-    assert not torch.allclose(m.sample(2, steps=2, step_size=0.2), m.sample(2, steps=2))
+    warm = langevin(
+        lambda y: m._scaled(y, planes), m.sample(2, steps=0), steps=2, step_size=0.2,
+        temperature=3 * TINY.temperature, bound=TINY.bound, seed=0, index=torch.arange(2) * 2**32,
+    )  # fmt: skip
+    torch.testing.assert_close(m.sample(2, steps=2, step_size=0.2, temperature=3.0), warm)
     far = m.sample(2, start=torch.full((2, *TINY.event_shape), 9.0), steps=1, temperature=0.0)
     assert (far == TINY.bound).all()
 
