@@ -9,6 +9,7 @@ from torch import Tensor
 import cgkernels
 from benchmarks.opcase import Inputs, OpCase, Provider, normal, numbers, passes
 from benchmarks.timing import Call
+from cgm.energy import langevin_table
 from cgm.samplers import make_schedule, make_table
 
 
@@ -88,6 +89,28 @@ def _diffusers_step(sampler: str) -> dict[str, Provider]:
     return {"diffusers": Provider(build, needs="diffusers")}
 
 
+def _langevin_inputs(shape, dtype, generator, device):
+    """A state and the gradient of its energy."""
+    return {
+        "x": normal(shape, dtype, generator, device),
+        "force": normal(shape, dtype, generator, device),
+        "table": langevin_table(40, 0.05, 0.002, 2.0).to(device, torch.float32),
+        "step": torch.tensor(25, device=device),
+        **numbers(generator, device, shape[0]),
+    }
+
+
+def _langevin(x, force, **options):
+    return cgkernels.guided_step(x, force, **options)
+
+
+def _plain_langevin(x, force, table, step, seed, index):
+    _, a1, _, _, _, _, _, b5, low, high, _, _ = (
+        table.index_select(0, step[None])[0].to(x.dtype).unbind()
+    )
+    return torch.clamp(x + a1 * force, low, high) + b5 * torch.randn_like(x)
+
+
 def _noise_inputs(shape, dtype, generator, device):
     rows = shape[0]
     return {
@@ -156,6 +179,7 @@ CASES: dict[str, list[OpCase]] = {
                peers=partial(_diffusers_step, "ddim")),
         OpCase("ddpm", partial(_step_inputs, "ddpm"), _step, _plain_step, passes(4, 21),
                peers=partial(_diffusers_step, "ddpm")),
+        OpCase("langevin", _langevin_inputs, _langevin, _plain_langevin, passes(3, 16)),
         OpCase("in place, dpmpp_2m", partial(_step_inputs, "dpmpp_2m", in_place=True),
                _step_in_place, _plain_step_in_place, passes(7, 15)),
     ],

@@ -20,6 +20,7 @@ FAMILIES = {
     "classifier": "cgm.networks.classifier:Classifier",
     "cyclegan": "cgm.cyclegan:CycleGAN",
     "diffusion": "cgm.diffusion:ConditionalDiffusion",
+    "energy": "cgm.energy:ConditionalEBM",
     "gan": "cgm.gan:ConditionalGAN",
     "gaussian_regression": "cgm.regression:GaussianRegression",
     "least_squares": "cgm.regression:LeastSquares",

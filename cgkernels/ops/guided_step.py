@@ -330,6 +330,7 @@ def _launches() -> Iterator[Launch]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         t, last = _meta(shape, dtype), _meta(shape, dtype, channels_last=True)
         yield Launch(f"plain {dtype}", launch(t, t), 128)
+        yield Launch(f"noise {dtype}", launch(t, t, noise=True), 128)
         yield Launch(f"guided, x0 {dtype}", launch(t, t, t, x0=True), 128)
         yield Launch(f"guided, noise {dtype}", launch(t, t, t, noise=True), 128)
         yield Launch(f"learned variance {dtype}", launch(t, t, t, v=t, noise=True), 128)
