@@ -98,6 +98,7 @@ _POINT_UNET: dict[str, Any] = {
     "attention_levels": 0,
     "patch": 1,
 }
+_POINT_ENERGY: dict[str, Any] = {"patch": 1, "levels": 1, "width": 64}
 _POINT_GAN: dict[str, Any] = {
     "patch": 1,
     "levels": 1,
@@ -135,6 +136,7 @@ CONTESTS = {
             ),
             Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
             Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32, "learning_rate": 5e-4}),
+            Entry("energy", {}, {}, {"temperature": 0.1}),
         ),
     ),
     "eight_gaussians": Contest(
@@ -149,6 +151,7 @@ CONTESTS = {
             Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
             Entry("diffusion", _POINT_UNET, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
+            Entry("energy", _POINT_ENERGY, _FLAT),
         ),
     ),
     "two_moons": Contest(
@@ -163,6 +166,7 @@ CONTESTS = {
             Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
             Entry("diffusion", {**_POINT_UNET, "cond_dropout": 0.0}, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
+            Entry("energy", _POINT_ENERGY, _FLAT),
         ),
     ),
     "bouncing_ball": Contest(
