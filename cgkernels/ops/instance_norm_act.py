@@ -2,6 +2,8 @@
 
     y = pad(act((x - mean) / sqrt(var + eps) * weight + bias) + residual)
 
+and, where a skip connection asks for it, the same with a second activation in the same pass.
+
 Shapes   x, residual: (N, C, H, W); weight, bias: (C,); y: (N, C, H + 2 pad, W + 2 pad); mean and
          var (biased): (N, C) over the pixels of a sample, or (C,) over those of the batch.
 Dtypes   float32, float16, bfloat16 (float64 on CPU), each tensor its own; float32 inside; y has x's
@@ -15,8 +17,8 @@ Source   instance norm: arXiv:1607.08022; batch norm: arXiv:1502.03167; merging 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,6 @@ from cgkernels.library import (
     Launch,
     define_op,
     needs_function,
-    refuse_forward_mode,
     using_reference,
 )
 from cgkernels.rows import row_strides, with_strides
@@ -48,20 +49,17 @@ _PIECE = 2**17  # elements that a CPU takes at a time
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def instance_norm_act_ref(x, weight, bias, residual, eps, slope, pad, over_batch):
-    """y, mean, var; the activation is z where z > 0, else slope z."""
+def instance_norm_act_ref(x, weight, bias, residual, eps, slopes, pad, over_batch):
+    """y of each of one or two activations, mean, var. An activation is z where z > 0, else slope z."""
     centered, mean, var = _centered_ref(x, over_batch)
-    y = _affine_ref(centered, _gain_ref(var, weight, eps), bias)
-    if slope != 1:
-        y = F.leaky_relu(y, slope) if slope else F.relu(y)
-    y = y if residual is None else y + residual.to(y.dtype)
-    y = F.pad(y, (pad,) * 4, mode="reflect") if pad else y
+    z = _affine_ref(centered, _gain_ref(var, weight, eps), bias)
+    ys = (_finished_ref(z, residual, slope, pad).to(x.dtype) for slope in slopes)
     shape = x.shape[1:2] if over_batch else x.shape[:2]
-    return y.to(x.dtype), mean.view(shape), var.view(shape)
+    return *ys, mean.view(shape), var.view(shape)
 
 
 def instance_norm_act_bwd_ref(
-    dy, x, weight, bias, residual_dtype, eps, slope, pad, over_batch
+    dy, second_dy, x, weight, bias, residual_dtype, eps, slopes, pad, over_batch
 ):  # fmt: skip
     """Gradients of x, weight, bias and residual, None for what is not there.
 
@@ -69,8 +67,8 @@ def instance_norm_act_bwd_ref(
     """
     centered, _, var = _centered_ref(x, over_batch)
     gain, rstd = _gain_ref(var, weight, eps), torch.rsqrt(var + eps)
-    dy = _unpadded_ref(dy, centered, pad)
-    dz = dy if slope == 1 else _slope_ref(dy, _affine_ref(centered, gain, bias), slope)
+    z = _affine_ref(centered, gain, bias)
+    dy, dz = _activation_bwd_ref(dy, second_dy, z, slopes, pad)
     mean, along = _mean_ref(dz, over_batch), _mean_ref(dz * centered, over_batch)
     dx = ((dz - mean) - centered * (along * rstd.square())) * gain
     dbias, dweight = _parameters_ref(x, mean, along * rstd, over_batch)
@@ -109,16 +107,26 @@ def _affine_ref(centered, gain, bias):
     return z if bias is None else z + _per_channel(bias, z)
 
 
-def _slope_ref(dy, z, slope):
-    return torch.ops.aten.leaky_relu_backward(dy, z, slope, False)
+def _finished_ref(z, residual, slope, pad):
+    """What follows the norm."""
+    y = z if slope == 1 else F.leaky_relu(z, slope) if slope else F.relu(z)
+    y = y if residual is None else y + residual.to(y.dtype)
+    return F.pad(y, (pad,) * 4, mode="reflect") if pad else y
 
 
-def _unpadded_ref(dy, centered, pad):
-    """Gradient of what was padded, in the memory format of x."""
-    dy = dy.to(centered.dtype)
-    if pad:
-        dy = torch.ops.aten.reflection_pad2d_backward(dy, centered, (pad,) * 4)
-    return dy.contiguous(memory_format=_format(centered))
+def _activation_bwd_ref(dy, second_dy, z, slopes, pad):
+    """Gradients of what was added to the activations, and of z, in the memory format of z."""
+    dys, dzs = [], []
+    for part, slope in zip((dy, second_dy), slopes, strict=False):
+        part = part.to(z.dtype)
+        if pad:
+            part = torch.ops.aten.reflection_pad2d_backward(part, z, (pad,) * 4)
+        dys.append(part.contiguous(memory_format=_format(z)))
+        same = slope == 1
+        dzs.append(
+            dys[-1] if same else torch.ops.aten.leaky_relu_backward(dys[-1], z, slope, False)
+        )
+    return reduce(torch.add, dys), reduce(torch.add, dzs)
 
 
 def _parameters_ref(x, mean, along, over_batch):
@@ -173,13 +181,9 @@ def _load(ptr, strides, image, pixel, channel, mask):
 
 
 @triton.jit
-def _first(x_ptr, x_strides, group, channel, channels):
-    """The first value of each channel of a group.
-
-    Where means are large, what is taken off all values leaves them as they are told apart.
-    """
-    at = group.to(tl.int64) * x_strides[0] + channel.to(tl.int64) * x_strides[1]
-    return tl.load(x_ptr + at, mask=channel < channels, other=0.0).to(tl.float32)
+def _store(ptr, strides, image, pixel, channel, mask, value):
+    offset = _offset(strides, image, pixel, channel)
+    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -198,13 +202,16 @@ def _merged(mean, rest, m2, count, total):
 
 @triton.jit
 def _statistics(
-    x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
+    x_ptr, x_strides, group, channel, channels, first, last, pixels,
     BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean (less origin) and M2 of positions first .. last - 1, by Welford's method in each lane.
+    """Mean in three summands, and M2, of positions first .. last - 1, by Welford in each lane.
 
-    Returned are means, M2 and counts of the lanes, which are to be merged.
+    The first summand is the first value of the group, by channel: where means are large, what is
+    taken off all values leaves them as they are told apart.
     """
+    at = group.to(tl.int64) * x_strides[0] + channel.to(tl.int64) * x_strides[1]
+    origin = tl.load(x_ptr + at, mask=channel < channels, other=0.0).to(tl.float32)
     mean = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     m2 = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     lane = tl.arange(0, BLOCK_P)
@@ -219,7 +226,9 @@ def _statistics(
         mean += off * (1.0 / step)
         m2 += off * (x - mean)
     count = tl.maximum(last - first - lane + BLOCK_P - 1, 0) // BLOCK_P
-    return mean, m2, count.to(tl.float32)[None, :]
+    count = count.to(tl.float32)[None, :]
+    mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, last - first)
+    return origin, mean, rest, m2
 
 
 @triton.jit
@@ -244,12 +253,9 @@ def _part_kernel(
     group, part, channel = _place(channels, parts, BLOCK_C)
     first = part * split + total * 0  # 64 bits only where the positions need them
     last = tl.minimum(first + split, total)
-    origin = _first(x_ptr, x_strides, group, channel, channels)
-    mean, m2, count = _statistics(
-        x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
-        BATCH, BLOCK_P, BLOCK_C,
-    )  # fmt: skip
-    mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, last - first)
+    origin, mean, rest, m2 = _statistics(
+        x_ptr, x_strides, group, channel, channels, first, last, pixels, BATCH, BLOCK_P, BLOCK_C
+    )
     at = (group * parts + part).to(tl.int64) * channels + channel
     tl.store(mean_ptr + at, mean, mask=channel < channels)
     tl.store(rest_ptr + at, rest, mask=channel < channels)
@@ -258,31 +264,53 @@ def _part_kernel(
 
 
 @triton.jit
+def _places_of_parts(channels, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """For one program per group and BLOCK_C channels: parts, their places and mask, and those of
+    the group; the first part's place."""
+    group, _, channel = _place(channels, 1, BLOCK_C)
+    part = tl.arange(0, PARTS)
+    first = group.to(tl.int64) * parts * channels + channel
+    at = first[:, None] + part[None, :] * channels
+    inside = channel < channels
+    mask = (part < parts)[None, :] & inside[:, None]
+    return part, at, mask, group.to(tl.int64) * channels + channel, inside, first
+
+
+@triton.jit
 def _merge_kernel(
     mean_ptr, var_ptr, part_mean_ptr, part_rest_ptr, part_m2_ptr, origin_ptr,
     channels, total, split, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per group and BLOCK_C channels: mean and variance of all of its parts."""
-    group, _, channel = _place(channels, 1, BLOCK_C)
-    part = tl.arange(0, PARTS)
-    mask = (part < parts)[None, :] & (channel < channels)[:, None]
-    at = (group.to(tl.int64) * parts + part)[None, :] * channels + channel[:, None]
+    part, at, mask, group_at, inside, first = _places_of_parts(channels, parts, PARTS, BLOCK_C)
     mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
     rest = tl.load(part_rest_ptr + at, mask=mask, other=0.0)
     m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
+    origin = tl.load(origin_ptr + first, mask=inside, other=0.0)  # which all parts have
     count = tl.minimum(tl.maximum(total - part.to(tl.int64) * split, 0), split)
-    at = group.to(tl.int64) * parts * channels + channel  # of the first part: all have the same
-    origin = tl.load(origin_ptr + at, mask=channel < channels, other=0.0)
     mean, rest, m2 = _merged(mean, rest, m2, count.to(tl.float32)[None, :], total)
-    at = group.to(tl.int64) * channels + channel
-    tl.store(mean_ptr + at, (origin + mean) + rest, mask=channel < channels)
-    tl.store(var_ptr + at, m2 / total, mask=channel < channels)
+    tl.store(mean_ptr + group_at, (origin + mean) + rest, mask=inside)
+    tl.store(var_ptr + group_at, m2 / total, mask=inside)
+
+
+@triton.jit
+def _bwd_merge_kernel(
+    plain_ptr, along_ptr, part_plain_ptr, part_along_ptr, channels, parts,
+    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per group and BLOCK_C channels: the sums over all of its parts."""
+    _, at, mask, group_at, inside, _ = _places_of_parts(channels, parts, PARTS, BLOCK_C)
+    plain = tl.sum(tl.load(part_plain_ptr + at, mask=mask, other=0.0), 1)
+    along = tl.sum(tl.load(part_along_ptr + at, mask=mask, other=0.0), 1)
+    tl.store(plain_ptr + group_at, plain, mask=inside)
+    tl.store(along_ptr + group_at, along, mask=inside)
 
 
 @triton.jit
 def _fwd_kernel(
-    y_ptr, y_strides, mean_ptr, var_ptr, x_ptr, x_strides, residual_ptr, residual_strides,
-    weight_ptr, bias_ptr, eps, slope, channels, height, width, pad, total, out_total, split, parts,
+    y_ptr, y_strides, second_ptr, second_strides, mean_ptr, var_ptr,
+    x_ptr, x_strides, residual_ptr, residual_strides, weight_ptr, bias_ptr,
+    eps, slope, second_slope, channels, height, width, pad, total, out_total, split, parts,
     WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -294,12 +322,10 @@ def _fwd_kernel(
     inside = channel < channels
     at = group.to(tl.int64) * channels + channel
     if WHOLE:
-        origin = _first(x_ptr, x_strides, group, channel, channels)
-        mean, m2, count = _statistics(
-            x_ptr, x_strides, origin, group, channel, channels, 0, total, height * width,
+        origin, mean, rest, m2 = _statistics(
+            x_ptr, x_strides, group, channel, channels, 0, total, height * width,
             BATCH, BLOCK_P, BLOCK_C,
         )  # fmt: skip
-        mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, total)
         mean = (origin + mean) + rest
         var = m2 / total
         tl.store(mean_ptr + at, mean, mask=inside)
@@ -322,11 +348,14 @@ def _fwd_kernel(
             pixel = row * width + column
         x = _load(x_ptr, x_strides, image, pixel, channel, mask)
         z = (x - mean[:, None]) * gain[:, None] + bias[:, None]
-        y = tl.where(z > 0, z, slope * z + 0.0)  # a sum with 0 is never -0, which relu would be
+        residual = 0.0  # a sum with 0 is never -0, which relu would be
         if residual_ptr is not None:
-            y += _load(residual_ptr, residual_strides, image, pixel, channel, mask)
-        offset = _offset(y_strides, image, out, channel)
-        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+            residual = _load(residual_ptr, residual_strides, image, pixel, channel, mask)
+        y = tl.where(z > 0, z, slope * z) + residual
+        _store(y_ptr, y_strides, image, out, channel, mask, y)
+        if second_ptr is not None:
+            y = tl.where(z > 0, z, second_slope * z) + residual
+            _store(second_ptr, second_strides, image, out, channel, mask, y)
 
 
 @triton.jit
@@ -363,119 +392,78 @@ def _unpadded(
 
 @triton.jit
 def _gradient(
-    dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
-    position, height, width, pad, total, BATCH: tl.constexpr, PAD: tl.constexpr,
+    dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias,
+    slope, second_slope, group, channel, channels, position, height, width, pad, total,
+    BATCH: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """dz, x - mean, dy, image, pixel and mask of a block; dz and dy are 0 beyond it."""
     mask = (position < total)[None, :] & (channel < channels)[:, None]
     image, pixel = _image_of(position, group, height * width, BATCH)
     centered = _load(x_ptr, x_strides, image, pixel, channel, mask) - mean[:, None]
-    dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD)
     z = centered * gain[:, None] + bias[:, None]
-    return tl.where(z > 0, dy, slope * dy), centered, dy, image, pixel, mask
-
-
-@triton.jit
-def _sums(
-    dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel, channels,
-    first, last, height, width, pad, total, BATCH: tl.constexpr, PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums over positions first .. last - 1 of dz and of dz (x - mean) rstd."""
-    plain = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    along = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for start in range(first, last, BLOCK_P):
-        dz, centered, _, _, _, _ = _gradient(
-            dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
-            start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
+    dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD)
+    dz = tl.where(z > 0, dy, slope * dy)
+    if second_ptr is not None:
+        second = _unpadded(
+            second_ptr, second_strides, image, pixel, channel, mask, height, width, pad, PAD
         )  # fmt: skip
-        plain += dz
-        along += dz * centered
-    return tl.sum(plain, 1), tl.sum(along, 1) * rstd
-
-
-@triton.jit
-def _bwd_part_kernel(
-    plain_ptr, along_ptr, dy_ptr, dy_strides, x_ptr, x_strides, mean_ptr, var_ptr,
-    weight_ptr, bias_ptr, eps, slope, channels, height, width, pad, total, split, parts,
-    BATCH: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program per part of a group and BLOCK_C channels: the two sums of its pixels."""
-    group, part, channel = _place(channels, parts, BLOCK_C)
-    at = group.to(tl.int64) * channels + channel
-    mean = tl.load(mean_ptr + at, mask=channel < channels, other=0.0)
-    var = tl.load(var_ptr + at, mask=channel < channels, other=0.0)
-    rstd, gain, bias = _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
-    first = part * split + total * 0
-    plain, along = _sums(
-        dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel,
-        channels, first, tl.minimum(first + split, total), height, width, pad, total,
-        BATCH, PAD, BLOCK_P, BLOCK_C,
-    )  # fmt: skip
-    at = (group * parts + part).to(tl.int64) * channels + channel
-    tl.store(plain_ptr + at, plain, mask=channel < channels)
-    tl.store(along_ptr + at, along, mask=channel < channels)
-
-
-@triton.jit
-def _bwd_merge_kernel(
-    plain_ptr, along_ptr, part_plain_ptr, part_along_ptr, channels, parts,
-    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program per group and BLOCK_C channels: the sums over all of its parts."""
-    group, _, channel = _place(channels, 1, BLOCK_C)
-    part = tl.arange(0, PARTS)
-    mask = (part < parts)[None, :] & (channel < channels)[:, None]
-    at = (group.to(tl.int64) * parts + part)[None, :] * channels + channel[:, None]
-    plain = tl.sum(tl.load(part_plain_ptr + at, mask=mask, other=0.0), 1)
-    along = tl.sum(tl.load(part_along_ptr + at, mask=mask, other=0.0), 1)
-    at = group.to(tl.int64) * channels + channel
-    tl.store(plain_ptr + at, plain, mask=channel < channels)
-    tl.store(along_ptr + at, along, mask=channel < channels)
+        dy += second
+        dz += tl.where(z > 0, second, second_slope * second)
+    return dz, centered, dy, image, pixel, mask
 
 
 @triton.jit
 def _bwd_kernel(
     dx_ptr, dx_strides, dresidual_ptr, dresidual_strides, plain_ptr, along_ptr,
-    dy_ptr, dy_strides, x_ptr, x_strides, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, slope,
-    channels, height, width, pad, total, split, parts,
-    WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
+    dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean_ptr, var_ptr,
+    weight_ptr, bias_ptr, eps, slope, second_slope, channels, height, width, pad, total,
+    split, parts, SUMS: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per part of a group and BLOCK_C channels; WHOLE as in the forward."""
+    """One program per part of a group and BLOCK_C channels.
+
+    SUMS: those over the part, of dz and of dz (x - mean) rstd, are taken and written, not read.
+    dx_ptr: then dx is made of them, of which a group has one each.
+    """
     group, part, channel = _place(channels, parts, BLOCK_C)
     inside = channel < channels
-    group_at = group.to(tl.int64) * channels + channel
-    mean = tl.load(mean_ptr + group_at, mask=inside, other=0.0)
-    var = tl.load(var_ptr + group_at, mask=inside, other=0.0)
+    at = group.to(tl.int64) * channels + channel
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    var = tl.load(var_ptr + at, mask=inside, other=0.0)
     rstd, gain, bias = _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
-    if WHOLE:
-        plain, along = _sums(
-            dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel,
-            channels, 0, total, height, width, pad, total, BATCH, PAD, BLOCK_P, BLOCK_C,
-        )  # fmt: skip
-        tl.store(plain_ptr + group_at, plain, mask=inside)
-        tl.store(along_ptr + group_at, along, mask=inside)
-    else:
-        plain = tl.load(plain_ptr + group_at, mask=inside, other=0.0)
-        along = tl.load(along_ptr + group_at, mask=inside, other=0.0)
-    plain = plain / total
-    along = along * rstd / total
-
     first = part * split + total * 0
-    for start in range(first, tl.minimum(first + split, total), BLOCK_P):
-        dz, centered, dy, image, pixel, mask = _gradient(
-            dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
-            start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
-        )  # fmt: skip
-        dx = (dz - plain[:, None] - centered * along[:, None]) * gain[:, None]
-        offset = _offset(dx_strides, image, pixel, channel)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dresidual_ptr is not None:
-            offset = _offset(dresidual_strides, image, pixel, channel)
-            tl.store(
-                dresidual_ptr + offset, dy.to(dresidual_ptr.dtype.element_ty), mask=mask
+    last = tl.minimum(first + split, total)
+    if SUMS:
+        plain = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        along = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        for start in range(first, last, BLOCK_P):
+            dz, centered, _, _, _, _ = _gradient(
+                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides,
+                mean, gain, bias, slope, second_slope, group, channel, channels,
+                start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
             )  # fmt: skip
+            plain += dz
+            along += dz * centered
+        plain, along = tl.sum(plain, 1), tl.sum(along, 1) * rstd
+        at = (group * parts + part).to(tl.int64) * channels + channel
+        tl.store(plain_ptr + at, plain, mask=inside)
+        tl.store(along_ptr + at, along, mask=inside)
+    else:
+        plain = tl.load(plain_ptr + at, mask=inside, other=0.0)
+        along = tl.load(along_ptr + at, mask=inside, other=0.0)
+    if dx_ptr is not None:
+        plain = plain / total
+        along = along * rstd / total
+        for start in range(first, last, BLOCK_P):
+            dz, centered, dy, image, pixel, mask = _gradient(
+                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides,
+                mean, gain, bias, slope, second_slope, group, channel, channels,
+                start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
+            )  # fmt: skip
+            dx = (dz - plain[:, None] - centered * along[:, None]) * gain[:, None]
+            _store(dx_ptr, dx_strides, image, pixel, channel, mask, dx)
+            if dresidual_ptr is not None:
+                _store(dresidual_ptr, dresidual_strides, image, pixel, channel, mask, dy)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
@@ -505,29 +493,16 @@ def _launch_config(pixels, channels, channels_last):
     }  # fmt: skip
 
 
-def _launch_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
-    y, mean, var = _fake_fwd(x, weight, bias, residual, eps, slope, pad, over_batch)
-    _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
-    return y, mean, var
-
-
-def _launch_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
-    mean, var = _fake_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch)
-    if row_strides(out) is None:  # a kernel cannot address it: copy back
-        y = _empty_padded(x, pad)
-        _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
-        out.copy_(y)
-    else:
-        _launch_into(out, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
-    return mean, var
-
-
-def _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch):
+def _launch_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
+    mean, var = _empty_statistics(x, over_batch)
     if x.numel() == 0:
-        mean.fill_(float("nan"))  # the mean of nothing, as in PyTorch
-        var.fill_(float("nan"))
-        return
+        return mean.fill_(math.nan), var.fill_(math.nan)  # the mean of nothing, as in PyTorch
     x, residual = _addressable(x), _addressable(residual)
+    # Where a kernel cannot address what is to be written, that is copied.
+    ys = [
+        y if y is None or row_strides(y) is not None else _empty_padded(x, pad)
+        for y in (out, second)
+    ]
     groups, sizes, switches, config = _grouped(x, pad, over_batch)
     channels, height, width, _, total = sizes
     out_total = total // (height * width) * (height + 2 * pad) * (width + 2 * pad)
@@ -546,43 +521,44 @@ def _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_
     split = out_total if whole else split
     parts = triton.cdiv(out_total, split)
     _fwd_kernel[(blocks * parts,)](
-        *with_strides(y), mean, var, *with_strides(x, residual), _dense(weight), _dense(bias), eps,
-        slope, *sizes, out_total, split, parts,
+        *with_strides(*ys), mean, var, *with_strides(x, residual), _dense(weight), _dense(bias),
+        eps, slopes[0], slopes[-1], *sizes, out_total, split, parts,
         WHOLE=whole, enable_fp_fusion=True, **switches, **config,
     )  # fmt: skip
+    for given, y in zip((out, second), ys, strict=True):
+        if y is not given:
+            given.copy_(y)
+    return mean, var
 
 
 def _launch_bwd(
-    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+    dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
 ):  # fmt: skip
     dx, sums, dresidual = _fake_bwd(
-        dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+        dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
     )
     if x.numel() == 0:
         return dx, sums.zero_(), dresidual
-    x, dy = _addressable(x), _addressable(dy)
+    x = _addressable(x)
     groups, sizes, switches, config = _grouped(x, pad, over_batch)
     channels, _, _, _, total = sizes
     whole, split = config.pop("WHOLE"), config.pop("split")
     split = total if whole else split
     parts = triton.cdiv(total, split)
-    blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
+    grid = (groups * triton.cdiv(channels, config["BLOCK_C"]) * parts,)
     inputs = (
-        *with_strides(dy, x), mean, var, _dense(weight), _dense(bias), eps, slope, *sizes,
-        split, parts,
+        *with_strides(_addressable(dy), _addressable(second_dy), x), mean, var,
+        _dense(weight), _dense(bias), eps, slopes[0], slopes[-1], *sizes, split, parts,
     )  # fmt: skip
+    options = {"enable_fp_fusion": True, **switches, **config}
     if not whole:
         part = sums.new_empty(2, groups, parts, channels)
-        _bwd_part_kernel[(blocks * parts,)](
-            *part, *inputs, enable_fp_fusion=True, **switches, **config
-        )
+        _bwd_kernel[grid](*with_strides(None, None), *part, *inputs, SUMS=True, **options)
         _bwd_merge_kernel[_merge_grid(groups, channels)](
             *sums, *part, channels, parts, enable_fp_fusion=True, **_MERGED
         )
-    _bwd_kernel[(blocks * parts,)](
-        *with_strides(dx, dresidual if dresidual.numel() else None), *sums, *inputs,
-        WHOLE=whole, enable_fp_fusion=True, **switches, **config,
-    )  # fmt: skip
+    given = with_strides(dx, dresidual if dresidual.numel() else None)
+    _bwd_kernel[grid](*given, *sums, *inputs, SUMS=whole, **options)
     return dx, sums, dresidual
 
 
@@ -611,6 +587,20 @@ def _dense(vector):
     return None if vector is None else vector.contiguous()
 
 
+def _on_new_memory(inplace):
+    """The functional op, from an implementation of the one that writes into given tensors."""
+
+    def fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
+        y = _empty_padded(x, pad)
+        args = (y, None, x, weight, bias, residual, eps, [slope], pad, over_batch)
+        return y, *inplace(*args)
+
+    return fwd
+
+
+_launch_fwd = _on_new_memory(_launch_inplace)
+
+
 def _launches() -> Iterator[Launch]:
     for name, args, bits in _meta_inputs():
         yield Launch(name, partial(_launch_fwd, *args), bits)
@@ -618,19 +608,32 @@ def _launches() -> Iterator[Launch]:
 
 def _inplace_launches() -> Iterator[Launch]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = _meta(16, 64, 64, 64, dtype=dtype)
-        out = _meta(16, 192, 64, 64, dtype=dtype)[:, 64:128]
-        args = (out, x, None, None, None, 1e-5, 0.0, 0, False)
-        yield Launch(f"{dtype}", partial(_launch_inplace, *args), 128)
+        for name, x, out, slopes in _meta_skips(dtype):
+            second = None if len(slopes) == 1 else _empty_padded(x, 0)
+            args = (out, second, x, None, None, None, 1e-5, slopes, 0, False)
+            yield Launch(f"{name} {dtype}", partial(_launch_inplace, *args), 128)
 
 
 def _bwd_launches() -> Iterator[Launch]:
-    for name, (x, weight, bias, residual, *options), bits in _meta_inputs():
-        over_batch, pad = options[-1], options[-2]
-        dy, (mean, var) = _empty_padded(x, pad), _empty_statistics(x, over_batch)
+    for name, (x, weight, bias, residual, eps, slope, pad, over_batch), bits in _meta_inputs():
+        dy, statistics = _empty_padded(x, pad), _empty_statistics(x, over_batch)
         dtype = None if residual is None else residual.dtype
-        args = (dy, x, mean, var, weight, bias, dtype, *options)
+        args = (dy, None, x, *statistics, weight, bias, dtype, eps, [slope], pad, over_batch)
         yield Launch(name, partial(_launch_bwd, *args), bits)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for name, x, second, slopes in _meta_skips(dtype):
+            if len(slopes) == 2:
+                given = (_empty_padded(x, 0), second, x, *_empty_statistics(x, False))
+                args = (*given, None, None, None, 1e-5, slopes, 0, False)
+                yield Launch(f"{name} {dtype}", partial(_launch_bwd, *args), 128)
+
+
+def _meta_skips(dtype):
+    """x, half a buffer of twice the channels, and slopes of what is made of x."""
+    for name, size in (("large", (4, 64, 128, 128)), ("few pixels", (16, 256, 16, 16))):
+        x, both = (_meta(size[0], n * size[1], *size[2:], dtype=dtype) for n in (1, 2))
+        yield f"skip, {name}", x, both.chunk(2, 1)[1], [0.2, 0.0]
+    yield "slice", x, both.chunk(2, 1)[1], [0.0]
 
 
 def _meta_inputs():
@@ -673,20 +676,11 @@ def _empty_statistics(x, over_batch):
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _fake_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
-    return _empty_padded(x, pad), *_empty_statistics(x, over_batch)
-
-
-def _cpu_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
-    y = _empty_padded(x, pad)
-    return y, *_cpu_inplace(y, x, weight, bias, residual, eps, slope, pad, over_batch)
-
-
-def _fake_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
+def _fake_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
     return _empty_statistics(x, over_batch)
 
 
-def _cpu_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
+def _cpu_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
     """The reference in place, for as much at a time as stays in a core's cache."""
     mean, var = _empty_statistics(x, over_batch)
     format = _format(x)
@@ -701,10 +695,13 @@ def _cpu_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
         y.mul_(_gain_ref(part_var, _some(weight, channels), eps))
         if bias is not None:
             y.add_(_per_channel(bias[channels], y))
-        if slope != 1:
-            _ = F.leaky_relu_(y, slope) if slope else F.relu_(y)
-        if residual is not None:
-            y.add_(residual[at])
+        added = None if residual is None else residual[at]
+        if second is not None:
+            second[at].copy_(_finished_ref(y, added, slopes[1], pad))
+        if slopes[0] != 1:
+            _ = F.leaky_relu_(y, slopes[0]) if slopes[0] else F.relu_(y)
+        if added is not None:
+            y.add_(added)
         if y is not into:
             into.copy_(F.pad(y, (pad,) * 4, mode="reflect") if pad else y)
         for statistic, value in ((mean, part_mean), (var, part_var)):
@@ -732,20 +729,25 @@ def _some(vector, channels):
 
 
 def _fake_bwd(
-    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+    dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
 ):  # fmt: skip
     sums = mean.new_empty(2, 1 if over_batch else x.shape[0], x.shape[1])
-    folded = residual_dtype is not None and pad > 0
-    dresidual = _empty_padded(x, 0).to(residual_dtype) if folded else x.new_empty(0)
+    made = residual_dtype is not None and _is_made(second_dy, pad)
+    dresidual = _empty_padded(x, 0).to(residual_dtype) if made else x.new_empty(0)
     return _empty_padded(x, 0), sums, dresidual
 
 
+def _is_made(second_dy, pad):
+    """Whether the gradient of the residual has to be made: it is not dy as it came."""
+    return pad > 0 or second_dy is not None
+
+
 def _cpu_bwd(
-    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+    dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
 ):  # fmt: skip
     """The reference in place, for a few samples at a time, and with the statistics at hand."""
     dx, sums, dresidual = _fake_bwd(
-        dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+        dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
     )
     format = _format(x)
     mean, var = (t[None] if over_batch else t for t in (mean, var))
@@ -756,15 +758,14 @@ def _cpu_bwd(
         centered = _wide(x[at]).contiguous(memory_format=format) - part_mean
         gain = _gain_ref(part_var, _some(weight, channels), eps)
         rstd = torch.rsqrt(part_var + eps)
-        part_dy = dz = _unpadded_ref(dy[at], centered, pad)
         work = torch.empty_like(centered)
-        if slope != 1:
-            z = centered  # which alone has the sign of what follows a norm
-            if weight is not None or bias is not None:
-                z = torch.mul(centered, gain, out=work)
+        z = centered  # which alone has the sign of what follows a norm
+        if any(slope != 1 for slope in slopes) and not (weight is bias is None):
+            z = torch.mul(centered, gain, out=work)
             if bias is not None:
                 z.add_(_per_channel(bias[channels], z))
-            dz = _slope_ref(part_dy, z, slope)
+        second = None if second_dy is None else second_dy[at]
+        part_dy, dz = _activation_bwd_ref(dy[at], second, z, slopes, pad)
         plain = _mean_ref(dz, over_batch)
         along = _mean_ref(torch.mul(dz, centered, out=work), over_batch)
         centered.mul_(along * rstd.square())
@@ -784,15 +785,16 @@ _fwd = define_op(
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float slope, int pad, "
     "bool over_batch) -> (Tensor, Tensor, Tensor)",
     cuda=_launch_fwd,
-    cpu=_cpu_fwd,
-    fake=_fake_fwd,
+    cpu=_on_new_memory(_cpu_inplace),
+    fake=_on_new_memory(_fake_inplace),
     launches=_launches,
 )
 
 _bwd = define_op(
     "instance_norm_act_bwd",
-    "(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-    "ScalarType? residual_dtype, float eps, float slope, int pad, bool over_batch) "
+    "(Tensor dy, Tensor? second_dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+    "Tensor? bias, ScalarType? residual_dtype, float eps, float[] slopes, int pad, "
+    "bool over_batch) "
     "-> (Tensor, Tensor, Tensor)",
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
@@ -802,8 +804,8 @@ _bwd = define_op(
 
 _inplace = define_op(
     "instance_norm_act_",
-    "(Tensor(a!) out, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    "float slope, int pad, bool over_batch) -> (Tensor, Tensor)",
+    "(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, float eps, float[] slopes, int pad, bool over_batch) -> (Tensor, Tensor)",
     cuda=_launch_inplace,
     cpu=_cpu_inplace,
     fake=_fake_inplace,
@@ -814,32 +816,40 @@ _inplace = define_op(
 # 5. Public functions ------------------------------------------------------------------------------
 class _InstanceNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, *options):
-        y, mean, var = _fwd(x, weight, bias, residual, *options)
+    def forward(ctx, out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
+        if out is None:
+            args = (x, weight, bias, residual, eps, slopes[0], pad, over_batch)
+            out, mean, var = _fwd(*args)
+        else:  # To autograd they are new: views of a tensor must not be written one after another.
+            args = (x, weight, bias, residual, eps, slopes, pad, over_batch)
+            mean, var = _inplace(out, second, *args)
+            out, second = out.detach(), None if second is None else second.detach()
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.options = options
+        ctx.options = (eps, slopes, pad, over_batch)
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return out, second, mean, var
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy, second_dy, *_):
         x, weight, bias, mean, var = ctx.saved_tensors
-        dtype = ctx.residual_dtype if ctx.needs_input_grad[3] else None
+        dtype = ctx.residual_dtype if ctx.needs_input_grad[5] else None
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = instance_norm_act_bwd_ref(dy, x, weight, bias, dtype, *ctx.options)
-            return *gradients, *(None for _ in ctx.options)
-        dx, sums, dresidual = _bwd(dy, x, mean, var, weight, bias, dtype, *ctx.options)
-        dbias, dweight = sums.sum(1)
-        if ctx.options[2] == 0:  # without padding it is dy as it came
-            dresidual = dy
-        return (
-            dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
-            None if dtype is None else dresidual.to(dtype),
-            *(None for _ in ctx.options),
-        )
+            dx, dweight, dbias, dresidual = instance_norm_act_bwd_ref(
+                dy, second_dy, x, weight, bias, dtype, *ctx.options
+            )
+        else:
+            dx, sums, dresidual = _bwd(
+                dy, second_dy, x, mean, var, weight, bias, dtype, *ctx.options
+            )
+            dbias, dweight = sums.sum(1)
+            dweight = None if weight is None else dweight.to(weight.dtype)
+            dbias = None if bias is None else dbias.to(bias.dtype)
+            if dtype is None:
+                dresidual = None
+            elif not _is_made(second_dy, ctx.options[2]):
+                dresidual = dy.to(dtype)
+        return None, None, dx, dweight, dbias, dresidual, *(None for _ in ctx.options)
 
 
 def instance_norm_act(
@@ -890,13 +900,16 @@ def instance_norm_act(
         >>> instance_norm_act(x, eps=0.0, activation="leaky_relu")
         tensor([[[[-0.2000,  1.0000]]]])
     """
-    args = _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
+    given = (x, weight, bias, residual)
+    args = *given, *_options(*given, eps, (activation,), slope, pad, over_batch)
     if using_reference():
         y, mean, var = instance_norm_act_ref(*args)
-        return (y, mean.detach(), var.detach()) if return_stats else y
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    run = _InstanceNormAct.apply if needs_function(x, weight, bias, residual) else _fwd
-    y, mean, var = run(*args)
+        mean, var = mean.detach(), var.detach()
+    elif needs_function(*given):
+        y, _, mean, var = _InstanceNormAct.apply(None, None, *args)
+    else:
+        eps, slopes, pad, over_batch = args[4:]
+        y, mean, var = _fwd(*given, eps, slopes[0], pad, over_batch)
     return (y, mean, var) if return_stats else y
 
 
@@ -909,57 +922,71 @@ def instance_norm_act_(
     eps: float = 1e-5,
     activation: str | None = None,
     slope: float = 0.2,
+    second: Tensor | None = None,
+    second_activation: str | None = None,
     residual: Tensor | None = None,
     pad: int = 0,
     over_batch: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`instance_norm_act` written into a given tensor, as a rule some channels of a larger one.
+) -> tuple[Tensor, ...]:
+    """`instance_norm_act` written into given tensors, as a rule some channels of larger ones.
 
     Two tensors that a skip connection joins are made in the halves of one buffer: no `torch.cat`.
-    There is no gradient; inside an autograd.Function the statistics serve its backward.
+    What goes both through the skip and on, each with an activation of its own, is made in one pass.
 
     Args:
-        out: (N, C, H + 2 pad, W + 2 pad) in x's dtype, any strides; must not share memory with x,
-            weight, bias or residual.
+        out: (N, C, H + 2 pad, W + 2 pad) in x's dtype, any strides.
+        second: None, or like out: where the same with second_activation is written.
         others: as in `instance_norm_act`.
 
+    None of out and second may share memory with another argument.
+
     Returns:
-        mean, var: as `instance_norm_act` returns them with return_stats.
+        (out, mean, var), or (out, second, mean, var): what was written, differentiable in x,
+        weight, bias and residual; the tensors that were given stay without a gradient. mean, var:
+        as `instance_norm_act` returns them with return_stats.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name; nothing is written then.
 
     Example:
         >>> x, skip = torch.randn(1, 2, 4, 4), torch.empty(1, 6, 4, 4)
-        >>> mean, var = instance_norm_act_(skip[:, 2:4], x, activation="relu")
+        >>> y, mean, var = instance_norm_act_(skip[:, 2:4], x, activation="relu")
         >>> bool((skip[:, 2:4] == instance_norm_act(x, activation="relu")).all())
         True
     """
-    args = _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
-    check_float(out=out)
+    activations = (activation,) if second is None else (activation, second_activation)
+    given, written = (x, weight, bias, residual), (out,) if second is None else (out, second)
+    if second is None and second_activation is not None:
+        raise ValueError(f"second must be given with a second_activation, {second_activation!r}")
+    args = *given, *_options(*given, eps, activations, slope, pad, over_batch)
     n, c, h, w = x.shape
-    check_shape("out", out, (n, c, h + 2 * pad, w + 2 * pad))
-    check_same_device(x=x, out=out)
-    if out.dtype != x.dtype:
-        raise TypeError(f"out must be {x.dtype} as x is, got {out.dtype}")
-    check_writable(out=out)
-    check_no_grad(
-        "instance_norm_act_ writes in place; use instance_norm_act",
-        out=out, x=x, weight=weight, bias=bias, residual=residual,
-    )  # fmt: skip
+    for name, tensor in zip(("out", "second"), written, strict=False):
+        check_float(**{name: tensor})
+        check_shape(name, tensor, (n, c, h + 2 * pad, w + 2 * pad))
+        check_same_device(x=x, **{name: tensor})
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
+        check_writable(**{name: tensor})
+        check_no_grad("it is written: what stood there has no gradient", **{name: tensor})
+    if second is out:
+        raise ValueError("second must not be the same tensor as out: both are written")
     if using_reference():
-        y, mean, var = instance_norm_act_ref(*args)
-        out.copy_(y)
-        return mean, var
-    refuse_forward_mode()
-    return _inplace(out, *args)
+        *ys, mean, var = instance_norm_act_ref(*args)
+        for tensor, y in zip(written, ys, strict=True):
+            tensor.copy_(y.detach())
+        return *ys, mean.detach(), var.detach()
+    if needs_function(*given):
+        out, _, mean, var = results = _InstanceNormAct.apply(out, second, *args)
+        return (out, mean, var) if second is None else results
+    return *written, *_inplace(out, second, *args)
 
 
-def _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch):
-    """The arguments of the op, with the activation as its slope."""
-    if activation not in ACTIVATIONS:
-        names = "None, 'relu' or 'leaky_relu'"
-        raise ValueError(f"activation must be {names}, got {activation!r}")
+def _options(x, weight, bias, residual, eps, activations, slope, pad, over_batch):
+    """Numbers of the op, activations as their slopes; raises where an argument does not fit."""
+    for name, activation in zip(("activation", "second_activation"), activations, strict=False):
+        if activation not in ACTIVATIONS:
+            names = "None, 'relu' or 'leaky_relu'"
+            raise ValueError(f"{name} must be {names}, got {activation!r}")
     for name, value, least in (("eps", eps, 0), ("slope", slope, -math.inf)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not least <= value < math.inf or value == -math.inf:
@@ -980,5 +1007,5 @@ def _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
             check_float(**{name: tensor})
             check_shape(name, tensor, shape)
             check_same_device(x=x, **{name: tensor})
-    slope = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}[activation]
-    return x, weight, bias, residual, float(eps), slope, pad, bool(over_batch)
+    slopes = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}
+    return float(eps), [slopes[a] for a in activations], pad, bool(over_batch)
