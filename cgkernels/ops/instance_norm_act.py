@@ -50,7 +50,7 @@ _PIECE = 2**17  # elements that a CPU takes at a time
 
 # 1. Reference -------------------------------------------------------------------------------------
 def instance_norm_act_ref(x, weight, bias, residual, eps, slopes, pad, over_batch):
-    """y of each of one or two activations, mean, var. An activation is z where z > 0, else slope z."""
+    """y of each activation, mean, var; an activation is z where z > 0, else slope z."""
     centered, mean, var = _centered_ref(x, over_batch)
     z = _affine_ref(centered, _gain_ref(var, weight, eps), bias)
     ys = (_finished_ref(z, residual, slope, pad).to(x.dtype) for slope in slopes)
