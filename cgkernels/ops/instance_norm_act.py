@@ -43,7 +43,9 @@ from cgkernels.rows import row_strides, with_strides
 ACTIVATIONS = (None, "relu", "leaky_relu")
 
 # What one program merges at most, and its shape: parts of the pixels, channels.
-_MERGED = {"PARTS": 256, "BLOCK_C": 16}
+_MERGED = {"PARTS": 256, "BLOCK_C": 16, "enable_fp_fusion": True}
+
+_leaky_relu_backward = torch.ops.aten.leaky_relu_backward
 
 _PIECE = 2**17  # elements that a CPU takes at a time
 
@@ -58,10 +60,8 @@ def instance_norm_act_ref(x, weight, bias, residual, eps, slopes, pad, over_batc
     return *ys, mean.view(shape), var.view(shape)
 
 
-def instance_norm_act_bwd_ref(
-    dy, second_dy, x, weight, bias, residual_dtype, eps, slopes, pad, over_batch
-):  # fmt: skip
-    """Gradients of x, weight, bias and residual, None for what is not there.
+def instance_norm_act_bwd_ref(dy, second_dy, x, weight, bias, eps, slopes, pad, over_batch):
+    """Gradients of x, weight, bias and residual, whether these are there or not.
 
     The statistics are taken again: second derivatives go through them.
     """
@@ -71,18 +71,14 @@ def instance_norm_act_bwd_ref(
     dy, dz = _activation_bwd_ref(dy, second_dy, z, slopes, pad)
     mean, along = _mean_ref(dz, over_batch), _mean_ref(dz * centered, over_batch)
     dx = ((dz - mean) - centered * (along * rstd.square())) * gain
-    dbias, dweight = _parameters_ref(x, mean, along * rstd, over_batch)
-    return (
-        dx.to(x.dtype),
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        None if residual_dtype is None else dy.to(residual_dtype),
-    )
+    pixels = x.numel() // max(1, mean.numel())
+    dbias, dweight = ((t * pixels).flatten(1).sum(0) for t in (mean, along * rstd))
+    return dx, dweight, dbias, dy
 
 
 def _centered_ref(x, over_batch):
     """x - mean, mean and var in at least float32, in two passes."""
-    x = _wide(x).contiguous(memory_format=_format(x))
+    x = x.to(_wide_dtype(x)).contiguous(memory_format=_format(x))
     mean = _mean_ref(x, over_batch)
     centered = x - mean
     return centered, mean, _mean_ref(centered.square(), over_batch)
@@ -121,26 +117,18 @@ def _activation_bwd_ref(dy, second_dy, z, slopes, pad):
         part = part.to(z.dtype)
         if pad:
             part = torch.ops.aten.reflection_pad2d_backward(part, z, (pad,) * 4)
-        dys.append(part.contiguous(memory_format=_format(z)))
-        same = slope == 1
-        dzs.append(
-            dys[-1] if same else torch.ops.aten.leaky_relu_backward(dys[-1], z, slope, False)
-        )
+        part = part.contiguous(memory_format=_format(z))
+        dys.append(part)
+        dzs.append(part if slope == 1 else _leaky_relu_backward(part, z, slope, False))
     return reduce(torch.add, dys), reduce(torch.add, dzs)
-
-
-def _parameters_ref(x, mean, along, over_batch):
-    """dbias and dweight of the means over pixels of dz and of dz (x - mean) / std."""
-    pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
-    return ((t * pixels).flatten(1).sum(0) for t in (mean, along))
 
 
 def _per_channel(vector, like):
     return vector.to(like.dtype).view(1, -1, 1, 1)
 
 
-def _wide(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _wide_dtype(x):
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _format(x):
@@ -265,8 +253,7 @@ def _part_kernel(
 
 @triton.jit
 def _places_of_parts(channels, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """For one program per group and BLOCK_C channels: parts, their places and mask, and those of
-    the group; the first part's place."""
+    """Parts of this group, their places and mask; place and mask of the group; first part."""
     group, _, channel = _place(channels, 1, BLOCK_C)
     part = tl.arange(0, PARTS)
     first = group.to(tl.int64) * parts * channels + channel
@@ -310,7 +297,7 @@ def _bwd_merge_kernel(
 def _fwd_kernel(
     y_ptr, y_strides, second_ptr, second_strides, mean_ptr, var_ptr,
     x_ptr, x_strides, residual_ptr, residual_strides, weight_ptr, bias_ptr,
-    eps, slope, second_slope, channels, height, width, pad, total, out_total, split, parts,
+    eps, slopes, sizes, out_total, split, parts,
     WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -318,6 +305,7 @@ def _fwd_kernel(
 
     WHOLE: the part is the group, and the statistics are taken here, too.
     """
+    channels, height, width, pad, total = sizes
     group, part, channel = _place(channels, parts, BLOCK_C)
     inside = channel < channels
     at = group.to(tl.int64) * channels + channel
@@ -351,10 +339,10 @@ def _fwd_kernel(
         residual = 0.0  # a sum with 0 is never -0, which relu would be
         if residual_ptr is not None:
             residual = _load(residual_ptr, residual_strides, image, pixel, channel, mask)
-        y = tl.where(z > 0, z, slope * z) + residual
+        y = tl.where(z > 0, z, slopes[0] * z) + residual
         _store(y_ptr, y_strides, image, out, channel, mask, y)
         if second_ptr is not None:
-            y = tl.where(z > 0, z, second_slope * z) + residual
+            y = tl.where(z > 0, z, slopes[1] * z) + residual
             _store(second_ptr, second_strides, image, out, channel, mask, y)
 
 
@@ -369,13 +357,12 @@ def _mirrored(i, size, pad, place):
 
 
 @triton.jit
-def _unpadded(
-    dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD: tl.constexpr
-):  # fmt: skip
+def _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, sizes, PAD: tl.constexpr):
     """Gradient of what was padded: the sum of up to nine places, always in the same order.
 
     A loop, lest the compiler keeps the addresses of all places in registers.
     """
+    _, height, width, pad, _ = sizes
     if PAD:
         row, column = pixel // width, pixel % width
         dy = tl.zeros(mask.shape, tl.float32)
@@ -392,23 +379,21 @@ def _unpadded(
 
 @triton.jit
 def _gradient(
-    dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias,
-    slope, second_slope, group, channel, channels, position, height, width, pad, total,
-    BATCH: tl.constexpr, PAD: tl.constexpr,
+    dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias, slopes,
+    group, channel, position, sizes, BATCH: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """dz, x - mean, dy, image, pixel and mask of a block; dz and dy are 0 beyond it."""
+    channels, height, width, _, total = sizes
     mask = (position < total)[None, :] & (channel < channels)[:, None]
     image, pixel = _image_of(position, group, height * width, BATCH)
     centered = _load(x_ptr, x_strides, image, pixel, channel, mask) - mean[:, None]
     z = centered * gain[:, None] + bias[:, None]
-    dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD)
-    dz = tl.where(z > 0, dy, slope * dy)
+    dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, sizes, PAD)
+    dz = tl.where(z > 0, dy, slopes[0] * dy)
     if second_ptr is not None:
-        second = _unpadded(
-            second_ptr, second_strides, image, pixel, channel, mask, height, width, pad, PAD
-        )  # fmt: skip
+        second = _unpadded(second_ptr, second_strides, image, pixel, channel, mask, sizes, PAD)
         dy += second
-        dz += tl.where(z > 0, second, second_slope * second)
+        dz += tl.where(z > 0, second, slopes[1] * second)
     return dz, centered, dy, image, pixel, mask
 
 
@@ -416,15 +401,15 @@ def _gradient(
 def _bwd_kernel(
     dx_ptr, dx_strides, dresidual_ptr, dresidual_strides, plain_ptr, along_ptr,
     dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean_ptr, var_ptr,
-    weight_ptr, bias_ptr, eps, slope, second_slope, channels, height, width, pad, total,
-    split, parts, SUMS: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    weight_ptr, bias_ptr, eps, slopes, sizes, split, parts, SUMS: tl.constexpr,
+    BATCH: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per part of a group and BLOCK_C channels.
 
     SUMS: those over the part, of dz and of dz (x - mean) rstd, are taken and written, not read.
     dx_ptr: then dx is made of them, of which a group has one each.
     """
+    channels, total = sizes[0], sizes[4]
     group, part, channel = _place(channels, parts, BLOCK_C)
     inside = channel < channels
     at = group.to(tl.int64) * channels + channel
@@ -438,9 +423,8 @@ def _bwd_kernel(
         along = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         for start in range(first, last, BLOCK_P):
             dz, centered, _, _, _, _ = _gradient(
-                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides,
-                mean, gain, bias, slope, second_slope, group, channel, channels,
-                start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
+                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias,
+                slopes, group, channel, start + tl.arange(0, BLOCK_P), sizes, BATCH, PAD,
             )  # fmt: skip
             plain += dz
             along += dz * centered
@@ -456,9 +440,8 @@ def _bwd_kernel(
         along = along * rstd / total
         for start in range(first, last, BLOCK_P):
             dz, centered, dy, image, pixel, mask = _gradient(
-                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides,
-                mean, gain, bias, slope, second_slope, group, channel, channels,
-                start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
+                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias,
+                slopes, group, channel, start + tl.arange(0, BLOCK_P), sizes, BATCH, PAD,
             )  # fmt: skip
             dx = (dz - plain[:, None] - centered * along[:, None]) * gain[:, None]
             _store(dx_ptr, dx_strides, image, pixel, channel, mask, dx)
@@ -493,83 +476,81 @@ def _launch_config(pixels, channels, channels_last):
     }  # fmt: skip
 
 
+def _launch_fwd(x, *args):
+    y = _empty_padded(x, args[-2])
+    return y, *_launch_inplace(y, None, x, *args)
+
+
 def _launch_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
     mean, var = _empty_statistics(x, over_batch)
     if x.numel() == 0:
         return mean.fill_(math.nan), var.fill_(math.nan)  # the mean of nothing, as in PyTorch
     x, residual = _addressable(x), _addressable(residual)
-    # Where a kernel cannot address what is to be written, that is copied.
-    ys = [
-        y if y is None or row_strides(y) is not None else _empty_padded(x, pad)
-        for y in (out, second)
-    ]
-    groups, sizes, switches, config = _grouped(x, pad, over_batch)
+    y, twin = (t if _addressable(t) is t else _empty_padded(x, pad) for t in (out, second))
+    groups, sizes, switches, config, (whole, split) = _grouped(x, pad, over_batch)
     channels, height, width, _, total = sizes
     out_total = total // (height * width) * (height + 2 * pad) * (width + 2 * pad)
-    whole, split = config.pop("WHOLE"), config.pop("split")
     blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
     if not whole:
         parts = triton.cdiv(total, split)
         part = mean.new_empty(4, groups, parts, channels)
         _part_kernel[(blocks * parts,)](
             *part, *with_strides(x), channels, height * width, total, split, parts,
-            BATCH=switches["BATCH"], enable_fp_fusion=True, **config,
+            BATCH=switches["BATCH"], **config,
         )  # fmt: skip
         _merge_kernel[_merge_grid(groups, channels)](
-            mean, var, *part, channels, total, split, parts, enable_fp_fusion=True, **_MERGED
+            mean, var, *part, channels, total, split, parts, **_MERGED
         )
     split = out_total if whole else split
     parts = triton.cdiv(out_total, split)
     _fwd_kernel[(blocks * parts,)](
-        *with_strides(*ys), mean, var, *with_strides(x, residual), _dense(weight), _dense(bias),
-        eps, slopes[0], slopes[-1], *sizes, out_total, split, parts,
-        WHOLE=whole, enable_fp_fusion=True, **switches, **config,
+        *with_strides(y, twin), mean, var, *with_strides(x, residual), _dense(weight), _dense(bias),
+        eps, (slopes[0], slopes[-1]), sizes, out_total, split, parts,
+        WHOLE=whole, **switches, **config,
     )  # fmt: skip
-    for given, y in zip((out, second), ys, strict=True):
-        if y is not given:
-            given.copy_(y)
+    for given, written in ((out, y), (second, twin)):
+        if written is not given:
+            given.copy_(written)
     return mean, var
 
 
-def _launch_bwd(
-    dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
-):  # fmt: skip
+def _launch_bwd(dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options):
     dx, sums, dresidual = _fake_bwd(
-        dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
+        dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options
     )
     if x.numel() == 0:
         return dx, sums.zero_(), dresidual
-    x = _addressable(x)
-    groups, sizes, switches, config = _grouped(x, pad, over_batch)
-    channels, _, _, _, total = sizes
-    whole, split = config.pop("WHOLE"), config.pop("split")
+    (eps, slopes, pad, over_batch), x = options, _addressable(x)
+    groups, sizes, switches, config, (whole, split) = _grouped(x, pad, over_batch)
+    channels, total = sizes[0], sizes[4]
     split = total if whole else split
     parts = triton.cdiv(total, split)
     grid = (groups * triton.cdiv(channels, config["BLOCK_C"]) * parts,)
     inputs = (
         *with_strides(_addressable(dy), _addressable(second_dy), x), mean, var,
-        _dense(weight), _dense(bias), eps, slopes[0], slopes[-1], *sizes, split, parts,
+        _dense(weight), _dense(bias), eps, (slopes[0], slopes[-1]), sizes, split, parts,
     )  # fmt: skip
-    options = {"enable_fp_fusion": True, **switches, **config}
     if not whole:
         part = sums.new_empty(2, groups, parts, channels)
-        _bwd_kernel[grid](*with_strides(None, None), *part, *inputs, SUMS=True, **options)
-        _bwd_merge_kernel[_merge_grid(groups, channels)](
-            *sums, *part, channels, parts, enable_fp_fusion=True, **_MERGED
+        _bwd_kernel[grid](
+            *with_strides(None, None), *part, *inputs, SUMS=True, **switches, **config
         )
+        _bwd_merge_kernel[_merge_grid(groups, channels)](*sums, *part, channels, parts, **_MERGED)
     given = with_strides(dx, dresidual if dresidual.numel() else None)
-    _bwd_kernel[grid](*given, *sums, *inputs, SUMS=whole, **options)
+    _bwd_kernel[grid](*given, *sums, *inputs, SUMS=whole, **switches, **config)
     return dx, sums, dresidual
 
 
 def _grouped(x, pad, over_batch):
-    """Groups of images with one mean; sizes, switches and configuration of their kernels."""
+    """Groups of images with one mean; sizes, switches, configuration of their kernels; parts."""
     images, channels, height, width = x.shape
     groups, images = (1, images) if over_batch else (images, 1)
     total = images * height * width
     config = _launch_config(total, channels, _format(x) == torch.channels_last)
+    parts = config.pop("WHOLE"), config.pop("split")
     switches = {"BATCH": images > 1, "PAD": pad > 0}
-    return groups, (channels, height, width, pad, total), switches, config
+    config["enable_fp_fusion"] = True
+    return groups, (channels, height, width, pad, total), switches, config, parts
 
 
 def _merge_grid(groups, channels):
@@ -587,75 +568,63 @@ def _dense(vector):
     return None if vector is None else vector.contiguous()
 
 
-def _on_new_memory(inplace):
-    """The functional op, from an implementation of the one that writes into given tensors."""
-
-    def fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
-        y = _empty_padded(x, pad)
-        args = (y, None, x, weight, bias, residual, eps, [slope], pad, over_batch)
-        return y, *inplace(*args)
-
-    return fwd
-
-
-_launch_fwd = _on_new_memory(_launch_inplace)
-
-
 def _launches() -> Iterator[Launch]:
     for name, args, bits in _meta_inputs():
         yield Launch(name, partial(_launch_fwd, *args), bits)
 
 
 def _inplace_launches() -> Iterator[Launch]:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for name, x, out, slopes in _meta_skips(dtype):
-            second = None if len(slopes) == 1 else _empty_padded(x, 0)
-            args = (out, second, x, None, None, None, 1e-5, slopes, 0, False)
-            yield Launch(f"{name} {dtype}", partial(_launch_inplace, *args), 128)
+    for name, x, out, slopes in _meta_skips():
+        second = None if len(slopes) == 1 else _empty_padded(x, 0)
+        args = (out, second, x, None, None, None, 1e-5, slopes, 0, False)
+        yield Launch(name, partial(_launch_inplace, *args), 128)
 
 
 def _bwd_launches() -> Iterator[Launch]:
-    for name, (x, weight, bias, residual, eps, slope, pad, over_batch), bits in _meta_inputs():
-        dy, statistics = _empty_padded(x, pad), _empty_statistics(x, over_batch)
+    for name, (x, weight, bias, residual, *options), bits in _meta_inputs():
+        dy, statistics = _empty_padded(x, options[-2]), _empty_statistics(x, options[-1])
         dtype = None if residual is None else residual.dtype
-        args = (dy, None, x, *statistics, weight, bias, dtype, eps, [slope], pad, over_batch)
+        args = (dy, None, x, *statistics, weight, bias, dtype, *options)
         yield Launch(name, partial(_launch_bwd, *args), bits)
+    for name, x, second, slopes in _meta_skips():
+        if len(slopes) == 2:
+            given = (_empty_padded(x, 0), second, x, *_empty_statistics(x, False))
+            args = (*given, None, None, None, 1e-5, slopes, 0, False)
+            yield Launch(name, partial(_launch_bwd, *args), 128)
+
+
+def _meta_skips():
+    """x, half a tensor of twice the channels, and slopes of what is made of x."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for name, x, second, slopes in _meta_skips(dtype):
-            if len(slopes) == 2:
-                given = (_empty_padded(x, 0), second, x, *_empty_statistics(x, False))
-                args = (*given, None, None, None, 1e-5, slopes, 0, False)
-                yield Launch(f"{name} {dtype}", partial(_launch_bwd, *args), 128)
-
-
-def _meta_skips(dtype):
-    """x, half a buffer of twice the channels, and slopes of what is made of x."""
-    for name, size in (("large", (4, 64, 128, 128)), ("few pixels", (16, 256, 16, 16))):
-        x, both = (_meta(size[0], n * size[1], *size[2:], dtype=dtype) for n in (1, 2))
-        yield f"skip, {name}", x, both.chunk(2, 1)[1], [0.2, 0.0]
-    yield "slice", x, both.chunk(2, 1)[1], [0.0]
+        for name, size in (("large", (4, 64, 128, 128)), ("few pixels", (16, 256, 16, 16))):
+            x, both = (_meta(size[0], n * size[1], *size[2:], dtype=dtype) for n in (1, 2))
+            yield f"skip, {name} {dtype}", x, both.chunk(2, 1)[1], [0.2, 0.0]
+        yield f"slice {dtype}", x, both.chunk(2, 1)[1], [0.0]
 
 
 def _meta_inputs():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         large, small = _meta(4, 64, 128, 128, dtype=dtype), _meta(16, 256, 16, 16, dtype=dtype)
         wide = _meta(4, 192, 128, 128, dtype=dtype)[:, 64:128]
-        vectors = [large.new_empty(64, dtype=torch.float32) for _ in range(2)]
-        yield f"instance {dtype}", (large, None, None, None, 1e-5, 0.2, 0, False), 128
-        yield f"few pixels {dtype}", (small, None, None, None, 1e-5, 0.2, 0, False), 128
-        yield f"batch {dtype}", (large, *vectors, None, 1e-5, 0.2, 0, True), 128
-        yield f"padded {dtype}", (large, *vectors, large, 1e-5, 0.0, 1, False), 128
-        yield f"few pixels, padded {dtype}", (small, None, None, small, 1e-5, 0.0, 1, False), 128
-        yield f"slices {dtype}", (wide, None, None, wide, 1e-5, 0.2, 0, False), 128
-        first = large.contiguous()
-        yield f"contiguous {dtype}", (first, None, None, None, 1e-5, 0.2, 0, False), 128
-        args = (small.contiguous(), None, None, None, 1e-5, 0.2, 0, False)
-        yield f"contiguous, few pixels {dtype}", args, 128
-        yield f"contiguous, batch, padded {dtype}", (first, *vectors, first, 1e-5, 0.2, 3, True), 0
+        first, few = large.contiguous(), small.contiguous()
+        affine = [large.new_empty(64, dtype=torch.float32) for _ in range(2)]
+        plain, relu, batch = (1e-5, [0.2], 0, False), (1e-5, [0.0], 1, False), (1e-5, [0.2])
+        for name, args, bits in (
+            ("instance", (large, None, None, None, *plain), 128),
+            ("few pixels", (small, None, None, None, *plain), 128),
+            ("batch", (large, *affine, None, *batch, 0, True), 128),
+            ("padded", (large, *affine, large, *relu), 128),
+            ("few pixels, padded", (small, None, None, small, *relu), 128),
+            ("slices", (wide, None, None, wide, *plain), 128),
+            ("contiguous", (first, None, None, None, *plain), 128),
+            ("contiguous, few pixels", (few, None, None, None, *plain), 128),
+            ("contiguous, batch, padded", (first, *affine, first, *batch, 3, True), 0),
+        ):
+            yield f"{name} {dtype}", args, bits
     odd = _meta(4, 35, 33, 35, dtype=torch.bfloat16)
-    yield "odd", (odd, None, None, odd.float(), 1e-5, 0.2, 1, True), 0
+    yield "odd", (odd, None, None, odd.float(), 1e-5, [0.2], 1, True), 0
     huge = _meta(1, 1, 2**16, 2**16, dtype=torch.bfloat16)  # positions of 64 bits
-    yield "2^32 pixels", (huge, None, None, None, 1e-5, 0.2, 0, False), 0
+    yield "2^32 pixels", (huge, None, None, None, 1e-5, [0.2], 0, False), 0
 
 
 def _meta(*shape, dtype):
@@ -672,30 +641,38 @@ def _empty_padded(x, pad):
 
 def _empty_statistics(x, over_batch):
     shape = x.shape[1:2] if over_batch else x.shape[:2]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+    return tuple(x.new_empty(shape, dtype=_wide_dtype(x)) for _ in range(2))
 
 
-def _fake_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
-    return _empty_statistics(x, over_batch)
+def _fake_fwd(x, *args):
+    return _empty_padded(x, args[-2]), *_empty_statistics(x, args[-1])
+
+
+def _fake_inplace(out, second, x, *args):
+    return _empty_statistics(x, args[-1])
+
+
+def _cpu_fwd(x, *args):
+    y = _empty_padded(x, args[-2])
+    return y, *_cpu_inplace(y, None, x, *args)
 
 
 def _cpu_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
     """The reference in place, for as much at a time as stays in a core's cache."""
     mean, var = _empty_statistics(x, over_batch)
-    format = _format(x)
-    for at in _pieces(x, over_batch):
-        channels = at[1]
-        part, into = _wide(x[at]).contiguous(memory_format=format), out[at]
-        alike = into.dtype == part.dtype and into.is_contiguous(memory_format=format)
-        y = into if alike and not pad else torch.empty_like(part)
+    shaped = [t.view(-1, x.shape[1], 1, 1) for t in (mean, var)]
+    for at, (y, work, _) in _pieces(x, over_batch):
+        w, b = (None if t is None else t[at[1]] for t in (weight, bias))
+        added = None if residual is None else residual[at]
+        into, part = out[at], _put(y, x[at])
+        alike = into.dtype == y.dtype and into.is_contiguous(memory_format=_format(x))
+        y = into if alike and not pad else y
         part_mean = _mean_ref(part, over_batch)
         torch.sub(part, part_mean, out=y)
-        part_var = _mean_ref(y.square(), over_batch)
-        y.mul_(_gain_ref(part_var, _some(weight, channels), eps))
-        if bias is not None:
-            y.add_(_per_channel(bias[channels], y))
-        added = None if residual is None else residual[at]
+        part_var = _mean_ref(torch.mul(y, y, out=work), over_batch)
+        y.mul_(_gain_ref(part_var, w, eps))
+        if b is not None:
+            y.add_(_per_channel(b, y))
         if second is not None:
             second[at].copy_(_finished_ref(y, added, slopes[1], pad))
         if slopes[0] != 1:
@@ -704,33 +681,45 @@ def _cpu_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_
             y.add_(added)
         if y is not into:
             into.copy_(F.pad(y, (pad,) * 4, mode="reflect") if pad else y)
-        for statistic, value in ((mean, part_mean), (var, part_var)):
-            statistic[channels if over_batch else at] = value[0 if over_batch else ..., :, 0, 0]
+        for statistic, value in zip(shaped, (part_mean, part_var), strict=True):
+            statistic[at] = value
     return mean, var
 
 
 def _pieces(x, over_batch):
-    """Samples and channels of pieces of about half a megabyte, which have means of their own."""
-    rows, channels = x.shape[:2]
-    everything = slice(None)
-    if over_batch or rows == 0:
-        return [(everything, everything)] if over_batch else []
-    sample = x[0].numel()
-    if sample > _PIECE and _format(x) == torch.contiguous_format:
+    """Samples and channels of pieces of about half a megabyte, which have means of their own.
+
+    With them come three tensors to work in, the same ones again where they fit: memory that is
+    new costs more than what is done in it.
+    """
+    (rows, channels), everything, format = x.shape[:2], slice(None), _format(x)
+    sample = max(1, x[:1].numel())
+    if over_batch:
+        places = [(everything, everything)]
+    elif sample > _PIECE and format == torch.contiguous_format:
         step = max(1, _PIECE * channels // sample)
         parts = [slice(i, i + step) for i in range(0, channels, step)]
-        return [(slice(i, i + 1), part) for i in range(rows) for part in parts]
-    step = max(1, _PIECE // sample)
-    return [(slice(i, i + step), everything) for i in range(0, rows, step)]
+        places = [(slice(i, i + 1), part) for i in range(rows) for part in parts]
+    else:
+        step = max(1, _PIECE // sample)
+        places = [(slice(i, i + step), everything) for i in range(0, rows, step)]
+    work: list[Tensor] = []
+    for at in places:
+        if not work or work[0].shape != x[at].shape:
+            new = partial(torch.empty_like, x[at], dtype=_wide_dtype(x), memory_format=format)
+            work = [new() for _ in range(3)]
+        yield at, work
 
 
-def _some(vector, channels):
-    return None if vector is None else vector[channels]
+def _put(work, part):
+    """part as work is: itself where it is, else in work."""
+    format = _format(work)
+    alike = part.dtype == work.dtype and part.is_contiguous(memory_format=format)
+    return part if alike else work.copy_(part)
 
 
-def _fake_bwd(
-    dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
-):  # fmt: skip
+def _fake_bwd(dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options):
+    pad, over_batch = options[-2:]
     sums = mean.new_empty(2, 1 if over_batch else x.shape[0], x.shape[1])
     made = residual_dtype is not None and _is_made(second_dy, pad)
     dresidual = _empty_padded(x, 0).to(residual_dtype) if made else x.new_empty(0)
@@ -742,30 +731,31 @@ def _is_made(second_dy, pad):
     return pad > 0 or second_dy is not None
 
 
-def _cpu_bwd(
-    dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
-):  # fmt: skip
+def _cpu_bwd(dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options):
     """The reference in place, for a few samples at a time, and with the statistics at hand."""
     dx, sums, dresidual = _fake_bwd(
-        dy, second_dy, x, mean, var, weight, bias, residual_dtype, eps, slopes, pad, over_batch
+        dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options
     )
-    format = _format(x)
-    mean, var = (t[None] if over_batch else t for t in (mean, var))
+    eps, slopes, pad, over_batch = options
+    mean, var = (t.view(-1, x.shape[1], 1, 1) for t in (mean, var))
     pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
-    for at in _pieces(x, over_batch):
-        channels = at[1]
-        part_mean, part_var = (t[at][..., None, None] for t in (mean, var))
-        centered = _wide(x[at]).contiguous(memory_format=format) - part_mean
-        gain = _gain_ref(part_var, _some(weight, channels), eps)
-        rstd = torch.rsqrt(part_var + eps)
-        work = torch.empty_like(centered)
+    for at, (centered, work, wide) in _pieces(x, over_batch):
+        w, b = (None if t is None else t[at[1]] for t in (weight, bias))
+        gain, rstd = _gain_ref(var[at], w, eps), torch.rsqrt(var[at] + eps)
+        torch.sub(_put(centered, x[at]), mean[at], out=centered)
         z = centered  # which alone has the sign of what follows a norm
-        if any(slope != 1 for slope in slopes) and not (weight is bias is None):
+        if any(slope != 1 for slope in slopes) and not (w is b is None):
             z = torch.mul(centered, gain, out=work)
-            if bias is not None:
-                z.add_(_per_channel(bias[channels], z))
-        second = None if second_dy is None else second_dy[at]
-        part_dy, dz = _activation_bwd_ref(dy[at], second, z, slopes, pad)
+            if b is not None:
+                z.add_(_per_channel(b, z))
+        if _is_made(second_dy, pad):
+            second = None if second_dy is None else second_dy[at]
+            part_dy, dz = _activation_bwd_ref(dy[at], second, z, slopes, pad)
+        else:
+            dz = _put(wide, dy[at])
+            if slopes[0] != 1:
+                _leaky_relu_backward.grad_input(dz, z, slopes[0], False, grad_input=wide)
+                dz = wide
         plain = _mean_ref(dz, over_batch)
         along = _mean_ref(torch.mul(dz, centered, out=work), over_batch)
         centered.mul_(along * rstd.square())
@@ -782,11 +772,11 @@ def _cpu_bwd(
 
 _fwd = define_op(
     "instance_norm_act_fwd",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float slope, int pad, "
-    "bool over_batch) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float[] slopes, "
+    "int pad, bool over_batch) -> (Tensor, Tensor, Tensor)",
     cuda=_launch_fwd,
-    cpu=_on_new_memory(_cpu_inplace),
-    fake=_on_new_memory(_fake_inplace),
+    cpu=_cpu_fwd,
+    fake=_fake_fwd,
     launches=_launches,
 )
 
@@ -816,40 +806,36 @@ _inplace = define_op(
 # 5. Public functions ------------------------------------------------------------------------------
 class _InstanceNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
+    def forward(ctx, out, second, *args):
         if out is None:
-            args = (x, weight, bias, residual, eps, slopes[0], pad, over_batch)
             out, mean, var = _fwd(*args)
         else:  # To autograd they are new: views of a tensor must not be written one after another.
-            args = (x, weight, bias, residual, eps, slopes, pad, over_batch)
             mean, var = _inplace(out, second, *args)
             out, second = out.detach(), None if second is None else second.detach()
+        x, weight, bias, residual, *ctx.options = args
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.options = (eps, slopes, pad, over_batch)
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
         ctx.mark_non_differentiable(mean, var)
         return out, second, mean, var
 
     @staticmethod
     def backward(ctx, dy, second_dy, *_):
         x, weight, bias, mean, var = ctx.saved_tensors
-        dtype = ctx.residual_dtype if ctx.needs_input_grad[5] else None
+        wanted = ctx.needs_input_grad[2:6]
         if torch.is_grad_enabled():  # create_graph=True
-            dx, dweight, dbias, dresidual = instance_norm_act_bwd_ref(
-                dy, second_dy, x, weight, bias, dtype, *ctx.options
-            )
+            gradients = instance_norm_act_bwd_ref(dy, second_dy, x, weight, bias, *ctx.options)
         else:
-            dx, sums, dresidual = _bwd(
+            dtype = ctx.dtypes[3] if wanted[3] else None
+            dx, sums, made = _bwd(
                 dy, second_dy, x, mean, var, weight, bias, dtype, *ctx.options
-            )
+            )  # fmt: skip
             dbias, dweight = sums.sum(1)
-            dweight = None if weight is None else dweight.to(weight.dtype)
-            dbias = None if bias is None else dbias.to(bias.dtype)
-            if dtype is None:
-                dresidual = None
-            elif not _is_made(second_dy, ctx.options[2]):
-                dresidual = dy.to(dtype)
-        return None, None, dx, dweight, dbias, dresidual, *(None for _ in ctx.options)
+            gradients = dx, dweight, dbias, made if _is_made(second_dy, ctx.options[2]) else dy
+        cast = (
+            gradient.to(dtype) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, wanted, strict=True)
+        )
+        return None, None, *cast, *(None for _ in ctx.options)
 
 
 def instance_norm_act(
@@ -908,8 +894,7 @@ def instance_norm_act(
     elif needs_function(*given):
         y, _, mean, var = _InstanceNormAct.apply(None, None, *args)
     else:
-        eps, slopes, pad, over_batch = args[4:]
-        y, mean, var = _fwd(*given, eps, slopes[0], pad, over_batch)
+        y, mean, var = _fwd(*args)
     return (y, mean, var) if return_stats else y
 
 
