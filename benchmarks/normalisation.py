@@ -11,6 +11,9 @@ import torch.nn.functional as F
 
 import cgkernels
 from benchmarks.opcase import Inputs, OpCase, Size, normal, passes
+from cgm.layers import joined, norm_leaky_relu_and_relu_, norm_relu_
+
+_NORM = torch.nn.InstanceNorm2d(1)  # which knows no number of channels
 
 _SIZES = {
     "d70_l2_b1": Size((1, 128, 64, 64), "70 x 70 discriminator on 256", cpu=True),
@@ -65,6 +68,32 @@ def _norm(variant: str, cost, finish=None, **options) -> OpCase:
     )  # fmt: skip
 
 
+def _skip_inputs(shape, dtype, generator, device, *, backward=False):
+    made = (_norm_inputs(shape, dtype, generator, device, backward=backward) for _ in range(2))
+    return dict(zip(("x", "up"), (inputs["x"] for inputs in made), strict=True))
+
+
+def _skip(x, up):
+    """What goes down and what goes up, of a level of a U-Net."""
+    n, c, h, w = x.shape
+    both = torch.empty(
+        (n, 2 * c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    left, right = both.chunk(2, dim=1)
+    down, skip = norm_leaky_relu_and_relu_(left, x, _NORM)
+    return down, joined(both, skip, norm_relu_(right, up, _NORM))
+
+
+def _plain_skip(x, up):
+    h = F.instance_norm(x)
+    return F.leaky_relu(h, 0.2), torch.cat([F.relu(h), F.relu(F.instance_norm(up))], dim=1)
+
+
+def _skip_gradients(outputs, inputs):
+    dys = [y.detach().flip(0) for y in outputs]
+    return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, list(inputs.values()), dys)
+
+
 _BACKWARD = {"finish": _gradient, "backward": True}
 
 CASES: dict[str, list[OpCase]] = {
@@ -76,5 +105,9 @@ CASES: dict[str, list[OpCase]] = {
         _norm("residual, padded by 1", passes(3, 9), residual=True, pad=1),
         _norm("batch, leaky_relu", passes(2, 10), activation="leaky_relu", affine=True,
               over_batch=True),
+        OpCase("a skip without cat", _skip_inputs, _skip, _plain_skip, passes(5, 16),
+               sizes=_SIZES),
+        OpCase("a skip without cat, forward and backward", partial(_skip_inputs, backward=True),
+               _skip, _plain_skip, passes(12, 52), finish=_skip_gradients, sizes=_SIZES),
     ],
 }  # fmt: skip

@@ -91,15 +91,9 @@ def norm_act(
     Returns:
         (B, C, H + 2 pad, W + 2 pad), channels_last if x is.
     """
-    options: dict[str, Any] = {
-        "activation": activation, "slope": slope, "residual": residual, "pad": pad
-    }  # fmt: skip
-    if isinstance(norm, nn.InstanceNorm2d):
-        out = cgkernels.instance_norm_act(x, norm.weight, norm.bias, eps=norm.eps, **options)
-        assert isinstance(out, Tensor)  # no statistics were asked for
-        return out
-    if isinstance(norm, nn.BatchNorm2d) and norm.training:
-        return _batch_norm_act(x, norm, options)
+    if _of_this_batch(norm):
+        options: dict[str, Any] = {"activation": activation, "slope": slope, "pad": pad}
+        return _normed(norm, x, residual=residual, **options)[0]
     h = norm(x)
     if activation is not None:
         h = F.relu(h) if activation == "relu" else F.leaky_relu(h, slope)
@@ -108,29 +102,79 @@ def norm_act(
     return F.pad(h, (pad,) * 4, mode="reflect") if pad else h
 
 
-def _batch_norm_act(x: Tensor, norm: nn.BatchNorm2d, options: dict[str, Any]) -> Tensor:
-    """By the statistics of the batch, which are added to the running ones."""
-    y, mean, var = cgkernels.instance_norm_act(
-        x, norm.weight, norm.bias, eps=norm.eps, over_batch=True, return_stats=True, **options
+def norm_relu_(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
+    """relu(norm(x)), written into out: some channels of a tensor that `joined` makes of its parts.
+
+    The result has the gradients; out stays without.
+    """
+    if _of_this_batch(norm):
+        return _normed(norm, x, out, activation="relu")[0]
+    return _relu_(out, norm(x))
+
+
+def norm_leaky_relu_and_relu_(
+    out: Tensor, x: Tensor, norm: nn.Module, slope: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """leaky_relu(norm(x)) of this slope, and relu(norm(x)), which is written into out.
+
+    One pass where norm takes the statistics of x; gradients as of `norm_relu_`.
+    """
+    if _of_this_batch(norm):
+        first = torch.empty_like(x, memory_format=memory_format(x))
+        options: dict[str, Any] = {"second": out, "second_activation": "relu", "slope": slope}
+        y, second = _normed(norm, x, first, activation="leaky_relu", **options)
+        return y, second
+    h = norm(x)
+    return F.leaky_relu(h, slope), _relu_(out, h)
+
+
+def joined(whole: Tensor, *parts: Tensor) -> Tensor:
+    """cat(parts, dim=1), where that is written already: nothing is copied, either way."""
+    return _Joined.apply(whole, *parts) if torch.is_grad_enabled() else whole
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
+        ctx.channels = [part.shape[1] for part in parts]
+        return whole.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *dwhole.split(ctx.channels, dim=1)
+
+
+def _of_this_batch(norm: nn.Module) -> bool:
+    """Whether norm takes statistics of what it gets, which our op does."""
+    return isinstance(norm, nn.InstanceNorm2d) or (
+        isinstance(norm, nn.BatchNorm2d) and norm.training
     )
-    assert norm.running_mean is not None and norm.running_var is not None
-    assert norm.num_batches_tracked is not None and norm.momentum is not None
-    n = x.numel() // x.shape[1]
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_(var.to(norm.running_var.dtype) * (n / (n - 1)), norm.momentum)
-        norm.num_batches_tracked.add_(1)
-    return y
 
 
-def norm_relu_(out: Tensor, x: Tensor, norm: nn.Module) -> None:
-    """relu(norm(x)) written into out, some channels of a larger tensor; without gradients."""
-    if isinstance(norm, nn.InstanceNorm2d):
-        cgkernels.instance_norm_act_(
-            out, x, norm.weight, norm.bias, eps=norm.eps, activation="relu"
-        )
+def _normed(norm: Any, x: Tensor, out: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """What instance_norm_act makes, or writes into out, with what the norm says and keeps."""
+    batch = isinstance(norm, nn.BatchNorm2d)
+    given: dict[str, Any] = {"eps": norm.eps, "over_batch": batch, **options}
+    if out is None:
+        given["return_stats"] = True
+        *ys, mean, var = cgkernels.instance_norm_act(x, norm.weight, norm.bias, **given)
     else:
-        torch.clamp_min(norm_act(x, norm), 0, out=out)
+        *ys, mean, var = cgkernels.instance_norm_act_(out, x, norm.weight, norm.bias, **given)
+    if batch:
+        n = x.numel() // x.shape[1]
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(var.to(norm.running_var.dtype) * (n / (n - 1)), norm.momentum)
+            norm.num_batches_tracked.add_(1)
+    return tuple(ys)
+
+
+def _relu_(out: Tensor, h: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.clamp_min(h, 0, out=out)
+    y = F.relu(h)
+    out.copy_(y.detach())
+    return y
 
 
 def before_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module, x: Tensor) -> Tensor:

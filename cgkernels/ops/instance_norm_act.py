@@ -2,6 +2,8 @@
 
     y = pad(act((x - mean) / sqrt(var + eps) * weight + bias) + residual)
 
+and, where a skip connection asks for it, the same with a second activation in the same pass.
+
 Shapes   x, residual: (N, C, H, W); weight, bias: (C,); y: (N, C, H + 2 pad, W + 2 pad); mean and
          var (biased): (N, C) over the pixels of a sample, or (C,) over those of the batch.
 Dtypes   float32, float16, bfloat16 (float64 on CPU), each tensor its own; float32 inside; y has x's
@@ -15,8 +17,8 @@ Source   instance norm: arXiv:1607.08022; batch norm: arXiv:1502.03167; merging 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,6 @@ from cgkernels.library import (
     Launch,
     define_op,
     needs_function,
-    refuse_forward_mode,
     using_reference,
 )
 from cgkernels.rows import row_strides, with_strides
@@ -42,49 +43,42 @@ from cgkernels.rows import row_strides, with_strides
 ACTIVATIONS = (None, "relu", "leaky_relu")
 
 # What one program merges at most, and its shape: parts of the pixels, channels.
-_MERGED = {"PARTS": 256, "BLOCK_C": 16}
+_MERGED = {"PARTS": 256, "BLOCK_C": 16, "enable_fp_fusion": True}
+
+_leaky_relu_backward = torch.ops.aten.leaky_relu_backward
 
 _PIECE = 2**17  # elements that a CPU takes at a time
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def instance_norm_act_ref(x, weight, bias, residual, eps, slope, pad, over_batch):
-    """y, mean, var; the activation is z where z > 0, else slope z."""
+def instance_norm_act_ref(x, weight, bias, residual, eps, slopes, pad, over_batch):
+    """y of each activation, mean, var; an activation is z where z > 0, else slope z."""
     centered, mean, var = _centered_ref(x, over_batch)
-    y = _affine_ref(centered, _gain_ref(var, weight, eps), bias)
-    if slope != 1:
-        y = F.leaky_relu(y, slope) if slope else F.relu(y)
-    y = y if residual is None else y + residual.to(y.dtype)
-    y = F.pad(y, (pad,) * 4, mode="reflect") if pad else y
+    z = _affine_ref(centered, _gain_ref(var, weight, eps), bias)
+    ys = (_finished_ref(z, residual, slope, pad).to(x.dtype) for slope in slopes)
     shape = x.shape[1:2] if over_batch else x.shape[:2]
-    return y.to(x.dtype), mean.view(shape), var.view(shape)
+    return *ys, mean.view(shape), var.view(shape)
 
 
-def instance_norm_act_bwd_ref(
-    dy, x, weight, bias, residual_dtype, eps, slope, pad, over_batch
-):  # fmt: skip
-    """Gradients of x, weight, bias and residual, None for what is not there.
+def instance_norm_act_bwd_ref(dy, second_dy, x, weight, bias, eps, slopes, pad, over_batch):
+    """Gradients of x, weight, bias and residual, whether these are there or not.
 
     The statistics are taken again: second derivatives go through them.
     """
     centered, _, var = _centered_ref(x, over_batch)
     gain, rstd = _gain_ref(var, weight, eps), torch.rsqrt(var + eps)
-    dy = _unpadded_ref(dy, centered, pad)
-    dz = dy if slope == 1 else _slope_ref(dy, _affine_ref(centered, gain, bias), slope)
+    z = _affine_ref(centered, gain, bias)
+    dy, dz = _activation_bwd_ref(dy, second_dy, z, slopes, pad)
     mean, along = _mean_ref(dz, over_batch), _mean_ref(dz * centered, over_batch)
     dx = ((dz - mean) - centered * (along * rstd.square())) * gain
-    dbias, dweight = _parameters_ref(x, mean, along * rstd, over_batch)
-    return (
-        dx.to(x.dtype),
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        None if residual_dtype is None else dy.to(residual_dtype),
-    )
+    pixels = x.numel() // max(1, mean.numel())
+    dbias, dweight = ((t * pixels).flatten(1).sum(0) for t in (mean, along * rstd))
+    return dx, dweight, dbias, dy
 
 
 def _centered_ref(x, over_batch):
     """x - mean, mean and var in at least float32, in two passes."""
-    x = _wide(x).contiguous(memory_format=_format(x))
+    x = x.to(_wide_dtype(x)).contiguous(memory_format=_format(x))
     mean = _mean_ref(x, over_batch)
     centered = x - mean
     return centered, mean, _mean_ref(centered.square(), over_batch)
@@ -109,30 +103,32 @@ def _affine_ref(centered, gain, bias):
     return z if bias is None else z + _per_channel(bias, z)
 
 
-def _slope_ref(dy, z, slope):
-    return torch.ops.aten.leaky_relu_backward(dy, z, slope, False)
+def _finished_ref(z, residual, slope, pad):
+    """What follows the norm."""
+    y = z if slope == 1 else F.leaky_relu(z, slope) if slope else F.relu(z)
+    y = y if residual is None else y + residual.to(y.dtype)
+    return F.pad(y, (pad,) * 4, mode="reflect") if pad else y
 
 
-def _unpadded_ref(dy, centered, pad):
-    """Gradient of what was padded, in the memory format of x."""
-    dy = dy.to(centered.dtype)
-    if pad:
-        dy = torch.ops.aten.reflection_pad2d_backward(dy, centered, (pad,) * 4)
-    return dy.contiguous(memory_format=_format(centered))
-
-
-def _parameters_ref(x, mean, along, over_batch):
-    """dbias and dweight of the means over pixels of dz and of dz (x - mean) / std."""
-    pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
-    return ((t * pixels).flatten(1).sum(0) for t in (mean, along))
+def _activation_bwd_ref(dy, second_dy, z, slopes, pad):
+    """Gradients of what was added to the activations, and of z, in the memory format of z."""
+    dys, dzs = [], []
+    for part, slope in zip((dy, second_dy), slopes, strict=False):
+        part = part.to(z.dtype)
+        if pad:
+            part = torch.ops.aten.reflection_pad2d_backward(part, z, (pad,) * 4)
+        part = part.contiguous(memory_format=_format(z))
+        dys.append(part)
+        dzs.append(part if slope == 1 else _leaky_relu_backward(part, z, slope, False))
+    return reduce(torch.add, dys), reduce(torch.add, dzs)
 
 
 def _per_channel(vector, like):
     return vector.to(like.dtype).view(1, -1, 1, 1)
 
 
-def _wide(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _wide_dtype(x):
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _format(x):
@@ -173,13 +169,9 @@ def _load(ptr, strides, image, pixel, channel, mask):
 
 
 @triton.jit
-def _first(x_ptr, x_strides, group, channel, channels):
-    """The first value of each channel of a group.
-
-    Where means are large, what is taken off all values leaves them as they are told apart.
-    """
-    at = group.to(tl.int64) * x_strides[0] + channel.to(tl.int64) * x_strides[1]
-    return tl.load(x_ptr + at, mask=channel < channels, other=0.0).to(tl.float32)
+def _store(ptr, strides, image, pixel, channel, mask, value):
+    offset = _offset(strides, image, pixel, channel)
+    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -198,13 +190,16 @@ def _merged(mean, rest, m2, count, total):
 
 @triton.jit
 def _statistics(
-    x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
+    x_ptr, x_strides, group, channel, channels, first, last, pixels,
     BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean (less origin) and M2 of positions first .. last - 1, by Welford's method in each lane.
+    """Mean in three summands, and M2, of positions first .. last - 1, by Welford in each lane.
 
-    Returned are means, M2 and counts of the lanes, which are to be merged.
+    The first summand is the first value of the group, by channel: where means are large, what is
+    taken off all values leaves them as they are told apart.
     """
+    at = group.to(tl.int64) * x_strides[0] + channel.to(tl.int64) * x_strides[1]
+    origin = tl.load(x_ptr + at, mask=channel < channels, other=0.0).to(tl.float32)
     mean = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     m2 = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     lane = tl.arange(0, BLOCK_P)
@@ -219,7 +214,9 @@ def _statistics(
         mean += off * (1.0 / step)
         m2 += off * (x - mean)
     count = tl.maximum(last - first - lane + BLOCK_P - 1, 0) // BLOCK_P
-    return mean, m2, count.to(tl.float32)[None, :]
+    count = count.to(tl.float32)[None, :]
+    mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, last - first)
+    return origin, mean, rest, m2
 
 
 @triton.jit
@@ -244,12 +241,9 @@ def _part_kernel(
     group, part, channel = _place(channels, parts, BLOCK_C)
     first = part * split + total * 0  # 64 bits only where the positions need them
     last = tl.minimum(first + split, total)
-    origin = _first(x_ptr, x_strides, group, channel, channels)
-    mean, m2, count = _statistics(
-        x_ptr, x_strides, origin, group, channel, channels, first, last, pixels,
-        BATCH, BLOCK_P, BLOCK_C,
-    )  # fmt: skip
-    mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, last - first)
+    origin, mean, rest, m2 = _statistics(
+        x_ptr, x_strides, group, channel, channels, first, last, pixels, BATCH, BLOCK_P, BLOCK_C
+    )
     at = (group * parts + part).to(tl.int64) * channels + channel
     tl.store(mean_ptr + at, mean, mask=channel < channels)
     tl.store(rest_ptr + at, rest, mask=channel < channels)
@@ -258,31 +252,52 @@ def _part_kernel(
 
 
 @triton.jit
+def _places_of_parts(channels, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Parts of this group, their places and mask; place and mask of the group; first part."""
+    group, _, channel = _place(channels, 1, BLOCK_C)
+    part = tl.arange(0, PARTS)
+    first = group.to(tl.int64) * parts * channels + channel
+    at = first[:, None] + part[None, :] * channels
+    inside = channel < channels
+    mask = (part < parts)[None, :] & inside[:, None]
+    return part, at, mask, group.to(tl.int64) * channels + channel, inside, first
+
+
+@triton.jit
 def _merge_kernel(
     mean_ptr, var_ptr, part_mean_ptr, part_rest_ptr, part_m2_ptr, origin_ptr,
     channels, total, split, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per group and BLOCK_C channels: mean and variance of all of its parts."""
-    group, _, channel = _place(channels, 1, BLOCK_C)
-    part = tl.arange(0, PARTS)
-    mask = (part < parts)[None, :] & (channel < channels)[:, None]
-    at = (group.to(tl.int64) * parts + part)[None, :] * channels + channel[:, None]
+    part, at, mask, group_at, inside, first = _places_of_parts(channels, parts, PARTS, BLOCK_C)
     mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
     rest = tl.load(part_rest_ptr + at, mask=mask, other=0.0)
     m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
+    origin = tl.load(origin_ptr + first, mask=inside, other=0.0)  # which all parts have
     count = tl.minimum(tl.maximum(total - part.to(tl.int64) * split, 0), split)
-    at = group.to(tl.int64) * parts * channels + channel  # of the first part: all have the same
-    origin = tl.load(origin_ptr + at, mask=channel < channels, other=0.0)
     mean, rest, m2 = _merged(mean, rest, m2, count.to(tl.float32)[None, :], total)
-    at = group.to(tl.int64) * channels + channel
-    tl.store(mean_ptr + at, (origin + mean) + rest, mask=channel < channels)
-    tl.store(var_ptr + at, m2 / total, mask=channel < channels)
+    tl.store(mean_ptr + group_at, (origin + mean) + rest, mask=inside)
+    tl.store(var_ptr + group_at, m2 / total, mask=inside)
+
+
+@triton.jit
+def _bwd_merge_kernel(
+    plain_ptr, along_ptr, part_plain_ptr, part_along_ptr, channels, parts,
+    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per group and BLOCK_C channels: the sums over all of its parts."""
+    _, at, mask, group_at, inside, _ = _places_of_parts(channels, parts, PARTS, BLOCK_C)
+    plain = tl.sum(tl.load(part_plain_ptr + at, mask=mask, other=0.0), 1)
+    along = tl.sum(tl.load(part_along_ptr + at, mask=mask, other=0.0), 1)
+    tl.store(plain_ptr + group_at, plain, mask=inside)
+    tl.store(along_ptr + group_at, along, mask=inside)
 
 
 @triton.jit
 def _fwd_kernel(
-    y_ptr, y_strides, mean_ptr, var_ptr, x_ptr, x_strides, residual_ptr, residual_strides,
-    weight_ptr, bias_ptr, eps, slope, channels, height, width, pad, total, out_total, split, parts,
+    y_ptr, y_strides, second_ptr, second_strides, mean_ptr, var_ptr,
+    x_ptr, x_strides, residual_ptr, residual_strides, weight_ptr, bias_ptr,
+    eps, slopes, sizes, out_total, split, parts,
     WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -290,16 +305,15 @@ def _fwd_kernel(
 
     WHOLE: the part is the group, and the statistics are taken here, too.
     """
+    channels, height, width, pad, total = sizes
     group, part, channel = _place(channels, parts, BLOCK_C)
     inside = channel < channels
     at = group.to(tl.int64) * channels + channel
     if WHOLE:
-        origin = _first(x_ptr, x_strides, group, channel, channels)
-        mean, m2, count = _statistics(
-            x_ptr, x_strides, origin, group, channel, channels, 0, total, height * width,
+        origin, mean, rest, m2 = _statistics(
+            x_ptr, x_strides, group, channel, channels, 0, total, height * width,
             BATCH, BLOCK_P, BLOCK_C,
         )  # fmt: skip
-        mean, rest, m2 = _merged(mean, tl.zeros_like(mean), m2, count, total)
         mean = (origin + mean) + rest
         var = m2 / total
         tl.store(mean_ptr + at, mean, mask=inside)
@@ -322,11 +336,14 @@ def _fwd_kernel(
             pixel = row * width + column
         x = _load(x_ptr, x_strides, image, pixel, channel, mask)
         z = (x - mean[:, None]) * gain[:, None] + bias[:, None]
-        y = tl.where(z > 0, z, slope * z + 0.0)  # a sum with 0 is never -0, which relu would be
+        residual = 0.0  # a sum with 0 is never -0, which relu would be
         if residual_ptr is not None:
-            y += _load(residual_ptr, residual_strides, image, pixel, channel, mask)
-        offset = _offset(y_strides, image, out, channel)
-        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+            residual = _load(residual_ptr, residual_strides, image, pixel, channel, mask)
+        y = tl.where(z > 0, z, slopes[0] * z) + residual
+        _store(y_ptr, y_strides, image, out, channel, mask, y)
+        if second_ptr is not None:
+            y = tl.where(z > 0, z, slopes[1] * z) + residual
+            _store(second_ptr, second_strides, image, out, channel, mask, y)
 
 
 @triton.jit
@@ -340,13 +357,12 @@ def _mirrored(i, size, pad, place):
 
 
 @triton.jit
-def _unpadded(
-    dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD: tl.constexpr
-):  # fmt: skip
+def _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, sizes, PAD: tl.constexpr):
     """Gradient of what was padded: the sum of up to nine places, always in the same order.
 
     A loop, lest the compiler keeps the addresses of all places in registers.
     """
+    _, height, width, pad, _ = sizes
     if PAD:
         row, column = pixel // width, pixel % width
         dy = tl.zeros(mask.shape, tl.float32)
@@ -363,119 +379,74 @@ def _unpadded(
 
 @triton.jit
 def _gradient(
-    dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
-    position, height, width, pad, total, BATCH: tl.constexpr, PAD: tl.constexpr,
+    dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias, slopes,
+    group, channel, position, sizes, BATCH: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """dz, x - mean, dy, image, pixel and mask of a block; dz and dy are 0 beyond it."""
+    channels, height, width, _, total = sizes
     mask = (position < total)[None, :] & (channel < channels)[:, None]
     image, pixel = _image_of(position, group, height * width, BATCH)
     centered = _load(x_ptr, x_strides, image, pixel, channel, mask) - mean[:, None]
-    dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, height, width, pad, PAD)
     z = centered * gain[:, None] + bias[:, None]
-    return tl.where(z > 0, dy, slope * dy), centered, dy, image, pixel, mask
-
-
-@triton.jit
-def _sums(
-    dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel, channels,
-    first, last, height, width, pad, total, BATCH: tl.constexpr, PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Sums over positions first .. last - 1 of dz and of dz (x - mean) rstd."""
-    plain = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    along = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for start in range(first, last, BLOCK_P):
-        dz, centered, _, _, _, _ = _gradient(
-            dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
-            start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
-        )  # fmt: skip
-        plain += dz
-        along += dz * centered
-    return tl.sum(plain, 1), tl.sum(along, 1) * rstd
-
-
-@triton.jit
-def _bwd_part_kernel(
-    plain_ptr, along_ptr, dy_ptr, dy_strides, x_ptr, x_strides, mean_ptr, var_ptr,
-    weight_ptr, bias_ptr, eps, slope, channels, height, width, pad, total, split, parts,
-    BATCH: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program per part of a group and BLOCK_C channels: the two sums of its pixels."""
-    group, part, channel = _place(channels, parts, BLOCK_C)
-    at = group.to(tl.int64) * channels + channel
-    mean = tl.load(mean_ptr + at, mask=channel < channels, other=0.0)
-    var = tl.load(var_ptr + at, mask=channel < channels, other=0.0)
-    rstd, gain, bias = _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
-    first = part * split + total * 0
-    plain, along = _sums(
-        dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel,
-        channels, first, tl.minimum(first + split, total), height, width, pad, total,
-        BATCH, PAD, BLOCK_P, BLOCK_C,
-    )  # fmt: skip
-    at = (group * parts + part).to(tl.int64) * channels + channel
-    tl.store(plain_ptr + at, plain, mask=channel < channels)
-    tl.store(along_ptr + at, along, mask=channel < channels)
-
-
-@triton.jit
-def _bwd_merge_kernel(
-    plain_ptr, along_ptr, part_plain_ptr, part_along_ptr, channels, parts,
-    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program per group and BLOCK_C channels: the sums over all of its parts."""
-    group, _, channel = _place(channels, 1, BLOCK_C)
-    part = tl.arange(0, PARTS)
-    mask = (part < parts)[None, :] & (channel < channels)[:, None]
-    at = (group.to(tl.int64) * parts + part)[None, :] * channels + channel[:, None]
-    plain = tl.sum(tl.load(part_plain_ptr + at, mask=mask, other=0.0), 1)
-    along = tl.sum(tl.load(part_along_ptr + at, mask=mask, other=0.0), 1)
-    at = group.to(tl.int64) * channels + channel
-    tl.store(plain_ptr + at, plain, mask=channel < channels)
-    tl.store(along_ptr + at, along, mask=channel < channels)
+    dy = _unpadded(dy_ptr, dy_strides, image, pixel, channel, mask, sizes, PAD)
+    dz = tl.where(z > 0, dy, slopes[0] * dy)
+    if second_ptr is not None:
+        second = _unpadded(second_ptr, second_strides, image, pixel, channel, mask, sizes, PAD)
+        dy += second
+        dz += tl.where(z > 0, second, slopes[1] * second)
+    return dz, centered, dy, image, pixel, mask
 
 
 @triton.jit
 def _bwd_kernel(
     dx_ptr, dx_strides, dresidual_ptr, dresidual_strides, plain_ptr, along_ptr,
-    dy_ptr, dy_strides, x_ptr, x_strides, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, slope,
-    channels, height, width, pad, total, split, parts,
-    WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean_ptr, var_ptr,
+    weight_ptr, bias_ptr, eps, slopes, sizes, split, parts, SUMS: tl.constexpr,
+    BATCH: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per part of a group and BLOCK_C channels; WHOLE as in the forward."""
+    """One program per part of a group and BLOCK_C channels.
+
+    SUMS: those over the part, of dz and of dz (x - mean) rstd, are taken and written, not read.
+    dx_ptr: then dx is made of them, of which a group has one each.
+    """
+    channels, total = sizes[0], sizes[4]
     group, part, channel = _place(channels, parts, BLOCK_C)
     inside = channel < channels
-    group_at = group.to(tl.int64) * channels + channel
-    mean = tl.load(mean_ptr + group_at, mask=inside, other=0.0)
-    var = tl.load(var_ptr + group_at, mask=inside, other=0.0)
+    at = group.to(tl.int64) * channels + channel
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    var = tl.load(var_ptr + at, mask=inside, other=0.0)
     rstd, gain, bias = _affine(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
-    if WHOLE:
-        plain, along = _sums(
-            dy_ptr, dy_strides, x_ptr, x_strides, mean, rstd, gain, bias, slope, group, channel,
-            channels, 0, total, height, width, pad, total, BATCH, PAD, BLOCK_P, BLOCK_C,
-        )  # fmt: skip
-        tl.store(plain_ptr + group_at, plain, mask=inside)
-        tl.store(along_ptr + group_at, along, mask=inside)
-    else:
-        plain = tl.load(plain_ptr + group_at, mask=inside, other=0.0)
-        along = tl.load(along_ptr + group_at, mask=inside, other=0.0)
-    plain = plain / total
-    along = along * rstd / total
-
     first = part * split + total * 0
-    for start in range(first, tl.minimum(first + split, total), BLOCK_P):
-        dz, centered, dy, image, pixel, mask = _gradient(
-            dy_ptr, dy_strides, x_ptr, x_strides, mean, gain, bias, slope, group, channel, channels,
-            start + tl.arange(0, BLOCK_P), height, width, pad, total, BATCH, PAD,
-        )  # fmt: skip
-        dx = (dz - plain[:, None] - centered * along[:, None]) * gain[:, None]
-        offset = _offset(dx_strides, image, pixel, channel)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if dresidual_ptr is not None:
-            offset = _offset(dresidual_strides, image, pixel, channel)
-            tl.store(
-                dresidual_ptr + offset, dy.to(dresidual_ptr.dtype.element_ty), mask=mask
+    last = tl.minimum(first + split, total)
+    if SUMS:
+        plain = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        along = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        for start in range(first, last, BLOCK_P):
+            dz, centered, _, _, _, _ = _gradient(
+                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias,
+                slopes, group, channel, start + tl.arange(0, BLOCK_P), sizes, BATCH, PAD,
             )  # fmt: skip
+            plain += dz
+            along += dz * centered
+        plain, along = tl.sum(plain, 1), tl.sum(along, 1) * rstd
+        at = (group * parts + part).to(tl.int64) * channels + channel
+        tl.store(plain_ptr + at, plain, mask=inside)
+        tl.store(along_ptr + at, along, mask=inside)
+    else:
+        plain = tl.load(plain_ptr + at, mask=inside, other=0.0)
+        along = tl.load(along_ptr + at, mask=inside, other=0.0)
+    if dx_ptr is not None:
+        plain = plain / total
+        along = along * rstd / total
+        for start in range(first, last, BLOCK_P):
+            dz, centered, dy, image, pixel, mask = _gradient(
+                dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean, gain, bias,
+                slopes, group, channel, start + tl.arange(0, BLOCK_P), sizes, BATCH, PAD,
+            )  # fmt: skip
+            dx = (dz - plain[:, None] - centered * along[:, None]) * gain[:, None]
+            _store(dx_ptr, dx_strides, image, pixel, channel, mask, dx)
+            if dresidual_ptr is not None:
+                _store(dresidual_ptr, dresidual_strides, image, pixel, channel, mask, dy)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
@@ -505,95 +476,81 @@ def _launch_config(pixels, channels, channels_last):
     }  # fmt: skip
 
 
-def _launch_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
-    y, mean, var = _fake_fwd(x, weight, bias, residual, eps, slope, pad, over_batch)
-    _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
-    return y, mean, var
+def _launch_fwd(x, *args):
+    y = _empty_padded(x, args[-2])
+    return y, *_launch_inplace(y, None, x, *args)
 
 
-def _launch_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
-    mean, var = _fake_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch)
-    if row_strides(out) is None:  # a kernel cannot address it: copy back
-        y = _empty_padded(x, pad)
-        _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
-        out.copy_(y)
-    else:
-        _launch_into(out, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch)
-    return mean, var
-
-
-def _launch_into(y, mean, var, x, weight, bias, residual, eps, slope, pad, over_batch):
+def _launch_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
+    mean, var = _empty_statistics(x, over_batch)
     if x.numel() == 0:
-        mean.fill_(float("nan"))  # the mean of nothing, as in PyTorch
-        var.fill_(float("nan"))
-        return
+        return mean.fill_(math.nan), var.fill_(math.nan)  # the mean of nothing, as in PyTorch
     x, residual = _addressable(x), _addressable(residual)
-    groups, sizes, switches, config = _grouped(x, pad, over_batch)
+    y, twin = (t if _addressable(t) is t else _empty_padded(x, pad) for t in (out, second))
+    groups, sizes, switches, config, (whole, split) = _grouped(x, pad, over_batch)
     channels, height, width, _, total = sizes
     out_total = total // (height * width) * (height + 2 * pad) * (width + 2 * pad)
-    whole, split = config.pop("WHOLE"), config.pop("split")
     blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
     if not whole:
         parts = triton.cdiv(total, split)
         part = mean.new_empty(4, groups, parts, channels)
         _part_kernel[(blocks * parts,)](
             *part, *with_strides(x), channels, height * width, total, split, parts,
-            BATCH=switches["BATCH"], enable_fp_fusion=True, **config,
+            BATCH=switches["BATCH"], **config,
         )  # fmt: skip
         _merge_kernel[_merge_grid(groups, channels)](
-            mean, var, *part, channels, total, split, parts, enable_fp_fusion=True, **_MERGED
+            mean, var, *part, channels, total, split, parts, **_MERGED
         )
     split = out_total if whole else split
     parts = triton.cdiv(out_total, split)
     _fwd_kernel[(blocks * parts,)](
-        *with_strides(y), mean, var, *with_strides(x, residual), _dense(weight), _dense(bias), eps,
-        slope, *sizes, out_total, split, parts,
-        WHOLE=whole, enable_fp_fusion=True, **switches, **config,
+        *with_strides(y, twin), mean, var, *with_strides(x, residual), _dense(weight), _dense(bias),
+        eps, (slopes[0], slopes[-1]), sizes, out_total, split, parts,
+        WHOLE=whole, **switches, **config,
     )  # fmt: skip
+    for given, written in ((out, y), (second, twin)):
+        if written is not given:
+            given.copy_(written)
+    return mean, var
 
 
-def _launch_bwd(
-    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
-):  # fmt: skip
+def _launch_bwd(dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options):
     dx, sums, dresidual = _fake_bwd(
-        dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+        dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options
     )
     if x.numel() == 0:
         return dx, sums.zero_(), dresidual
-    x, dy = _addressable(x), _addressable(dy)
-    groups, sizes, switches, config = _grouped(x, pad, over_batch)
-    channels, _, _, _, total = sizes
-    whole, split = config.pop("WHOLE"), config.pop("split")
+    (eps, slopes, pad, over_batch), x = options, _addressable(x)
+    groups, sizes, switches, config, (whole, split) = _grouped(x, pad, over_batch)
+    channels, total = sizes[0], sizes[4]
     split = total if whole else split
     parts = triton.cdiv(total, split)
-    blocks = groups * triton.cdiv(channels, config["BLOCK_C"])
+    grid = (groups * triton.cdiv(channels, config["BLOCK_C"]) * parts,)
     inputs = (
-        *with_strides(dy, x), mean, var, _dense(weight), _dense(bias), eps, slope, *sizes,
-        split, parts,
+        *with_strides(_addressable(dy), _addressable(second_dy), x), mean, var,
+        _dense(weight), _dense(bias), eps, (slopes[0], slopes[-1]), sizes, split, parts,
     )  # fmt: skip
     if not whole:
         part = sums.new_empty(2, groups, parts, channels)
-        _bwd_part_kernel[(blocks * parts,)](
-            *part, *inputs, enable_fp_fusion=True, **switches, **config
+        _bwd_kernel[grid](
+            *with_strides(None, None), *part, *inputs, SUMS=True, **switches, **config
         )
-        _bwd_merge_kernel[_merge_grid(groups, channels)](
-            *sums, *part, channels, parts, enable_fp_fusion=True, **_MERGED
-        )
-    _bwd_kernel[(blocks * parts,)](
-        *with_strides(dx, dresidual if dresidual.numel() else None), *sums, *inputs,
-        WHOLE=whole, enable_fp_fusion=True, **switches, **config,
-    )  # fmt: skip
+        _bwd_merge_kernel[_merge_grid(groups, channels)](*sums, *part, channels, parts, **_MERGED)
+    given = with_strides(dx, dresidual if dresidual.numel() else None)
+    _bwd_kernel[grid](*given, *sums, *inputs, SUMS=whole, **switches, **config)
     return dx, sums, dresidual
 
 
 def _grouped(x, pad, over_batch):
-    """Groups of images with one mean; sizes, switches and configuration of their kernels."""
+    """Groups of images with one mean; sizes, switches, configuration of their kernels; parts."""
     images, channels, height, width = x.shape
     groups, images = (1, images) if over_batch else (images, 1)
     total = images * height * width
     config = _launch_config(total, channels, _format(x) == torch.channels_last)
+    parts = config.pop("WHOLE"), config.pop("split")
     switches = {"BATCH": images > 1, "PAD": pad > 0}
-    return groups, (channels, height, width, pad, total), switches, config
+    config["enable_fp_fusion"] = True
+    return groups, (channels, height, width, pad, total), switches, config, parts
 
 
 def _merge_grid(groups, channels):
@@ -617,42 +574,57 @@ def _launches() -> Iterator[Launch]:
 
 
 def _inplace_launches() -> Iterator[Launch]:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = _meta(16, 64, 64, 64, dtype=dtype)
-        out = _meta(16, 192, 64, 64, dtype=dtype)[:, 64:128]
-        args = (out, x, None, None, None, 1e-5, 0.0, 0, False)
-        yield Launch(f"{dtype}", partial(_launch_inplace, *args), 128)
+    for name, x, out, slopes in _meta_skips():
+        second = None if len(slopes) == 1 else _empty_padded(x, 0)
+        args = (out, second, x, None, None, None, 1e-5, slopes, 0, False)
+        yield Launch(name, partial(_launch_inplace, *args), 128)
 
 
 def _bwd_launches() -> Iterator[Launch]:
     for name, (x, weight, bias, residual, *options), bits in _meta_inputs():
-        over_batch, pad = options[-1], options[-2]
-        dy, (mean, var) = _empty_padded(x, pad), _empty_statistics(x, over_batch)
+        dy, statistics = _empty_padded(x, options[-2]), _empty_statistics(x, options[-1])
         dtype = None if residual is None else residual.dtype
-        args = (dy, x, mean, var, weight, bias, dtype, *options)
+        args = (dy, None, x, *statistics, weight, bias, dtype, *options)
         yield Launch(name, partial(_launch_bwd, *args), bits)
+    for name, x, second, slopes in _meta_skips():
+        if len(slopes) == 2:
+            given = (_empty_padded(x, 0), second, x, *_empty_statistics(x, False))
+            args = (*given, None, None, None, 1e-5, slopes, 0, False)
+            yield Launch(name, partial(_launch_bwd, *args), 128)
+
+
+def _meta_skips():
+    """x, half a tensor of twice the channels, and slopes of what is made of x."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for name, size in (("large", (4, 64, 128, 128)), ("few pixels", (16, 256, 16, 16))):
+            x, both = (_meta(size[0], n * size[1], *size[2:], dtype=dtype) for n in (1, 2))
+            yield f"skip, {name} {dtype}", x, both.chunk(2, 1)[1], [0.2, 0.0]
+        yield f"slice {dtype}", x, both.chunk(2, 1)[1], [0.0]
 
 
 def _meta_inputs():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         large, small = _meta(4, 64, 128, 128, dtype=dtype), _meta(16, 256, 16, 16, dtype=dtype)
         wide = _meta(4, 192, 128, 128, dtype=dtype)[:, 64:128]
-        vectors = [large.new_empty(64, dtype=torch.float32) for _ in range(2)]
-        yield f"instance {dtype}", (large, None, None, None, 1e-5, 0.2, 0, False), 128
-        yield f"few pixels {dtype}", (small, None, None, None, 1e-5, 0.2, 0, False), 128
-        yield f"batch {dtype}", (large, *vectors, None, 1e-5, 0.2, 0, True), 128
-        yield f"padded {dtype}", (large, *vectors, large, 1e-5, 0.0, 1, False), 128
-        yield f"few pixels, padded {dtype}", (small, None, None, small, 1e-5, 0.0, 1, False), 128
-        yield f"slices {dtype}", (wide, None, None, wide, 1e-5, 0.2, 0, False), 128
-        first = large.contiguous()
-        yield f"contiguous {dtype}", (first, None, None, None, 1e-5, 0.2, 0, False), 128
-        args = (small.contiguous(), None, None, None, 1e-5, 0.2, 0, False)
-        yield f"contiguous, few pixels {dtype}", args, 128
-        yield f"contiguous, batch, padded {dtype}", (first, *vectors, first, 1e-5, 0.2, 3, True), 0
+        first, few = large.contiguous(), small.contiguous()
+        affine = [large.new_empty(64, dtype=torch.float32) for _ in range(2)]
+        plain, relu, batch = (1e-5, [0.2], 0, False), (1e-5, [0.0], 1, False), (1e-5, [0.2])
+        for name, args, bits in (
+            ("instance", (large, None, None, None, *plain), 128),
+            ("few pixels", (small, None, None, None, *plain), 128),
+            ("batch", (large, *affine, None, *batch, 0, True), 128),
+            ("padded", (large, *affine, large, *relu), 128),
+            ("few pixels, padded", (small, None, None, small, *relu), 128),
+            ("slices", (wide, None, None, wide, *plain), 128),
+            ("contiguous", (first, None, None, None, *plain), 128),
+            ("contiguous, few pixels", (few, None, None, None, *plain), 128),
+            ("contiguous, batch, padded", (first, *affine, first, *batch, 3, True), 0),
+        ):
+            yield f"{name} {dtype}", args, bits
     odd = _meta(4, 35, 33, 35, dtype=torch.bfloat16)
-    yield "odd", (odd, None, None, odd.float(), 1e-5, 0.2, 1, True), 0
+    yield "odd", (odd, None, None, odd.float(), 1e-5, [0.2], 1, True), 0
     huge = _meta(1, 1, 2**16, 2**16, dtype=torch.bfloat16)  # positions of 64 bits
-    yield "2^32 pixels", (huge, None, None, None, 1e-5, 0.2, 0, False), 0
+    yield "2^32 pixels", (huge, None, None, None, 1e-5, [0.2], 0, False), 0
 
 
 def _meta(*shape, dtype):
@@ -669,102 +641,121 @@ def _empty_padded(x, pad):
 
 def _empty_statistics(x, over_batch):
     shape = x.shape[1:2] if over_batch else x.shape[:2]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+    return tuple(x.new_empty(shape, dtype=_wide_dtype(x)) for _ in range(2))
 
 
-def _fake_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
-    return _empty_padded(x, pad), *_empty_statistics(x, over_batch)
+def _fake_fwd(x, *args):
+    return _empty_padded(x, args[-2]), *_empty_statistics(x, args[-1])
 
 
-def _cpu_fwd(x, weight, bias, residual, eps, slope, pad, over_batch):
-    y = _empty_padded(x, pad)
-    return y, *_cpu_inplace(y, x, weight, bias, residual, eps, slope, pad, over_batch)
+def _fake_inplace(out, second, x, *args):
+    return _empty_statistics(x, args[-1])
 
 
-def _fake_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
-    return _empty_statistics(x, over_batch)
+def _cpu_fwd(x, *args):
+    y = _empty_padded(x, args[-2])
+    return y, *_cpu_inplace(y, None, x, *args)
 
 
-def _cpu_inplace(out, x, weight, bias, residual, eps, slope, pad, over_batch):
+def _cpu_inplace(out, second, x, weight, bias, residual, eps, slopes, pad, over_batch):
     """The reference in place, for as much at a time as stays in a core's cache."""
     mean, var = _empty_statistics(x, over_batch)
-    format = _format(x)
-    for at in _pieces(x, over_batch):
-        channels = at[1]
-        part, into = _wide(x[at]).contiguous(memory_format=format), out[at]
-        alike = into.dtype == part.dtype and into.is_contiguous(memory_format=format)
-        y = into if alike and not pad else torch.empty_like(part)
+    shaped = [t.view(-1, x.shape[1], 1, 1) for t in (mean, var)]
+    for at, (y, work, _) in _pieces(x, over_batch):
+        w, b = (None if t is None else t[at[1]] for t in (weight, bias))
+        added = None if residual is None else residual[at]
+        into, part = out[at], _put(y, x[at])
+        alike = into.dtype == y.dtype and into.is_contiguous(memory_format=_format(x))
+        y = into if alike and not pad else y
         part_mean = _mean_ref(part, over_batch)
         torch.sub(part, part_mean, out=y)
-        part_var = _mean_ref(y.square(), over_batch)
-        y.mul_(_gain_ref(part_var, _some(weight, channels), eps))
-        if bias is not None:
-            y.add_(_per_channel(bias[channels], y))
-        if slope != 1:
-            _ = F.leaky_relu_(y, slope) if slope else F.relu_(y)
-        if residual is not None:
-            y.add_(residual[at])
+        part_var = _mean_ref(torch.mul(y, y, out=work), over_batch)
+        y.mul_(_gain_ref(part_var, w, eps))
+        if b is not None:
+            y.add_(_per_channel(b, y))
+        if second is not None:
+            second[at].copy_(_finished_ref(y, added, slopes[1], pad))
+        if slopes[0] != 1:
+            _ = F.leaky_relu_(y, slopes[0]) if slopes[0] else F.relu_(y)
+        if added is not None:
+            y.add_(added)
         if y is not into:
             into.copy_(F.pad(y, (pad,) * 4, mode="reflect") if pad else y)
-        for statistic, value in ((mean, part_mean), (var, part_var)):
-            statistic[channels if over_batch else at] = value[0 if over_batch else ..., :, 0, 0]
+        for statistic, value in zip(shaped, (part_mean, part_var), strict=True):
+            statistic[at] = value
     return mean, var
 
 
 def _pieces(x, over_batch):
-    """Samples and channels of pieces of about half a megabyte, which have means of their own."""
-    rows, channels = x.shape[:2]
-    everything = slice(None)
-    if over_batch or rows == 0:
-        return [(everything, everything)] if over_batch else []
-    sample = x[0].numel()
-    if sample > _PIECE and _format(x) == torch.contiguous_format:
+    """Samples and channels of pieces of about half a megabyte, which have means of their own.
+
+    With them come three tensors to work in, the same ones again where they fit: memory that is
+    new costs more than what is done in it.
+    """
+    (rows, channels), everything, format = x.shape[:2], slice(None), _format(x)
+    sample = max(1, x[:1].numel())
+    if over_batch:
+        places = [(everything, everything)]
+    elif sample > _PIECE and format == torch.contiguous_format:
         step = max(1, _PIECE * channels // sample)
         parts = [slice(i, i + step) for i in range(0, channels, step)]
-        return [(slice(i, i + 1), part) for i in range(rows) for part in parts]
-    step = max(1, _PIECE // sample)
-    return [(slice(i, i + step), everything) for i in range(0, rows, step)]
+        places = [(slice(i, i + 1), part) for i in range(rows) for part in parts]
+    else:
+        step = max(1, _PIECE // sample)
+        places = [(slice(i, i + step), everything) for i in range(0, rows, step)]
+    work: list[Tensor] = []
+    for at in places:
+        if not work or work[0].shape != x[at].shape:
+            new = partial(torch.empty_like, x[at], dtype=_wide_dtype(x), memory_format=format)
+            work = [new() for _ in range(3)]
+        yield at, work
 
 
-def _some(vector, channels):
-    return None if vector is None else vector[channels]
+def _put(work, part):
+    """part as work is: itself where it is, else in work."""
+    format = _format(work)
+    alike = part.dtype == work.dtype and part.is_contiguous(memory_format=format)
+    return part if alike else work.copy_(part)
 
 
-def _fake_bwd(
-    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
-):  # fmt: skip
+def _fake_bwd(dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options):
+    pad, over_batch = options[-2:]
     sums = mean.new_empty(2, 1 if over_batch else x.shape[0], x.shape[1])
-    folded = residual_dtype is not None and pad > 0
-    dresidual = _empty_padded(x, 0).to(residual_dtype) if folded else x.new_empty(0)
+    made = residual_dtype is not None and _is_made(second_dy, pad)
+    dresidual = _empty_padded(x, 0).to(residual_dtype) if made else x.new_empty(0)
     return _empty_padded(x, 0), sums, dresidual
 
 
-def _cpu_bwd(
-    dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
-):  # fmt: skip
+def _is_made(second_dy, pad):
+    """Whether the gradient of the residual has to be made: it is not dy as it came."""
+    return pad > 0 or second_dy is not None
+
+
+def _cpu_bwd(dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options):
     """The reference in place, for a few samples at a time, and with the statistics at hand."""
     dx, sums, dresidual = _fake_bwd(
-        dy, x, mean, var, weight, bias, residual_dtype, eps, slope, pad, over_batch
+        dy, second_dy, x, mean, var, weight, bias, residual_dtype, *options
     )
-    format = _format(x)
-    mean, var = (t[None] if over_batch else t for t in (mean, var))
+    eps, slopes, pad, over_batch = options
+    mean, var = (t.view(-1, x.shape[1], 1, 1) for t in (mean, var))
     pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
-    for at in _pieces(x, over_batch):
-        channels = at[1]
-        part_mean, part_var = (t[at][..., None, None] for t in (mean, var))
-        centered = _wide(x[at]).contiguous(memory_format=format) - part_mean
-        gain = _gain_ref(part_var, _some(weight, channels), eps)
-        rstd = torch.rsqrt(part_var + eps)
-        part_dy = dz = _unpadded_ref(dy[at], centered, pad)
-        work = torch.empty_like(centered)
-        if slope != 1:
-            z = centered  # which alone has the sign of what follows a norm
-            if weight is not None or bias is not None:
-                z = torch.mul(centered, gain, out=work)
-            if bias is not None:
-                z.add_(_per_channel(bias[channels], z))
-            dz = _slope_ref(part_dy, z, slope)
+    for at, (centered, work, wide) in _pieces(x, over_batch):
+        w, b = (None if t is None else t[at[1]] for t in (weight, bias))
+        gain, rstd = _gain_ref(var[at], w, eps), torch.rsqrt(var[at] + eps)
+        torch.sub(_put(centered, x[at]), mean[at], out=centered)
+        z = centered  # which alone has the sign of what follows a norm
+        if any(slope != 1 for slope in slopes) and not (w is b is None):
+            z = torch.mul(centered, gain, out=work)
+            if b is not None:
+                z.add_(_per_channel(b, z))
+        if _is_made(second_dy, pad):
+            second = None if second_dy is None else second_dy[at]
+            part_dy, dz = _activation_bwd_ref(dy[at], second, z, slopes, pad)
+        else:
+            dz = _put(wide, dy[at])
+            if slopes[0] != 1:
+                _leaky_relu_backward.grad_input(dz, z, slopes[0], False, grad_input=wide)
+                dz = wide
         plain = _mean_ref(dz, over_batch)
         along = _mean_ref(torch.mul(dz, centered, out=work), over_batch)
         centered.mul_(along * rstd.square())
@@ -781,8 +772,8 @@ def _cpu_bwd(
 
 _fwd = define_op(
     "instance_norm_act_fwd",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float slope, int pad, "
-    "bool over_batch) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, float[] slopes, "
+    "int pad, bool over_batch) -> (Tensor, Tensor, Tensor)",
     cuda=_launch_fwd,
     cpu=_cpu_fwd,
     fake=_fake_fwd,
@@ -791,8 +782,9 @@ _fwd = define_op(
 
 _bwd = define_op(
     "instance_norm_act_bwd",
-    "(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
-    "ScalarType? residual_dtype, float eps, float slope, int pad, bool over_batch) "
+    "(Tensor dy, Tensor? second_dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+    "Tensor? bias, ScalarType? residual_dtype, float eps, float[] slopes, int pad, "
+    "bool over_batch) "
     "-> (Tensor, Tensor, Tensor)",
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
@@ -802,8 +794,8 @@ _bwd = define_op(
 
 _inplace = define_op(
     "instance_norm_act_",
-    "(Tensor(a!) out, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    "float slope, int pad, bool over_batch) -> (Tensor, Tensor)",
+    "(Tensor(a!) out, Tensor(b!)? second, Tensor x, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, float eps, float[] slopes, int pad, bool over_batch) -> (Tensor, Tensor)",
     cuda=_launch_inplace,
     cpu=_cpu_inplace,
     fake=_fake_inplace,
@@ -814,32 +806,36 @@ _inplace = define_op(
 # 5. Public functions ------------------------------------------------------------------------------
 class _InstanceNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, *options):
-        y, mean, var = _fwd(x, weight, bias, residual, *options)
+    def forward(ctx, out, second, *args):
+        if out is None:
+            out, mean, var = _fwd(*args)
+        else:  # To autograd they are new: views of a tensor must not be written one after another.
+            mean, var = _inplace(out, second, *args)
+            out, second = out.detach(), None if second is None else second.detach()
+        x, weight, bias, residual, *ctx.options = args
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.options = options
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
         ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        return out, second, mean, var
 
     @staticmethod
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy, second_dy, *_):
         x, weight, bias, mean, var = ctx.saved_tensors
-        dtype = ctx.residual_dtype if ctx.needs_input_grad[3] else None
+        wanted = ctx.needs_input_grad[2:6]
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = instance_norm_act_bwd_ref(dy, x, weight, bias, dtype, *ctx.options)
-            return *gradients, *(None for _ in ctx.options)
-        dx, sums, dresidual = _bwd(dy, x, mean, var, weight, bias, dtype, *ctx.options)
-        dbias, dweight = sums.sum(1)
-        if ctx.options[2] == 0:  # without padding it is dy as it came
-            dresidual = dy
-        return (
-            dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
-            None if dtype is None else dresidual.to(dtype),
-            *(None for _ in ctx.options),
+            gradients = instance_norm_act_bwd_ref(dy, second_dy, x, weight, bias, *ctx.options)
+        else:
+            dtype = ctx.dtypes[3] if wanted[3] else None
+            dx, sums, made = _bwd(
+                dy, second_dy, x, mean, var, weight, bias, dtype, *ctx.options
+            )  # fmt: skip
+            dbias, dweight = sums.sum(1)
+            gradients = dx, dweight, dbias, made if _is_made(second_dy, ctx.options[2]) else dy
+        cast = (
+            gradient.to(dtype) if needed else None
+            for gradient, dtype, needed in zip(gradients, ctx.dtypes, wanted, strict=True)
         )
+        return None, None, *cast, *(None for _ in ctx.options)
 
 
 def instance_norm_act(
@@ -890,13 +886,15 @@ def instance_norm_act(
         >>> instance_norm_act(x, eps=0.0, activation="leaky_relu")
         tensor([[[[-0.2000,  1.0000]]]])
     """
-    args = _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
+    given = (x, weight, bias, residual)
+    args = *given, *_options(*given, eps, (activation,), slope, pad, over_batch)
     if using_reference():
         y, mean, var = instance_norm_act_ref(*args)
-        return (y, mean.detach(), var.detach()) if return_stats else y
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    run = _InstanceNormAct.apply if needs_function(x, weight, bias, residual) else _fwd
-    y, mean, var = run(*args)
+        mean, var = mean.detach(), var.detach()
+    elif needs_function(*given):
+        y, _, mean, var = _InstanceNormAct.apply(None, None, *args)
+    else:
+        y, mean, var = _fwd(*args)
     return (y, mean, var) if return_stats else y
 
 
@@ -909,57 +907,71 @@ def instance_norm_act_(
     eps: float = 1e-5,
     activation: str | None = None,
     slope: float = 0.2,
+    second: Tensor | None = None,
+    second_activation: str | None = None,
     residual: Tensor | None = None,
     pad: int = 0,
     over_batch: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`instance_norm_act` written into a given tensor, as a rule some channels of a larger one.
+) -> tuple[Tensor, ...]:
+    """`instance_norm_act` written into given tensors, as a rule some channels of larger ones.
 
     Two tensors that a skip connection joins are made in the halves of one buffer: no `torch.cat`.
-    There is no gradient; inside an autograd.Function the statistics serve its backward.
+    What goes both through the skip and on, each with an activation of its own, is made in one pass.
 
     Args:
-        out: (N, C, H + 2 pad, W + 2 pad) in x's dtype, any strides; must not share memory with x,
-            weight, bias or residual.
+        out: (N, C, H + 2 pad, W + 2 pad) in x's dtype, any strides.
+        second: None, or like out: where the same with second_activation is written.
         others: as in `instance_norm_act`.
 
+    None of out and second may share memory with another argument.
+
     Returns:
-        mean, var: as `instance_norm_act` returns them with return_stats.
+        (out, mean, var), or (out, second, mean, var): what was written, differentiable in x,
+        weight, bias and residual; the tensors that were given stay without a gradient. mean, var:
+        as `instance_norm_act` returns them with return_stats.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name; nothing is written then.
 
     Example:
         >>> x, skip = torch.randn(1, 2, 4, 4), torch.empty(1, 6, 4, 4)
-        >>> mean, var = instance_norm_act_(skip[:, 2:4], x, activation="relu")
+        >>> y, mean, var = instance_norm_act_(skip[:, 2:4], x, activation="relu")
         >>> bool((skip[:, 2:4] == instance_norm_act(x, activation="relu")).all())
         True
     """
-    args = _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
-    check_float(out=out)
+    activations = (activation,) if second is None else (activation, second_activation)
+    given, written = (x, weight, bias, residual), (out,) if second is None else (out, second)
+    if second is None and second_activation is not None:
+        raise ValueError(f"second must be given with a second_activation, {second_activation!r}")
+    args = *given, *_options(*given, eps, activations, slope, pad, over_batch)
     n, c, h, w = x.shape
-    check_shape("out", out, (n, c, h + 2 * pad, w + 2 * pad))
-    check_same_device(x=x, out=out)
-    if out.dtype != x.dtype:
-        raise TypeError(f"out must be {x.dtype} as x is, got {out.dtype}")
-    check_writable(out=out)
-    check_no_grad(
-        "instance_norm_act_ writes in place; use instance_norm_act",
-        out=out, x=x, weight=weight, bias=bias, residual=residual,
-    )  # fmt: skip
+    for name, tensor in zip(("out", "second"), written, strict=False):
+        check_float(**{name: tensor})
+        check_shape(name, tensor, (n, c, h + 2 * pad, w + 2 * pad))
+        check_same_device(x=x, **{name: tensor})
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
+        check_writable(**{name: tensor})
+        check_no_grad("it is written: what stood there has no gradient", **{name: tensor})
+    if second is out:
+        raise ValueError("second must not be the same tensor as out: both are written")
     if using_reference():
-        y, mean, var = instance_norm_act_ref(*args)
-        out.copy_(y)
-        return mean, var
-    refuse_forward_mode()
-    return _inplace(out, *args)
+        *ys, mean, var = instance_norm_act_ref(*args)
+        for tensor, y in zip(written, ys, strict=True):
+            tensor.copy_(y.detach())
+        return *ys, mean.detach(), var.detach()
+    if needs_function(*given):
+        out, _, mean, var = results = _InstanceNormAct.apply(out, second, *args)
+        return (out, mean, var) if second is None else results
+    return *written, *_inplace(out, second, *args)
 
 
-def _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch):
-    """The arguments of the op, with the activation as its slope."""
-    if activation not in ACTIVATIONS:
-        names = "None, 'relu' or 'leaky_relu'"
-        raise ValueError(f"activation must be {names}, got {activation!r}")
+def _options(x, weight, bias, residual, eps, activations, slope, pad, over_batch):
+    """Numbers of the op, activations as their slopes; raises where an argument does not fit."""
+    for name, activation in zip(("activation", "second_activation"), activations, strict=False):
+        if activation not in ACTIVATIONS:
+            names = "None, 'relu' or 'leaky_relu'"
+            raise ValueError(f"{name} must be {names}, got {activation!r}")
     for name, value, least in (("eps", eps, 0), ("slope", slope, -math.inf)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not least <= value < math.inf or value == -math.inf:
@@ -980,5 +992,5 @@ def _checked(x, weight, bias, residual, eps, activation, slope, pad, over_batch)
             check_float(**{name: tensor})
             check_shape(name, tensor, shape)
             check_same_device(x=x, **{name: tensor})
-    slope = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}[activation]
-    return x, weight, bias, residual, float(eps), slope, pad, bool(over_batch)
+    slopes = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}
+    return float(eps), [slopes[a] for a in activations], pad, bool(over_batch)

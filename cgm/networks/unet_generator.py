@@ -24,9 +24,11 @@ from cgm.layers import (
     dropout,
     has_bias,
     init_normal,
+    joined,
     memory_format,
     new_norm,
     norm_act,
+    norm_leaky_relu_and_relu_,
     norm_relu_,
 )
 
@@ -90,34 +92,28 @@ class Level(nn.Module):
     def forward(self, a: Tensor, noise: Noise | None, out: Tensor | None = None) -> Tensor:
         """(B, C, 2 h, 2 w) from what the level outside gives down, (B, C', 2 h, 2 w), activated.
 
-        out: where to write it, without gradients.
+        out: where it is written, too.
         """
         part = self._parts()
         down_norm = part.get("down_norm", _NONE)
         h = before_norm(part["down"], down_norm, a)
         if "inner" not in part:
             h = F.relu(h)
-        else:
-            h = norm_act(h, down_norm, "leaky_relu")
-            if torch.is_grad_enabled():
-                h = _join(h, part["inner"](h, noise))
-            else:  # both halves are written where they belong: nothing is copied
-                both = _room_for_two(h)
-                skip, inner = both.chunk(2, dim=1)
-                torch.clamp_min(h, 0, out=skip)
-                part["inner"](h, noise, inner)
-                h = both
+        else:  # both halves of what goes up are written where they belong: nothing is copied
+            both = _room_for_two(h)
+            skip, inner = both.chunk(2, dim=1)
+            h, skip = norm_leaky_relu_and_relu_(skip, h, down_norm)
+            h = joined(both, skip, part["inner"](h, noise, inner))
         if self.number == 0:
             return torch.tanh(part["up"](h))
         h = before_norm(part["up"], part["up_norm"], h)
-        dropped = self.dropout and noise is not None
-        if out is not None and not dropped:
-            norm_relu_(out, h, part["up_norm"])
-            return out
+        assert out is not None  # but for the outermost level
+        if not self.dropout or noise is None:
+            return norm_relu_(out, h, part["up_norm"])
         h = norm_act(h, part["up_norm"], "relu")
-        if self.dropout and noise is not None:
-            h = dropout(h, seed=noise[0], index=noise[1], layer=self.number)
-        return h if out is None else out.copy_(h)
+        h = dropout(h, seed=noise[0], index=noise[1], layer=self.number)
+        out.copy_(h.detach())
+        return h
 
     def _parts(self) -> dict[str, Any]:
         return {name: self.model[place] for name, place in self.places.items()}
@@ -155,10 +151,3 @@ def _room_for_two(h: Tensor) -> Tensor:
     """Uninitialised, of twice as many channels."""
     shape = (h.shape[0], 2 * h.shape[1], *h.shape[2:])
     return torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=memory_format(h))
-
-
-def _join(skip: Tensor, inner: Tensor) -> Tensor:
-    """What goes up: (relu(skip), inner), along the channels. relu(leaky_relu(h)) is relu(h)."""
-    # Below the innermost level, of one pixel, nothing says which format it is.
-    inner = inner.contiguous(memory_format=memory_format(skip))
-    return torch.cat([F.relu(skip), inner], dim=1)

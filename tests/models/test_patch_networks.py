@@ -1,5 +1,6 @@
 """Image-to-image networks: names and values as published, patches, memory formats, loading."""
 
+import contextlib
 import os
 import re
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cgkernels
 from benchmarks.plain_networks import PlainDiscriminator, PlainPixel, PlainResnet, PlainUNet
 from cgm import layers
 from cgm.families import config_from_dict
@@ -280,6 +282,50 @@ def test_norm_act(kind, activation, last):
     assert out.is_contiguous(memory_format=LAST if last else torch.contiguous_format)
     for mine, theirs in zip(norm.buffers(), same.buffers(), strict=True):  # running statistics
         torch.testing.assert_close(mine, theirs)
+
+
+def skip_in_place(x, up, norm, up_norm):
+    """What goes down and what goes up, of one level of a U-Net."""
+    whole = torch.full((x.shape[0], x.shape[1] + up.shape[1], *x.shape[2:]), torch.nan).to(x)
+    left, right = whole.split((x.shape[1], up.shape[1]), dim=1)
+    h, skip = layers.norm_leaky_relu_and_relu_(left, x, norm)
+    together = layers.joined(whole, skip, layers.norm_relu_(right, up, up_norm))
+    assert together.data_ptr() == whole.data_ptr() and not whole.isnan().any()
+    return h, together
+
+
+def skip_by_cat(x, up, norm, up_norm):
+    h = norm(x)
+    return F.leaky_relu(h, 0.2), torch.cat([F.relu(h), F.relu(up_norm(up))], dim=1)
+
+
+@norms
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("plain", (True, False))
+def test_a_skip_written_in_place_is_that_of_cat(kind, training, plain):
+    """Values, running statistics, gradients and second derivatives; twice through one graph."""
+    found = []
+    for make in (skip_in_place, skip_by_cat):
+        x, up = (pictures(2, c, 5, 4, seed=c, dtype=torch.float64) for c in (3, 2))
+        norms = [layers.new_norm(kind, c).double().train(training) for c in (3, 2)]
+        inputs = [t.requires_grad_() for t in (x, up, *norms[0].parameters())]
+        with cgkernels.reference() if plain else contextlib.nullcontext():
+            outputs = make(x, up, *norms)
+            dys = [pictures(*y.shape, seed=9, dtype=y.dtype) for y in outputs]
+            first = torch.autograd.grad(outputs, inputs, dys, retain_graph=True)
+            again = torch.autograd.grad(outputs, inputs, dys, create_graph=True)
+            penalty = sum(g.square().sum() for g in again)
+            second = torch.autograd.grad(penalty, x) if penalty.requires_grad else ()
+        kept = [b for norm in norms for b in norm.buffers()]
+        found.append((*outputs, *first, *again, *second, *kept))
+    torch.testing.assert_close(*found)
+
+
+@norms
+def test_a_unet_joins_without_copies(kind, monkeypatch):
+    network, x = unet(downs=6, norm=kind), pictures(2, 3, 64, 64)
+    monkeypatch.setattr(torch, "cat", lambda *_: pytest.fail("copies"))
+    network(x, seed=1).square().sum().backward()
 
 
 def test_spectral_norm():

@@ -37,10 +37,10 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     def data(*shape, seed=10, dtype=dtype):  # other data than the gradients of the checks
         return normals(*(shape or SHAPE), dtype=dtype, device=device, seed=seed)
 
-    def sample(label, x, fn=instance_norm_act, mutates=(), **inputs):
+    def sample(label, x, fn=instance_norm_act, mutates=(), names=DIFFERENTIABLE, **inputs):
         inputs = {"x": x, **inputs}
-        wanted = () if mutates else tuple(name for name in DIFFERENTIABLE if name in inputs)
-        per_row = tuple(name for name in ("x", "residual", "out") if name in inputs)
+        wanted = tuple(name for name in names if name in inputs)
+        per_row = tuple(name for name in ("x", "residual", "out", "second") if name in inputs)
         if inputs.get("over_batch"):
             per_row = ()
         return Sample(label, fn, inputs, wanted, per_row, mutates)
@@ -76,8 +76,15 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     buffer = data(3, 9, 8, 9, seed=4).contiguous(**LAST)
     yield sample("into a slice", last, out=buffer[:, 2:7], **everything, pad=1, **written)
     slanted = data(3, 5, 9, 8, seed=4).transpose(2, 3)
-    yield sample("into a transposed tensor", x, out=slanted, activation="relu", pad=1, **written)
-    yield sample("into an empty batch", x[:0], out=torch.empty_like(x[:0]), **written)
+    without = {**written, "names": ()}
+    yield sample("into a transposed tensor", x, out=slanted, activation="relu", pad=1, **without)
+    yield sample("into an empty batch", x[:0], out=torch.empty_like(x[:0]), **without)
+    both = {"activation": "leaky_relu", "second_activation": "relu"}
+    both |= {"fn": instance_norm_act_, "mutates": ("out", "second")}
+    skip = data(3, 10, 6, 7, seed=5).contiguous(**LAST)[:, :5]
+    yield sample("a skip", last, out=torch.empty_like(last), second=skip, **both)
+    padded = {**affine, "residual": residual, "out": buffer[:, 2:7], "second": slanted, "pad": 1}
+    yield sample("a padded skip of the batch", last, **padded, **both, over_batch=True)
 
 
 # The definition -----------------------------------------------------------------------------------
@@ -190,7 +197,7 @@ def test_a_sample_has_the_same_bits_in_any_batch(shape, format, threads):
 def test_only_the_slice_is_written():
     buffer = torch.full((2, 9, 6, 7), 7.0).contiguous(**LAST)
     x = normals(2, 4, 6, 7)
-    mean, var = instance_norm_act_(buffer[:, 3:7], x, activation="relu")
+    _, mean, var = instance_norm_act_(buffer[:, 3:7], x, activation="relu")
     expected = instance_norm_act(x, activation="relu", return_stats=True)
     assert_equal((buffer[:, 3:7], mean, var), expected)
     assert (buffer[:, :3] == 7).all() and (buffer[:, 7:] == 7).all()
@@ -253,6 +260,7 @@ def test_a_large_mean_costs_the_variance_nothing(size, format, over_batch, devic
 X = normals(2, 3, 4, 5)
 VECTOR, META = torch.ones(3), torch.ones(3, device="meta")
 NAN, INF = float("nan"), float("inf")
+OUT = torch.zeros_like(X)
 
 WRONG = [
     (TypeError, ("x", "NoneType"), {"x": None}),
@@ -295,9 +303,17 @@ WRONG_OUT = [
     (ValueError, ("out", "(2, 3, 6, 7)", "(2, 3, 4, 5)"), {"pad": 1}),
     (ValueError, ("out", "cpu", "meta"), {"out": X.to("meta")}),
     (ValueError, ("out", "expanded"), {"out": torch.ones(2, 1, 4, 5).expand(2, 3, 4, 5)}),
-    (ValueError, ("x", "use instance_norm_act"), {"x": X.clone().requires_grad_()}),
-    (ValueError, ("weight", "instance_norm_act"), {"weight": VECTOR.clone().requires_grad_()}),
-    (ValueError, ("residual", "instance_norm_act"), {"residual": X.clone().requires_grad_()}),
+    (ValueError, ("out", "written"), {"out": X.clone().requires_grad_()}),
+    (TypeError, ("second", "float32", "float16"), {"second": X.half()}),
+    (ValueError, ("second", "(2, 3, 4, 5)", "(3, 4, 5)"), {"second": X[0]}),
+    (ValueError, ("second", "written"), {"second": X.clone().requires_grad_()}),
+    (ValueError, ("second", "second_activation"), {"second_activation": "relu"}),
+    (
+        ValueError,
+        ("second_activation", "'tanh'"),
+        {"second": X.clone(), "second_activation": "tanh"},
+    ),
+    (ValueError, ("second", "same tensor"), {"out": OUT, "second": OUT}),
 ]
 
 
