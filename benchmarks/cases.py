@@ -3,7 +3,7 @@
 A case is a call of ours on random inputs of a shape that a known model has, with the bytes that it
 must move, the operations that it must do, and the other ways to compute the same. The cases of ops
 have their own files (`diffusion.py`, `attention.py`, `decoding.py`, `normalisation.py`,
-`convolution.py`, `patchgan.py`).
+`convolution.py`, `patchgan.py`, `flow.py`).
 
 Plain PyTorch is what one would write without this library: noise comes from PyTorch's own
 generator, whose draws depend on the batch and on the device, and which is cheaper than ours on a
@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import cgkernels
-from benchmarks import attention, convolution, decoding, diffusion, normalisation, patchgan
+from benchmarks import attention, convolution, decoding, diffusion, flow, normalisation, patchgan
 from benchmarks.generation import decoding_cost, generation_cases
 from benchmarks.image_to_image import image_to_image_cases
 from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, Size
@@ -45,7 +45,7 @@ _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index al
 # Ops ----------------------------------------------------------------------------------------------
 OP_CASES: dict[str, list[OpCase]] = {
     **diffusion.CASES, **attention.CASES, **decoding.CASES, **normalisation.CASES,
-    **convolution.CASES, **patchgan.CASES,
+    **convolution.CASES, **patchgan.CASES, **flow.CASES,
 }  # fmt: skip
 
 
