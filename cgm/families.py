@@ -19,6 +19,7 @@ FAMILIES = {
     "classifier": "cgm.networks.classifier:Classifier",
     "cyclegan": "cgm.cyclegan:CycleGAN",
     "diffusion": "cgm.diffusion:ConditionalDiffusion",
+    "flow": "cgm.flow:ConditionalFlow",
     "gan": "cgm.gan:ConditionalGAN",
     "pix2pix": "cgm.gan:Pix2Pix",
 }

@@ -94,7 +94,7 @@ def test_usage(cgm):
     assert cgm("")[0] == cgm("train")[0] == cgm("sample")[0] == cgm("train --task x")[0] == 2
     code, out, _ = cgm("train --help")
     assert (
-        code == 0 and "one of autoregressive, cyclegan, diffusion, gan, pix2pix." in out
+        code == 0 and "one of autoregressive, cyclegan, diffusion, flow, gan, pix2pix." in out
     )  # and no classifier: it generates nothing
     code, out, _ = cgm("sample --help")
     assert code == 0 and "CHECKPOINT" in out
@@ -392,8 +392,8 @@ def test_sheets_of_a_task_show_what_was_kept_from_training(cgm, tmp_path):
     "line, words",
     [
         ("paint", "one of train, sample, evaluate, convert, demo, bench, info, got 'paint'"),
-        ("train autoencoder", "diffusion, gan, pix2pix, got 'autoencoder'"),
-        ("train classifier", "diffusion, gan, pix2pix, got 'classifier'"),
+        ("train autoencoder", "diffusion, flow, gan, pix2pix, got 'autoencoder'"),
+        ("train classifier", "diffusion, flow, gan, pix2pix, got 'classifier'"),
         ("train diffusion --out {new}", "one of --task and --data"),
         ("train diffusion --task complete --data {tmp} --out {new}", "one of --task and --data"),
         ("train diffusion --task paint --out {new}", "one of class_to_image, complete, colorize"),
