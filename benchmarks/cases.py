@@ -3,7 +3,7 @@
 A case is a call of ours on random inputs of a shape that a known model has, with the bytes that it
 must move, the operations that it must do, and the other ways to compute the same. The cases of ops
 have their own files (`diffusion.py`, `attention.py`, `decoding.py`, `normalisation.py`,
-`convolution.py`, `patchgan.py`, `latents.py`).
+`convolution.py`, `patchgan.py`, `latents.py`, `flow.py`).
 
 Plain PyTorch is what one would write without this library: noise comes from PyTorch's own
 generator, whose draws depend on the batch and on the device, and which is cheaper than ours on a
@@ -31,6 +31,7 @@ from benchmarks import (
     convolution,
     decoding,
     diffusion,
+    flow,
     latents,
     normalisation,
     patchgan,
@@ -53,7 +54,7 @@ _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index al
 # Ops ----------------------------------------------------------------------------------------------
 OP_CASES: dict[str, list[OpCase]] = {
     **diffusion.CASES, **attention.CASES, **decoding.CASES, **normalisation.CASES,
-    **convolution.CASES, **patchgan.CASES, **latents.CASES,
+    **convolution.CASES, **patchgan.CASES, **latents.CASES, **flow.CASES,
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from benchmarks.records import OURS
 from benchmarks.timing import Call, measure, verdict
 from cgkernels import rows
 from cgkernels.ops import (
+    affine_coupling,
     conv2d_stats,
     decode_attention,
     instance_norm_act,
@@ -102,6 +103,15 @@ def _row_blocks(numel: int, dense: bool) -> Iterator[Config]:
         for warps in (1, 2, 4, 8):
             if 2 <= block // (32 * warps) <= 32:
                 yield {"BLOCK": block, "num_warps": warps}
+
+
+def _row_splits(numel: int, dense: bool) -> Iterator[Config]:
+    """As `_row_blocks`, of which a program takes one to eight, and at most 1024 programs a row."""
+    for config in _row_blocks(numel, dense):
+        block = config["BLOCK"]
+        for blocks in (1, 2, 4, 8):
+            if blocks == 1 or block * blocks < 2 * numel:
+                yield {"SPLIT": block * max(blocks, math.ceil(numel / (1024 * block))), **config}
 
 
 def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
@@ -217,6 +227,7 @@ TUNABLES = {
     "pair_conv2d": Tunable(pair_conv2d, "_launch_config", _window_tiles),
     "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),
     "conv2d_stats": Tunable(conv2d_stats, "_launch_config", _convolution_tiles),
+    "affine_coupling": Tunable(affine_coupling, "_launch_config", _row_splits),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
     "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
 }

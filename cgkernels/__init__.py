@@ -5,6 +5,7 @@ Importing this package needs no GPU and no Triton: every op also runs as plain P
 
 from cgkernels.library import reference
 from cgkernels.ops.add_noise import add_noise
+from cgkernels.ops.affine_coupling import affine_coupling
 from cgkernels.ops.conv2d_stats import conv2d_stats
 from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
@@ -20,6 +21,7 @@ from cgkernels.ops.sample_logits import sample_logits
 
 __all__ = [
     "add_noise",
+    "affine_coupling",
     "conv2d_stats",
     "decode_attention",
     "diffusion_loss",

@@ -134,9 +134,10 @@ def exponential_block(seed, index, step, first, STREAM: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def exp_of(x):
-    """e^x for x <= 0 in the bits of `random.exp_of`; launch with enable_fp_fusion=False.
+    """e^x for x <= 88 within 1 ulp; below 2^-126 it is 0.
 
-    x = n ln 2 + r, and e^r = 1 + r + r^2 P(r); below 2^-126 it is 0.
+    For x <= 0 in the bits of `random.exp_of`, where it is launched with enable_fp_fusion=False.
+    x = n ln 2 + r, and e^r = 1 + r + r^2 P(r).
     """
     x = tl.maximum(x, -88.0)
     n = tl.floor(x * 1.4426950216293335 + 0.5)
@@ -217,10 +218,11 @@ def target_coefficients(alpha, sigma, TARGET: tl.constexpr):
 
 
 @triton.jit
-def tanh(x):
+def tanh(x, EXACT: tl.constexpr = False):
     """tanh in float32, with full relative precision near zero.
 
-    Below 0.4 the series of Taylor, whose next term is under 4e-9 of the sum.
+    Below 0.4 the series of Taylor, whose next term is under 4e-9 of the sum. EXACT: above, by an
+    exponential that is better than the GPU's own.
     """
     square = x * x
     p = tl.fma(square, 0.003592128036572481, -0.008863235529902197)
@@ -229,7 +231,7 @@ def tanh(x):
     p = tl.fma(square, p, 0.13333333333333333)
     p = tl.fma(square, p, -0.3333333333333333)
     small = tl.fma(x * square, p, x)
-    decay = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - decay) / (1.0 + decay)
+    decay = exp_of(-2.0 * tl.abs(x)) if EXACT else tl.exp(-2.0 * tl.abs(x))
+    large = 1.0 - 2.0 * decay / (1.0 + decay)
     large = tl.where(x < 0, -large, large)
     return tl.where(tl.abs(x) < 0.4, small, large)

@@ -90,7 +90,7 @@ def reference() -> Iterator[None]:
 
 
 def using_reference() -> bool:
-    """Whether the public functions must run their reference; read nowhere else."""
+    """Whether public functions must run their reference; read beside only where graphs are kept."""
     return _use_reference
 
 

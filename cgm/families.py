@@ -21,6 +21,7 @@ FAMILIES = {
     "cyclegan": "cgm.cyclegan:CycleGAN",
     "diffusion": "cgm.diffusion:ConditionalDiffusion",
     "energy": "cgm.energy:ConditionalEBM",
+    "flow": "cgm.flow:ConditionalFlow",
     "gan": "cgm.gan:ConditionalGAN",
     "gaussian_regression": "cgm.regression:GaussianRegression",
     "least_squares": "cgm.regression:LeastSquares",

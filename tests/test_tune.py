@@ -71,6 +71,15 @@ def test_candidates_can_be_launched(numel, dense):
         assert rows.row_block(numel, dense) in found
 
 
+@pytest.mark.parametrize("numel", [1, 2352, 3072, 2**20, 2**24])
+def test_candidates_for_rows_in_parts_include_the_present(numel):
+    found = list(tune._row_splits(numel, True))
+    assert found and all(c["SPLIT"] % c["BLOCK"] == 0 for c in found)
+    assert all(math.ceil(numel / c["SPLIT"]) <= 1024 for c in found)
+    if numel > 2**12:
+        assert tune.TUNABLES["affine_coupling"].function(numel, True) in found
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128, 256])
 def test_candidates_for_splits_include_the_present(head_size, itemsize):

@@ -1,0 +1,499 @@
+"""Affine coupling layer of a flow, and the logarithm of its determinant: y' = s y + t.
+
+    log s = limit tanh(raw / limit),   (raw, t) = params          additive: s = 1, params = t
+    forward: y' = s y + t,   logdet = sum of log s      inverse: y' = (y - t) / s,   logdet = -sum
+
+Only the elements of a mask are transformed; the others are copied in the same pass. first and last:
+the channels before C // 2, and those from there on. even and odd: the squares of a checkerboard,
+where h + w is even or odd, in all channels. Whether an element is in the mask is computed from its
+place; nothing is gathered.
+
+Shapes   y, y': (B, C, *spatial), for even and odd (B, C, H, W); params (B, 2 N, *spatial), of the N
+         channels that the mask touches first all raw, then all t (additive: (B, N, *spatial));
+         values of params outside a checkerboard's mask are ignored; logdet (B,).
+Dtypes   float32, float16, bfloat16 (float64 on CPU), y and params mixed as they come; float32
+         inside; y' has y's dtype, logdet is float32. The order of its sum depends on the event's
+         size and memory format alone.
+Backward in y, params: once by kernel, twice by differentiating affine_coupling_bwd_ref.
+Source   coupling: NICE arXiv:1410.8516 (additive), RealNVP arXiv:1605.08803 (affine, both kinds of
+         masks, a bounded log s by tanh).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cgkernels._triton import tl, triton
+from cgkernels.checks import check_float, check_same_device, check_shape
+from cgkernels.device import block_of_row, element_of, exp_of, row_offset, tanh
+from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.rows import (
+    empty_rows,
+    in_strides_of,
+    meta_samples,
+    row_block,
+    row_launch,
+    row_layout,
+    with_row_strides,
+    with_strides,
+)
+
+MASKS = ("first", "last", "even", "odd")
+
+
+# 1. Reference -------------------------------------------------------------------------------------
+def affine_coupling_ref(y, params, mask, limit, additive, inverse):
+    wide = _wide(y, params)
+    touched = _touched(y, mask).to(wide)
+    log_scale, shift = _log_scale_and_shift(params.to(wide), limit, additive)
+    if log_scale is None:
+        out = touched - shift if inverse else touched + shift
+        logdet = y.new_zeros(y.shape[0], dtype=wide)
+    else:
+        log_scale = _inside(log_scale, mask)
+        out = (
+            (touched - shift) * (-log_scale).exp() if inverse else touched * log_scale.exp() + shift
+        )
+        logdet = log_scale.flatten(1).sum(1)
+    return _joined(out.to(y.dtype), y, mask), -logdet if inverse else logdet
+
+
+def affine_coupling_bwd_ref(dout, dlogdet, y, params, mask, limit, additive, inverse):
+    wide = _wide(y, params)
+    dtouched = _inside(_touched(dout, mask).to(wide), mask)
+    log_scale, shift = _log_scale_and_shift(params.to(wide), limit, additive)
+    if log_scale is None:
+        dy, dparams = dtouched, -dtouched if inverse else dtouched
+    else:
+        per_row = (-1,) + (1,) * (y.dim() - 1)
+        log_scale, touched = _inside(log_scale, mask), _touched(y, mask).to(wide)
+        if inverse:
+            dy = dtouched * (-log_scale).exp()
+            dshift = -dy
+            dlog_scale = dy * (shift - touched) - dlogdet.view(per_row)
+        else:
+            dy, dshift = dtouched * log_scale.exp(), dtouched
+            dlog_scale = dy * touched + dlogdet.view(per_row)
+        draw = _inside(dlog_scale * (1 - (log_scale / limit).square()), mask)
+        dparams = torch.cat([draw, dshift], 1)
+    return _joined(dy.to(y.dtype), dout.to(y.dtype), mask), dparams.to(params.dtype)
+
+
+def _wide(y, params):
+    return torch.promote_types(torch.promote_types(y.dtype, params.dtype), torch.float32)
+
+
+def _channels(channels, mask):
+    """The channels that a mask touches, as (start, stop)."""
+    half = channels // 2
+    return {"first": (0, half), "last": (half, channels)}.get(mask, (0, channels))
+
+
+def _touched(y, mask):
+    """The channels that a mask touches."""
+    start, stop = _channels(y.shape[1], mask)
+    return y[:, start:stop]
+
+
+def _log_scale_and_shift(params, limit, additive):
+    if additive:
+        return None, params
+    raw, shift = params.chunk(2, 1)
+    return limit * (raw / limit).tanh(), shift
+
+
+def _squares(like, mask):
+    """(H, W) bool: where a checkerboard is transformed."""
+    height, width = like.shape[2:]
+    rows, columns = (torch.arange(n, device=like.device) for n in (height, width))
+    return (rows[:, None] + columns) % 2 == MASKS.index(mask) - 2
+
+
+def _inside(values, mask):
+    """Values of the channels that a mask touches, 0 where it does not."""
+    if mask in ("first", "last"):
+        return values
+    return torch.where(_squares(values, mask), values, 0)
+
+
+def _joined(touched, others, mask):
+    """The transformed values where the mask is, and the others' elsewhere."""
+    start, stop = _channels(others.shape[1], mask)
+    if mask == "first":
+        return torch.cat([touched, others[:, stop:]], 1)
+    if mask == "last":
+        return torch.cat([others[:, :start], touched], 1)
+    return torch.where(_squares(others, mask), touched, others)
+
+
+# 2. Kernels ---------------------------------------------------------------------------------------
+@triton.jit
+def _mask_of(element, first, lane, inside, start, stop, height, width,
+             MASK: tl.constexpr, EVEN: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # fmt: skip
+    """What of a block is transformed, and which of its params are read.
+
+    Params of a checkerboard are read whole, so that accesses are wide. EVEN: so is the height, and
+    the parity of a line is that of its number among the lines of all channels.
+    """
+    if MASK >= 2:
+        line = element // width
+        column = element - line * width
+        if not EVEN:
+            line = line % height
+        touched = inside & ((line + column) % 2 == MASK - 2)
+        read = inside
+    elif CHANNELS_LAST:
+        touched = inside & (element >= start) & (element < stop)
+        read = touched
+    else:  # compared with the lane, so that the compiler sees whole vectors in or out
+        touched = inside & (lane >= start - first) & (lane < stop - first)
+        read = touched
+    return touched, read
+
+
+@triton.jit
+def _exp(x, y_ptr):
+    """e^x for y: what is rounded to a half type needs no more than the GPU's own."""
+    if y_ptr.dtype.element_ty == tl.float32:
+        return exp_of(x)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _fwd_kernel(
+    out_ptr, out_strides, y_ptr, y_strides, params_ptr, params_strides, logdet_ptr, partial_ptr,
+    count_ptr, limit, start, stop, half, height, width, numel, channels, pixels, blocks,
+    MASK: tl.constexpr, EVEN: tl.constexpr, ADDITIVE: tl.constexpr, INVERSE: tl.constexpr,
+    PARAMS_DENSE: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr,
+    SPLIT: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per SPLIT elements of one row; the last of a row adds up the sums in order."""
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    begin = (program % blocks + numel * 0) * SPLIT
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(begin, tl.minimum(begin + SPLIT, numel), BLOCK):
+        position, inside = first + lane, lane < numel - first
+        element = element_of(position, channels, pixels, CHANNELS_LAST)
+        offset = row_offset(y_strides, row, position, element, pixels, DENSE)
+        y = tl.load(y_ptr + offset, mask=inside)
+        out = y.to(tl.float32)
+        # A block of channels that stay needs no arithmetic.
+        if MASK >= 2 or CHANNELS_LAST or ((first < stop) & (first + BLOCK > start)):
+            touched, read = _mask_of(
+                element, first, lane, inside, start, stop, height, width, MASK, EVEN,
+                CHANNELS_LAST,
+            )  # fmt: skip
+            inner = element - start
+            offset = row_offset(params_strides, row, inner, inner, pixels, PARAMS_DENSE)
+            raw_ptr, shift_ptr = params_ptr, params_ptr + half * params_strides[1]
+            shift = tl.load(shift_ptr + offset, mask=read, other=0.0).to(tl.float32)
+            if ADDITIVE:
+                moved = out - shift if INVERSE else out + shift
+            else:
+                raw = tl.load(raw_ptr + offset, mask=read, other=0.0).to(tl.float32)
+                log_scale = limit * tanh(raw * (1.0 / limit), EXACT=True)
+                total += tl.where(touched, log_scale, 0.0)
+                if INVERSE:
+                    moved = (out - shift) * _exp(-log_scale, y_ptr)
+                else:
+                    moved = out * _exp(log_scale, y_ptr) + shift
+            out = tl.where(touched, moved, out)
+        offset = row_offset(out_strides, row, position, element, pixels, DENSE)
+        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+    logdet = tl.sum(total, 0)
+    if INVERSE:
+        logdet = -logdet
+    if count_ptr is None:
+        tl.store(logdet_ptr + row, logdet, mask=program % blocks == 0)
+    else:
+        tl.store(partial_ptr + program, logdet)
+        tl.debug_barrier()  # it is stored before this program counts
+        done = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
+        if done == blocks - 1:
+            block = tl.arange(0, MERGE)
+            parts = tl.load(
+                partial_ptr + row * blocks + block, mask=block < blocks, other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            tl.store(logdet_ptr + row, tl.sum(parts, 0))
+
+
+@triton.jit
+def _bwd_kernel(
+    dy_ptr, dy_strides, dout_ptr, dout_strides, y_ptr, y_strides,
+    dparams_ptr, dparams_strides, params_ptr, params_strides, dlogdet_ptr,
+    limit, start, stop, half, height, width, numel, channels, pixels, blocks,
+    MASK: tl.constexpr, EVEN: tl.constexpr, ADDITIVE: tl.constexpr, INVERSE: tl.constexpr,
+    PARAMS_DENSE: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row."""
+    row, first, position, inside = block_of_row(blocks, numel, BLOCK)
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    offset = row_offset(dout_strides, row, position, element, pixels, DENSE)
+    dout = tl.load(dout_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    dy = dout
+    if MASK >= 2 or CHANNELS_LAST or ((first < stop) & (first + BLOCK > start)):
+        touched, read = _mask_of(
+            element, first, tl.arange(0, BLOCK), inside, start, stop, height, width, MASK,
+            EVEN, CHANNELS_LAST,
+        )  # fmt: skip
+        inner = element - start
+        dshift = tl.where(touched, -dout if INVERSE and ADDITIVE else dout, 0.0)
+        doffset = row_offset(dparams_strides, row, inner, inner, pixels, PARAMS_DENSE)
+        if not ADDITIVE:
+            offset = row_offset(params_strides, row, inner, inner, pixels, PARAMS_DENSE)
+            raw = tl.load(params_ptr + offset, mask=read, other=0.0).to(tl.float32)
+            bounded = tanh(raw * (1.0 / limit), EXACT=True)
+            at = row_offset(y_strides, row, position, element, pixels, DENSE)
+            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dlogdet = tl.load(dlogdet_ptr + row).to(tl.float32)
+            if INVERSE:
+                shift_ptr = params_ptr + half * params_strides[1]
+                shift = tl.load(shift_ptr + offset, mask=read, other=0.0).to(tl.float32)
+                dmoved = dout * _exp(-limit * bounded, y_ptr)
+                dshift = tl.where(touched, -dmoved, 0.0)
+                dlog_scale = dmoved * (shift - y) - dlogdet
+            else:
+                dmoved = dout * _exp(limit * bounded, y_ptr)
+                dlog_scale = dmoved * y + dlogdet
+            dy = tl.where(touched, dmoved, dout)
+            draw = tl.where(touched, dlog_scale * (1.0 - bounded * bounded), 0.0)
+            tl.store(dparams_ptr + doffset, draw.to(dparams_ptr.dtype.element_ty), mask=read)
+        dshift_ptr = dparams_ptr + half * dparams_strides[1]
+        tl.store(dshift_ptr + doffset, dshift.to(dparams_ptr.dtype.element_ty), mask=read)
+    offset = row_offset(dy_strides, row, position, element, pixels, DENSE)
+    tl.store(dy_ptr + offset, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+
+
+# 3. Launchers -------------------------------------------------------------------------------------
+def _launch_config(numel, dense):
+    """Four blocks or more a program: each ends in an atomic that waits for its stores.
+
+    Rows of one program need neither partial sums nor a count that is zeroed first; of long rows at
+    most 1024 programs, so that one load merges them.
+    """
+    config = row_block(numel, dense)
+    blocks = max(4, triton.cdiv(numel, 1024 * config["BLOCK"]))
+    return {"SPLIT": blocks * config["BLOCK"], **config}
+
+
+def _launch_fwd(y, params, mask, limit, additive, inverse):
+    out, logdet = _fake_fwd(y, params, mask, limit, additive, inverse)
+    if out.numel() == 0:
+        return out, logdet.zero_()
+    tensors, params = (out, with_row_strides(y)), with_row_strides(params)
+    layout = row_layout(*tensors)
+    params_dense = _params_dense(layout, params)
+    config = _launch_config(layout.numel, layout.dense and params_dense)
+    blocks = triton.cdiv(layout.numel, config["SPLIT"])
+    rows, partial, count = y.shape[0], None, None
+    if blocks > 1 and not additive:
+        partial = torch.empty(rows * blocks, dtype=torch.float32, device=y.device)
+        count = torch.zeros(rows, dtype=torch.int32, device=y.device)
+    numbers, switches = _of_mask(y, mask, limit, additive)
+    _fwd_kernel[(rows * blocks,)](
+        *with_strides(*tensors, params), logdet, partial, count,
+        *numbers, layout.numel, layout.channels, layout.pixels, blocks, **switches,
+        INVERSE=inverse, CHANNELS_LAST=layout.channels_last, DENSE=layout.dense,
+        PARAMS_DENSE=params_dense, MERGE=triton.next_power_of_2(blocks),
+        enable_fp_fusion=True, **config,
+    )  # fmt: skip
+    return out, logdet
+
+
+def _launch_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
+    dy, dparams = _fake_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse)
+    if dy.numel() == 0:
+        return dy, dparams
+    tensors = (dy, with_row_strides(dout), with_row_strides(y))
+    grid, arguments = row_launch(*tensors)
+    params = with_row_strides(params)
+    layout = row_layout(*tensors)
+    numbers, switches = _of_mask(y, mask, limit, additive)
+    _bwd_kernel[grid](
+        *with_strides(*tensors, dparams, params), dlogdet.contiguous(),
+        *numbers, **switches, INVERSE=inverse,
+        PARAMS_DENSE=_params_dense(layout, dparams, params), **arguments,
+    )  # fmt: skip
+    return dy, dparams
+
+
+def _of_mask(y, mask, limit, additive):
+    """What kernels are told of a mask: numbers, and switches."""
+    start, stop = _channels(y.shape[1], mask)
+    pixels = math.prod(y.shape[2:])
+    half = 0 if additive else stop - start  # channels of params before t
+    height, width = y.shape[2:] if mask in ("even", "odd") else (1, 1)
+    numbers = limit, start * pixels, stop * pixels, half, height, width
+    return numbers, {"MASK": MASKS.index(mask), "EVEN": height % 2 == 0, "ADDITIVE": additive}
+
+
+def _params_dense(layout, *params):
+    """Whether params can be addressed by what the place in y is, without channel and pixel."""
+    return not layout.channels_last and all(
+        found.dense and not found.channels_last for found in map(row_layout, params)
+    )
+
+
+def _launches() -> Iterator[Launch]:
+    for label, args, bits in _meta_inputs():
+        yield Launch(label, partial(_launch_fwd, *args), bits)
+
+
+def _bwd_launches() -> Iterator[Launch]:
+    dlogdet = torch.empty(16, device="meta")
+    for label, args, bits in _meta_inputs():
+        yield Launch(label, partial(_launch_bwd, args[0], dlogdet, *args), bits)
+
+
+def _meta_inputs():
+    """Every mask, option and layout; where y is pixel by pixel, params are narrow accesses."""
+    for name, y, bits in meta_samples():
+        params = torch.empty_like(y)
+        if name == "contiguous torch.float32":
+            for mask in MASKS:
+                of_mask = params if mask in MASKS[:2] else torch.cat([params, params], 1)
+                for inverse in (False, True):
+                    label = f"{mask}{' inverse' * inverse} {name}"
+                    yield label, (y, of_mask, mask, 2.0, False, inverse), bits
+            yield f"additive {name}", (y, params[:, :2], "last", 2.0, True, False), bits
+            few = y[..., :16, :16].contiguous()
+            yield f"short rows {name}", (few, few, "last", 2.0, False, False), bits
+        else:
+            wide = bits if name.startswith("contiguous") else 0
+            yield f"last inverse {name}", (y, params, "last", 2.0, False, True), wide
+            both = torch.cat([params, params], 1)
+            yield f"odd {name}", (y, both, "odd", 2.0, False, False), wide
+
+
+# 4. Registration ----------------------------------------------------------------------------------
+def _fake_fwd(y, params, mask, limit, additive, inverse):
+    return empty_rows(y), y.new_empty(y.shape[0], dtype=_wide(y, params))
+
+
+def _cpu_fwd(y, params, mask, limit, additive, inverse):
+    out, logdet = affine_coupling_ref(y, params, mask, limit, additive, inverse)
+    return in_strides_of(y, out), logdet
+
+
+def _fake_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
+    return empty_rows(y), empty_rows(params)
+
+
+def _cpu_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
+    gradients = affine_coupling_bwd_ref(
+        dout, dlogdet, y, params, mask, limit, additive, inverse
+    )  # fmt: skip
+    return tuple(in_strides_of(t, g) for t, g in zip((y, params), gradients, strict=True))
+
+
+_fwd = define_op(
+    "affine_coupling_fwd",
+    "(Tensor y, Tensor params, str mask, float limit, bool additive, bool inverse) "
+    "-> (Tensor, Tensor)",
+    cuda=_launch_fwd,
+    cpu=_cpu_fwd,
+    fake=_fake_fwd,
+    launches=_launches,
+)
+
+_bwd = define_op(
+    "affine_coupling_bwd",
+    "(Tensor dout, Tensor dlogdet, Tensor y, Tensor params, str mask, float limit, bool additive, "
+    "bool inverse) -> (Tensor, Tensor)",
+    cuda=_launch_bwd,
+    cpu=_cpu_bwd,
+    fake=_fake_bwd,
+    launches=_bwd_launches,
+)
+
+
+# 5. Public function -------------------------------------------------------------------------------
+class _AffineCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, params, *options):
+        ctx.save_for_backward(y, params)
+        ctx.options = options
+        return _fwd(y, params, *options)
+
+    @staticmethod
+    def backward(ctx, dout, dlogdet):
+        # Grad mode in a backward means create_graph=True.
+        run: Callable[..., tuple] = _bwd
+        if torch.is_grad_enabled():
+            run = affine_coupling_bwd_ref
+        gradients = run(dout, dlogdet, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, None, None, None
+
+
+def affine_coupling(
+    y: Tensor,
+    params: Tensor,
+    *,
+    mask: str,
+    limit: float = 2.0,
+    additive: bool = False,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One affine coupling y' = s y + t where the mask is, and log |det dy'/dy| of each sample.
+
+    log s = limit tanh(raw / limit). The network that made params must not have seen what the mask
+    touches; then the same call with inverse=True, on y' and the same params, gives y back.
+
+    Args:
+        y: (B, C, *spatial), any strides.
+        params: (B, 2 N, *spatial), any strides: raw of the N channels that the mask touches, then t
+            of them; additive (B, N, *spatial), t alone.
+        mask: what is transformed. "first": channels 0 .. C // 2 - 1; "last": the others, C at least
+            2; "even", "odd": pixels with h + w even or odd, all C channels, y (B, C, H, W).
+        limit: bound of |log s|, at most 80.
+        additive: s = 1.
+        inverse: y' = (y - t) / s.
+
+    Returns:
+        (y', logdet): y' like y; logdet (B,) float32 (float64 for float64 inputs), of the map that
+        was applied, so that of the inverse is the negative. Differentiable in y and params.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> y, params = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 5.0]])
+        >>> affine_coupling(y, params, mask="last")
+        (tensor([[1., 8.]]), tensor([0.]))
+    """
+    if mask not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
+    number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if not number or not 0 < limit <= 80:  # e^80 is a float32
+        raise ValueError(f"limit must be a number above 0 and at most 80, got {limit!r}")
+    for name, value in (("additive", additive), ("inverse", inverse)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+    check_float(y=y, params=params)
+    if mask in ("first", "last"):
+        if y.dim() < 2 or y.shape[1] < 2:
+            raise ValueError(
+                f"y must have shape (B, C, ...) with C of at least 2 for mask {mask!r}, "
+                f"got {tuple(y.shape)}"
+            )
+    elif y.dim() != 4:
+        raise ValueError(f"y must have shape (B, C, H, W) for {mask!r}, got {tuple(y.shape)}")
+    start, stop = _channels(y.shape[1], mask)
+    count = (stop - start) * (1 if additive else 2)
+    check_shape("params", params, (y.shape[0], count, *y.shape[2:]))
+    check_same_device(y=y, params=params)
+    args = (y, params, mask, float(limit), additive, inverse)
+    if using_reference():
+        return affine_coupling_ref(*args)
+    run: Callable[..., tuple[Tensor, Tensor]]
+    run = _AffineCoupling.apply if needs_function(y, params) else _fwd
+    return run(*args)
