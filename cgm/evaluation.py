@@ -4,7 +4,7 @@ bits_per_dimension   -log2 p(y | cond) of a picture, divided by the number of it
 class_accuracy       share of pictures that a classifier, trained on real ones, puts in the asked
                      class
 
-`cgm.comparison` has the second part, how samples compare with real pictures.
+`cgm.realism` has the second part, how samples compare with real pictures.
 
 `python -m cgm.evaluation FOLDER` makes that classifier: it trains for some minutes on one core and
 writes the checkpoint that ships as cgm/data/checkpoints/fashion_classifier.

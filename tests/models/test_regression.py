@@ -646,3 +646,14 @@ def test_gpu_gives_the_picture_of_the_cpu(family, kind):
     near = (on_gpu.cpu() - on_cpu).abs() < 1e-3
     # Round-off may tip a draw from one class, or component, to another.
     assert near.double().mean() > (0.99 if family in ("mixture", "bins", "palette") else 0.9999)
+
+
+def test_bits_are_those_of_pictures_of_256_values():
+    """The probabilities of all values of a pixel sum to 1, by a density as by bins."""
+    values = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
+    gaussian = GaussianRegression(GaussianConfig((1, 1, 1)))
+    gaussian.fit(0.2 * torch.randn(1000, 1, 1, 1))
+    classifier = QuantizedClassifier(ClassifierConfig((1, 1, 1), bins=256))
+    for model in (gaussian, classifier):
+        total = (-model.bits_per_dimension(values) * math.log(2)).exp().sum().item()
+        assert total == pytest.approx(1, abs=1e-3)
