@@ -98,6 +98,7 @@ _POINT_UNET: dict[str, Any] = {
     "attention_levels": 0,
     "patch": 1,
 }
+_POINT_FLOW: dict[str, Any] = {"steps": (8,), "depth": 1, "values": 0, "noise": 0.02}
 _POINT_ENERGY: dict[str, Any] = {"patch": 1, "levels": 1, "width": 64}
 _POINT_GAN: dict[str, Any] = {
     "patch": 1,
@@ -134,6 +135,7 @@ CONTESTS = {
                 },
                 {"batch_size": 8, "warmup": 50},
             ),
+            Entry("flow", {"steps": (1, 4), "width": 24, "values": 0, "noise": 0.05}, _BATCH),
             Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
             Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32, "learning_rate": 5e-4}),
             Entry("energy", {}, {}, {"temperature": 0.1}),
@@ -149,6 +151,7 @@ CONTESTS = {
             Entry("quantized_classifier", {"bins": 64}, _FLAT),
             Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
             Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
+            Entry("flow", _POINT_FLOW, _FLAT),
             Entry("diffusion", _POINT_UNET, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
             Entry("energy", _POINT_ENERGY, _FLAT),
@@ -164,6 +167,7 @@ CONTESTS = {
             Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
             Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
             Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
+            Entry("flow", _POINT_FLOW, _FLAT),
             Entry("diffusion", {**_POINT_UNET, "cond_dropout": 0.0}, _FLAT, {"clip": False}),
             Entry("gan", _POINT_GAN, _FLAT),
             Entry("energy", _POINT_ENERGY, _FLAT),
@@ -205,7 +209,8 @@ class Result:
     steps: int  # of training
     training_seconds: float
     samples_per_second: float
-    peak_megabytes: float | None  # of the process, or of the GPU; None where it cannot be told
+    # Of the process while it trained, or of the GPU; None where it cannot be told.
+    peak_megabytes: float | None
 
 
 def compare(
@@ -273,7 +278,12 @@ def run_entry(
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         steps, took = _train(entry, load_task(task), partial, seconds, device)
-        trained = {"seconds": seconds, "steps": steps, "training_seconds": took}
+        trained = {
+            "seconds": seconds,
+            "steps": steps,
+            "training_seconds": took,
+            "peak_megabytes": _peak_megabytes(torch.device(device)),
+        }
         text = json.dumps(trained) + "\n"
         (partial / RESULT_FILE).write_text(text, encoding="utf-8")
         partial.rename(folder)
@@ -289,7 +299,7 @@ def run_entry(
         trained["steps"],
         trained["training_seconds"],
         rate,
-        _peak_megabytes(torch.device(device)),
+        trained["peak_megabytes"],
     )
 
 
@@ -393,7 +403,7 @@ def _tables(results: Sequence[Result]) -> tuple[list[dict[str, str]], list[dict[
                 "training, s": f"{result.training_seconds:.0f}",
                 "steps": str(result.steps),
                 "parameters": str(result.parameters),
-                "peak memory, MB": "-" if peak is None else f"{peak:.0f}",
+                "memory, MB": "-" if peak is None else f"{peak:.0f}",
             }
         )
     return scores, costs
