@@ -37,6 +37,7 @@ from cgkernels import rows
 from cgkernels.ops import (
     conv2d_stats,
     decode_attention,
+    embed_tokens,
     instance_norm_act,
     norm_linear,
     pair_conv2d,
@@ -102,6 +103,11 @@ def _row_blocks(numel: int, dense: bool) -> Iterator[Config]:
         for warps in (1, 2, 4, 8):
             if 2 <= block // (32 * warps) <= 32:
                 yield {"BLOCK": block, "num_warps": warps}
+
+
+def _vector_blocks(width: int) -> Iterator[Config]:
+    """As elementwise kernels have, of one vector."""
+    yield from _row_blocks(width, dense=True)
 
 
 def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
@@ -217,6 +223,7 @@ TUNABLES = {
     "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),
     "conv2d_stats": Tunable(conv2d_stats, "_launch_config", _convolution_tiles),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
+    "embed_tokens": Tunable(embed_tokens, "_launch_config", _vector_blocks),
     "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
 }
 """For each op of the benchmarks."""

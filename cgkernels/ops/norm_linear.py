@@ -22,9 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_no_grad, check_same_device, check_shape
+from cgkernels.checks import (
+    check_counters,
+    check_float,
+    check_no_grad,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.device import tanh
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import (
+    Launch,
+    define_op,
+    needs_function,
+    refuse_forward_mode,
+    using_reference,
+)
 
 NORMS = (None, "rms", "layer")
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "swiglu")
@@ -257,6 +269,7 @@ def _kernel(
                 out_ptr, scales_ptr, bias_ptr, residual_ptr, residual_stride, y, row, there,
                 block * BLOCK_N, channels, ACTIVATION, BLOCK_N,
             )  # fmt: skip
+            tl.store(count_ptr + group, 0)  # as the next launch must find it
     else:
         _finish(
             out_ptr, scales_ptr, bias_ptr, residual_ptr, residual_stride, y, row, there,
@@ -287,7 +300,9 @@ def _launch_config(channels, features, dtype, activation):
     }  # fmt: skip
 
 
-def _launch(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+def _launch(
+    x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps, counters=None
+):
     out = _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps)
     channels, features = out.shape[-1], x.shape[-1]
     rows = x.numel() // features
@@ -305,8 +320,10 @@ def _launch(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, act
     if config["SPLITS"] > 1:
         size = tiles * config["SPLITS"] * 16 * config["BLOCK_N"]
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
-        # Zeroed by each call, not left at zero by the last: calls on two streams must not meet.
-        count = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+        # Of its own unless the caller gives them: calls on two streams must not meet.
+        count = counters
+        if count is None:
+            count = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     vectors = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, bias))
     _kernel[(tiles * config["SPLITS"],)](
         out, partial, count, x, x.stride(0), weight, weight.stride(0),
@@ -316,6 +333,11 @@ def _launch(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, act
         **config,
     )  # fmt: skip
     return out
+
+
+def _least_counters(rows, lines):
+    """Enough for tiles of any size that `_launch_config` may choose."""
+    return triton.cdiv(rows, 16) * triton.cdiv(lines, 16)
 
 
 def _rows(x):
@@ -357,13 +379,27 @@ def _launches() -> Iterator[Launch]:
     yield launch("odd", half, 769, 771, bits=0)
 
 
+def _counted_launches() -> Iterator[Launch]:
+    """Those with splits: it is the same kernel."""
+    for launch in _launches():
+        x, weight, *_, activation, _ = launch.run.args
+        assert isinstance(x, Tensor) and isinstance(weight, Tensor)
+        if _launch_config(len(weight), x.shape[1], x.dtype, activation)["SPLITS"] > 1:
+            counters = x.new_empty(_least_counters(len(x), len(weight)), dtype=torch.int32)
+            yield Launch(launch.label, partial(_launch, *(*launch.run.args, counters)), 128)
+
+
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+def _fake(
+    x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps, counters=None
+):
     channels = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
     return x.new_empty(*x.shape[:-1], channels)
 
 
-def _plain(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+def _plain(
+    x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps, counters=None
+):
     """The CPU path, and that of many rows on CUDA.
 
     It skips what would change nothing: for one row of a small model each call of PyTorch is a
@@ -577,14 +613,27 @@ _ONEDNN_ACTIVATIONS = {
 }  # fmt: skip
 
 
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? scales, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? bias, Tensor? residual, str? norm, str? activation, float eps"
+)
+
 _fwd = define_op(
     "norm_linear",
-    "(Tensor x, Tensor weight, Tensor? scales, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? bias, Tensor? residual, str? norm, str? activation, float eps) -> Tensor",
+    f"({_ARGUMENTS}) -> Tensor",
     cuda=_launch,
     cpu=_plain,
     fake=_fake,
     launches=_launches,
+)
+
+_counted = define_op(
+    "norm_linear_counted",
+    f"({_ARGUMENTS}, Tensor(a!) counters) -> Tensor",
+    cuda=_launch,
+    cpu=_plain,
+    fake=_fake,
+    launches=_counted_launches,
 )
 
 
@@ -622,6 +671,7 @@ def norm_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     scales: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with the norm before it and what follows it: act(norm(x) W^T + bias) + residual.
 
@@ -642,6 +692,10 @@ def norm_linear(
         activation: None, "gelu", "gelu_tanh" (its approximation) or "swiglu": silu(gate) * up.
         residual: (..., N), added last.
         scales: float32, one for each row of an int8 weight: W = scales[:, None] * weight.
+        counters: int32 zeros, at least ceil(rows / 16) * ceil(len(weight) / 16), in which the
+            programs of a launch count themselves; zero again when it is done. Calls that share
+            them must come one after another, as on one stream. None: of its own, which a second,
+            small launch puts to zero.
 
     Returns:
         (..., N) in x's dtype, contiguous. norm(x) is rounded to x's dtype, and so is the result;
@@ -693,6 +747,9 @@ def norm_linear(
                 check_shape(name, tensor, shape)
                 check_same_device(x=x, **{name: tensor})
     check_same_device(x=x, weight=weight)
+    if counters is not None:
+        rows = x.numel() // features
+        check_counters(counters, _least_counters(rows, lines), x.device)
     if scales is not None and scales.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"scales must be float32, got {scales.dtype}")
     if weight.is_mkldnn:
@@ -710,6 +767,12 @@ def norm_linear(
     )  # fmt: skip
     if using_reference():
         return norm_linear_ref(*args)
+    if counters is not None:
+        refuse_forward_mode()
+        floats = {"x": x, "weight": weight, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        check_no_grad("norm_linear has no gradients with counters", **floats, bias=bias,
+                      residual=residual)  # fmt: skip
+        return _counted(*args, counters)
     differentiable = (x, weight, norm_weight, norm_bias, bias, residual)
     run: Callable[..., Tensor] = _NormLinear.apply if needs_function(*differentiable) else _fwd
     return run(*args)
