@@ -385,7 +385,7 @@ def _mean(ratios: Sequence[float]) -> float:
 # Command ------------------------------------------------------------------------------------------
 def chosen(device: torch.device, ops: Sequence[str] = ()) -> list[Case]:
     """The cases of these ops (default: all), the most important first; one dtype of each size."""
-    found = select("ops", device, names=ops, providers=[OURS])
+    found = select("ops", device, names=ops or list(TUNABLES), providers=[OURS])
     dtypes = {case.dtype.itemsize: case.dtype for case in reversed(found)}
     return [case for case in found if case.dtype == dtypes[case.dtype.itemsize]]
 

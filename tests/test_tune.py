@@ -53,7 +53,8 @@ def toy(monkeypatch):
 
 # What is swept ------------------------------------------------------------------------------------
 def test_every_op_is_tuned():
-    assert tune.TUNABLES.keys() == OP_CASES.keys()
+    """But the one that has no kernel of ours."""
+    assert tune.TUNABLES.keys() == OP_CASES.keys() - {"prefill_attention"}
 
 
 @pytest.mark.parametrize("numel", [1, 300, 3072, 2**34])
