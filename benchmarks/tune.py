@@ -110,6 +110,15 @@ def _vector_blocks(width: int) -> Iterator[Config]:
     yield from _row_blocks(width, dense=True)
 
 
+def _early(sizes: Config, too: bool) -> Iterator[Config]:
+    """Programs that start when the launch before ends; of some sizes also those that do so early.
+
+    Before sm_90 the latter do not compile, and are dropped.
+    """
+    for pdl in (False, True) if too else (False,):
+        yield {**sizes, "PDL": pdl}
+
+
 def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
     """Splits of 16 to 256 KiB of keys and values, in blocks of 2 to 32 KiB of each."""
     token = itemsize << (head_size - 1).bit_length()
@@ -117,7 +126,8 @@ def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
         fits = block < split and 2 << 10 <= block * token <= 32 << 10
         if fits and 16 << 10 <= 2 * split * token <= 256 << 10:
             for stages, warps in product((2, 3), (4, 8)):
-                yield {"SPLIT": split, "BLOCK": block, "STAGES": stages, "num_warps": warps}
+                sizes = {"SPLIT": split, "BLOCK": block, "STAGES": stages, "num_warps": warps}
+                yield from _early(sizes, warps == 4)
 
 
 _ROWS = Tunable(rows, "row_block", _row_blocks)
@@ -132,11 +142,12 @@ def _linear_tiles(
         if block_n * block_k > 4096:
             continue
         split = block_k * math.ceil(features / (splits * block_k))
-        yield {
+        sizes = {
             "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
             "SPLITS": math.ceil(features / split), "STAGES": 4, "num_warps": warps,
             "maxnreg": None,
         }  # fmt: skip
+        yield from _early(sizes, warps == 2)
 
 
 def _pixel_tiles(pixels: int, dtype: torch.dtype) -> Iterator[Config]:

@@ -78,6 +78,7 @@ def test_candidates_for_splits_include_the_present(head_size, itemsize):
     found = [json.dumps(config) for config in tune._splits(head_size, itemsize)]
     present = tune.TUNABLES["decode_attention"].function(head_size, itemsize)
     assert json.dumps(present) in found and len(set(found)) == len(found) < 80
+    assert {json.loads(config)["PDL"] for config in found} == {False, True}
 
 
 @pytest.mark.parametrize("features", [40, 768, 3072])
@@ -85,6 +86,7 @@ def test_candidates_for_splits_include_the_present(head_size, itemsize):
 def test_candidates_for_tiles_cover_the_features(features, activation):
     found = list(tune._linear_tiles(768, features, torch.bfloat16, activation))
     assert len({json.dumps(c) for c in found}) == len(found)
+    assert {config["PDL"] for config in found} == {False, True}
     for config in found:
         splits, split = config["SPLITS"], config["SPLIT"]
         assert (splits - 1) * split < features <= splits * split

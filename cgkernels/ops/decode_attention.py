@@ -36,7 +36,7 @@ from cgkernels.checks import (
     check_writable,
     readable,
 )
-from cgkernels.device import tanh
+from cgkernels.device import launch_next, tanh, wait_for_previous
 from cgkernels.library import Launch, define_op, refuse_forward_mode, using_reference
 
 
@@ -491,10 +491,13 @@ def _kernel(
     TILE: tl.constexpr, SHARED_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
-    UNIT: tl.constexpr, NEW_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, NEW_UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First the programs of the shared prefixes, then those of the rows' own caches."""
     program = tl.program_id(0)
+    if PDL:
+        launch_next()
+        wait_for_previous()
     if prefix_k_ptr is not None:
         if program < prefix_programs:
             _work(
@@ -527,13 +530,17 @@ def _launch_config(head_size, itemsize):
 
     A split is 32 to 128 KiB of keys and values, what one program streams in about as long as it
     takes to start one; a block of both, three times for the pipeline, fits the 99 KiB of sm_120.
+
+    PDL, from sm_90 on: programs start while the launch before still runs.
     """
     wide = head_size > 128
     if itemsize == 4:
-        return {"SPLIT": 128, "BLOCK": 16, "STAGES": 2, "num_warps": 8 if wide else 4}
-    if wide:
-        return {"SPLIT": 128, "BLOCK": 32, "STAGES": 3, "num_warps": 8}
-    return {"SPLIT": 256, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
+        sizes = {"SPLIT": 128, "BLOCK": 16, "STAGES": 2, "num_warps": 8 if wide else 4}
+    elif wide:
+        sizes = {"SPLIT": 128, "BLOCK": 32, "STAGES": 3, "num_warps": 8}
+    else:
+        sizes = {"SPLIT": 256, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
+    return {**sizes, "PDL": False}
 
 
 def _width(others, splits):
@@ -605,6 +612,7 @@ def _launch_append(
         ROTARY=0 if cos is None else 2 * cos.shape[1], INTERLEAVED=interleaved,
         SOFTCAP=softcap != 0, LANES=lanes, UNIT=unit, NEW_UNIT=new_unit,
         enable_fp_fusion=True,
+        launch_pdl=config["PDL"],
         maxnreg=255,  # without it ptxas spills a few registers to have one more block at a time
         **config,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from cgkernels.checks import (
     check_same_device,
     check_shape,
 )
-from cgkernels.device import tanh
+from cgkernels.device import launch_next, tanh, wait_for_previous
 from cgkernels.library import (
     Launch,
     define_op,
@@ -192,12 +192,32 @@ def _lines(first, channels, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(
+    weight_ptr, weight_stride, first_line, channels, first, end, ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Asks for a tile of the weight, from feature `first` to `end`, to be brought to the L2 cache.
+
+    That reads nothing, and so is right whatever the launch before may still be writing.
+    """
+    EACH: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # in a line of L2
+    line, good, _ = _lines(first_line, channels, ACTIVATION, BLOCK_N)
+    weight_row = weight_ptr + tl.where(good, line, 0).to(tl.int64)[:, None] * weight_stride
+    for start in range(first, end, 16 * EACH):
+        k = tl.minimum(start + tl.arange(0, 16) * EACH, end - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+            [(weight_row + k[None, :]).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _kernel(
     out_ptr, partial_ptr, count_ptr, x_ptr, x_stride, weight_ptr, weight_stride, scales_ptr,
     norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr, residual_stride, rows, channels,
     features, eps,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per 16 rows of x, BLOCK_N rows of the weight and SPLIT of their elements.
 
@@ -207,6 +227,14 @@ def _kernel(
     """
     program, tiles = tl.program_id(0), (rows + 15) // 16
     tile, split, block = program % tiles, program // tiles % SPLITS, program // tiles // SPLITS
+    if PDL:
+        launch_next()
+        end = tl.minimum(split * SPLIT + SPLIT, features)
+        _prefetch(
+            weight_ptr, weight_stride, block * BLOCK_N, channels, split * SPLIT, end, ACTIVATION,
+            BLOCK_N,
+        )  # fmt: skip
+        wait_for_previous()
     row = tile * 16 + tl.arange(0, 16)
     there = row < rows
     x_row = x_ptr + row.to(tl.int64)[:, None] * x_stride
@@ -285,6 +313,8 @@ def _launch_config(channels, features, dtype, activation):
     the norm (in float32 they take too many registers). Fewer than 128 programs leave
     multiprocessors idle: they split the features, unless what each gets is streamed sooner than
     partial sums are merged. In half types ptxas left alone spills to get down to 128 registers.
+
+    PDL, from sm_90 on: programs start while the launch before still runs, and fetch their weights.
     """
     lines = 2 * channels if activation == "swiglu" else channels
     half = dtype in (torch.float16, torch.bfloat16)
@@ -296,7 +326,7 @@ def _launch_config(channels, features, dtype, activation):
     return {
         "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
         "SPLITS": triton.cdiv(features, split), "STAGES": 6 if half and block_n == 16 else 4,
-        "num_warps": 2, "maxnreg": 168 if half else None,
+        "num_warps": 2, "maxnreg": 168 if half else None, "PDL": False,
     }  # fmt: skip
 
 
@@ -330,7 +360,7 @@ def _launch(
         None if scales is None else scales.contiguous(), *vectors,
         residual, 0 if residual is None else residual.stride(0), rows, channels, features, eps,
         NORM=NORMS.index(norm), ACTIVATION=ACTIVATIONS.index(activation), enable_fp_fusion=True,
-        **config,
+        launch_pdl=config["PDL"], **config,
     )  # fmt: skip
     return out
 
