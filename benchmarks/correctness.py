@@ -34,10 +34,13 @@ class Skipped(Exception):
 
 
 # Ops ----------------------------------------------------------------------------------------------
-def materialise(args: Sequence[Any], seed: int, device: torch.device) -> list[Any]:
+def materialise(
+    args: Sequence[Any], seed: int, device: torch.device, zero: Sequence[int] = ()
+) -> list[Any]:
     """The arguments with random values in place of meta tensors, laid out in memory as they are.
 
-    Floats are normal; integers are in [0, 16), which is a row of every table. Columns of tables
+    Floats are normal; integers are in [0, 16), which is a row of every table, but zero at the
+    places that are named, as counters are for an op that counts. Columns of tables
     have signs by turns, so that a lower limit is below the upper one that follows it. Numbers of
     rows are positive, as temperatures are.
     """
@@ -58,7 +61,11 @@ def materialise(args: Sequence[Any], seed: int, device: torch.device) -> list[An
             made.abs_()[:, ::2].neg_()
         return made
 
-    return [filled(a) if isinstance(a, Tensor) else a for a in args]
+    made = [filled(a) if isinstance(a, Tensor) else a for a in args]
+    for place in zero:
+        if not made[place].is_floating_point():
+            made[place].zero_()
+    return made
 
 
 def is_large(args: Sequence[Any]) -> bool:
@@ -118,7 +125,7 @@ def judge(op: Op, args: Sequence[Any], run: Run, device: torch.device) -> str:
     found: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
     with poisoned_empty():
         while not found or min(len(found) * t.numel() for t in found[0][0]) < _LEAST_VALUES:
-            given = materialise(args, len(found), device)
+            given = materialise(args, len(found), device, written(op, args))
             places = [i for i, a in enumerate(given) if isinstance(a, Tensor)]
             with guarded(*(given[i] for i in places)) as copies:
                 actual = list(given)
@@ -160,7 +167,7 @@ def _judge_large(op: Op, args: Sequence[Any], run: Run, device: torch.device) ->
         if needed > free:
             wants = f"needs {needed / 2**30:.0f} GiB of GPU memory"
             raise Skipped(f"{wants}, {free / 2**30:.0f} GiB are free")
-    given = materialise(args, 0, device)
+    given = materialise(args, 0, device, written(op, args))
     with poisoned_empty():
         found = results(op, run, given)
         for i, result in enumerate(found):
@@ -199,7 +206,7 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 # Graphs -------------------------------------------------------------------------------------------
 def judge_graph(op: Op, args: Sequence[Any], run: Run, device: torch.device) -> str:
     """Asserts that a captured call, replayed on values and on others, does what eager calls do."""
-    values = [materialise(args, seed, device) for seed in (0, 1)]
+    values = [materialise(args, seed, device, written(op, args)) for seed in (0, 1)]
     expected = [results(op, run, copy.deepcopy(given)) for given in values]
     still = copy.deepcopy(values[0])
     found, replay = _capture(lambda: results(op, run, still))

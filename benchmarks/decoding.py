@@ -1,7 +1,8 @@
-"""Cases of the other ops of a token step: norms with their matrices, and sampling.
+"""Cases of the other ops of a token step: embeddings, norms with their matrices, and sampling.
 
-Shapes are (rows, N, K) for a linear layer of N channels and K features, and (rows, V) for logits
-of V tokens. The calls of FlashInfer follow its documentation, and have not run yet.
+Shapes are (rows, N, K) for a linear layer of N channels and K features, (rows, V) for logits of V
+tokens, and (rows, V, W) for embeddings of V tokens in W numbers. The calls of FlashInfer follow
+its documentation, and have not run yet.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,49 @@ import torch.nn.functional as F
 import cgkernels
 from benchmarks.opcase import Inputs, OpCase, Provider, Size, Sweep, normal, numbers
 from benchmarks.timing import Call
+
+# Embeddings ---------------------------------------------------------------------------------------
+_COLUMNS = 1024  # tokens of a row
+
+_EMBEDDINGS = {
+    f"b{rows}_{vocabulary}x{width}": Size((rows, vocabulary, width), model, cpu, first=rows == 64)
+    for vocabulary, width, model, cpu in (
+        (50257, 768, "GPT-2 small", False),
+        (1024, 384, "six layers of 384", True),
+    )
+    for rows in (1, 8, 64)
+}
+
+
+def _embedding_inputs(shape, dtype, generator, device, *, learned):
+    rows, vocabulary, width = shape
+    tokens = torch.randint(vocabulary, (rows, _COLUMNS), generator=generator)
+    made: Inputs = {
+        "tokens": tokens.to(device),
+        "position": torch.full((rows,), 500, device=device),
+        "embedding": normal((vocabulary, width), dtype, generator, device),
+    }
+    if learned:
+        made["places"] = normal((_COLUMNS, width), dtype, generator, device)
+    return made
+
+
+def _plain_embedding(tokens, position, embedding, places=None):
+    x = F.embedding(tokens.gather(1, position[:, None])[:, 0], embedding)
+    return x if places is None else x + F.embedding(position, places)
+
+
+def _embedding_cost(shape, size, *, learned):
+    rows, _, width = shape
+    return rows * ((3 if learned else 2) * width * size + 16), rows * width * learned
+
+
+def _embedding(variant: str, *, learned: bool) -> OpCase:
+    return OpCase(
+        variant, partial(_embedding_inputs, learned=learned), cgkernels.embed_tokens,
+        _plain_embedding, partial(_embedding_cost, learned=learned), sizes=_EMBEDDINGS,
+        sweep=Sweep("rows", tuple((n, 1024, 768) for n in (64, 128, 256, 512, 1024)), 16),
+    )  # fmt: skip
 
 
 # A norm, a linear layer and what follows it -------------------------------------------------------
@@ -231,6 +275,9 @@ _VOCABULARY = Sweep("vocabulary", tuple((16, v) for v in (1024, 2048, 4096, 8192
 _ROWS = Sweep("rows", tuple((rows, 4096) for rows in (4, 8, 16, 32, 64)), 64)
 
 CASES: dict[str, list[OpCase]] = {
+    "embed_tokens": [
+        _embedding("", learned=False), _embedding("learned positions", learned=True),
+    ],
     "norm_linear": [
         _linear("rms", _layers(_SMALL, 2304, 768) | _layers(_HEAD, 16384, 768)
                 | _layers(_OURS, 1536, 384, cpu=True), norm="rms"),

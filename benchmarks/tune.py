@@ -38,6 +38,7 @@ from cgkernels.ops import (
     affine_coupling,
     conv2d_stats,
     decode_attention,
+    embed_tokens,
     instance_norm_act,
     norm_linear,
     pair_conv2d,
@@ -114,6 +115,20 @@ def _row_splits(numel: int, dense: bool) -> Iterator[Config]:
                 yield {"SPLIT": block * max(blocks, math.ceil(numel / (1024 * block))), **config}
 
 
+def _vector_blocks(width: int) -> Iterator[Config]:
+    """As elementwise kernels have, of one vector."""
+    yield from _row_blocks(width, dense=True)
+
+
+def _early(sizes: Config, too: bool) -> Iterator[Config]:
+    """Programs that start when the launch before ends; of some sizes also those that do so early.
+
+    Before sm_90 the latter do not compile, and are dropped.
+    """
+    for pdl in (False, True) if too else (False,):
+        yield {**sizes, "PDL": pdl}
+
+
 def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
     """Splits of 16 to 256 KiB of keys and values, in blocks of 2 to 32 KiB of each."""
     token = itemsize << (head_size - 1).bit_length()
@@ -121,7 +136,8 @@ def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
         fits = block < split and 2 << 10 <= block * token <= 32 << 10
         if fits and 16 << 10 <= 2 * split * token <= 256 << 10:
             for stages, warps in product((2, 3), (4, 8)):
-                yield {"SPLIT": split, "BLOCK": block, "STAGES": stages, "num_warps": warps}
+                sizes = {"SPLIT": split, "BLOCK": block, "STAGES": stages, "num_warps": warps}
+                yield from _early(sizes, warps == 4)
 
 
 _ROWS = Tunable(rows, "row_block", _row_blocks)
@@ -136,11 +152,12 @@ def _linear_tiles(
         if block_n * block_k > 4096:
             continue
         split = block_k * math.ceil(features / (splits * block_k))
-        yield {
+        sizes = {
             "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
             "SPLITS": math.ceil(features / split), "STAGES": 4, "num_warps": warps,
             "maxnreg": None,
         }  # fmt: skip
+        yield from _early(sizes, warps == 2)
 
 
 def _pixel_tiles(pixels: int, dtype: torch.dtype) -> Iterator[Config]:
@@ -229,6 +246,7 @@ TUNABLES = {
     "conv2d_stats": Tunable(conv2d_stats, "_launch_config", _convolution_tiles),
     "affine_coupling": Tunable(affine_coupling, "_launch_config", _row_splits),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
+    "embed_tokens": Tunable(embed_tokens, "_launch_config", _vector_blocks),
     "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
 }
 """For each op of the benchmarks."""
@@ -390,7 +408,7 @@ def _mean(ratios: Sequence[float]) -> float:
 # Command ------------------------------------------------------------------------------------------
 def chosen(device: torch.device, ops: Sequence[str] = ()) -> list[Case]:
     """The cases of these ops (default: all), the most important first; one dtype of each size."""
-    found = select("ops", device, names=ops, providers=[OURS])
+    found = select("ops", device, names=ops or list(TUNABLES), providers=[OURS])
     dtypes = {case.dtype.itemsize: case.dtype for case in reversed(found)}
     return [case for case in found if case.dtype == dtypes[case.dtype.itemsize]]
 

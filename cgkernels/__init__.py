@@ -9,6 +9,7 @@ from cgkernels.ops.affine_coupling import affine_coupling
 from cgkernels.ops.conv2d_stats import conv2d_stats
 from cgkernels.ops.decode_attention import decode_attention
 from cgkernels.ops.diffusion_loss import diffusion_loss
+from cgkernels.ops.embed_tokens import embed_tokens
 from cgkernels.ops.guided_step import guided_step, guided_step_
 from cgkernels.ops.instance_norm_act import instance_norm_act, instance_norm_act_
 from cgkernels.ops.norm_linear import norm_linear, pack_weight
@@ -17,7 +18,7 @@ from cgkernels.ops.patch_head_loss import patch_head_loss, patch_loss
 from cgkernels.ops.philox_normal import philox_normal
 from cgkernels.ops.prefill_attention import prefill_attention
 from cgkernels.ops.sample_and_kl import sample_and_kl
-from cgkernels.ops.sample_logits import sample_logits
+from cgkernels.ops.sample_logits import sample_logits, sample_logits_
 
 __all__ = [
     "add_noise",
@@ -25,6 +26,7 @@ __all__ = [
     "conv2d_stats",
     "decode_attention",
     "diffusion_loss",
+    "embed_tokens",
     "guided_step",
     "guided_step_",
     "instance_norm_act",
@@ -39,4 +41,5 @@ __all__ = [
     "reference",
     "sample_and_kl",
     "sample_logits",
+    "sample_logits_",
 ]

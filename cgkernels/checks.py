@@ -163,6 +163,28 @@ def check_integers(
             )
 
 
+def check_int64(**tensors: Tensor) -> None:
+    """Raise unless each is an int64 tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor, got {_described(tensor)}")
+
+
+def check_counters(counters: Tensor, least: int, device: torch.device) -> None:
+    """Raise unless these can count the programs of a launch: int32 zeros side by side."""
+    if not isinstance(counters, Tensor) or counters.dtype != torch.int32:
+        raise TypeError(f"counters must be an int32 tensor, got {_described(counters)}")
+    if counters.dim() != 1 or counters.shape[0] < least or not counters.is_contiguous():
+        raise ValueError(
+            f"counters must have shape (at least {least},), contiguous, got "
+            f"{tuple(counters.shape)} with strides {counters.stride()}"
+        )
+    if counters.device != device:
+        raise ValueError(f"counters must be on {device}, got {counters.device}")
+    if readable(counters) and bool(counters.any()):
+        raise ValueError(f"counters must be zero, got {int(counters.count_nonzero())} that are not")
+
+
 def check_writable(**tensors: Tensor) -> None:
     """Raise where two elements of a tensor share memory: writing them has no defined result."""
     for name, tensor in tensors.items():

@@ -235,3 +235,20 @@ def tanh(x, EXACT: tl.constexpr = False):
     large = 1.0 - 2.0 * decay / (1.0 + decay)
     large = tl.where(x < 0, -large, large)
     return tl.where(tl.abs(x) < 0.4, small, large)
+
+
+# Programmatic dependent launch (PTX ISA: griddepcontrol) ------------------------------------------
+@triton.jit
+def launch_next():
+    """Once all programs are here or done, the next launch may start, if it is one that waits."""
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous():
+    """Until all that the launch before has written is there: before any other read or write.
+
+    Every program of a launch with launch_pdl must come here: then it, too, has waited for all that
+    came before it.
+    """
+    tl.extra.cuda.gdc_wait()

@@ -2,7 +2,8 @@
 
 What rows have in common at their start is a prefix, whose keys and values are stored once for all
 of them. A token step is, for each layer, one launch of attention and four of linear layers with
-what stands around them; it waits for nothing on the host.
+what stands around them, and three more: the embedding, the output layer, the draw. It waits for
+nothing on the host.
 """
 
 from dataclasses import dataclass
@@ -73,14 +74,12 @@ class Decoder:
     ) -> None:
         device = index.device
         network = network.int8() if options.int8 else network
-        self.order, self.rope, self.offsets = order, rope, offsets
+        self.order, self.rope = order, rope
+        self.offsets = None if offsets is None else offsets[first:]
         self.first, self.length = first, length
         self.graph = options.graph and index.is_cuda
         self.index, self.seed = index, as_seed(seed, device)[0]
         self.copies = len(order) // len(index)
-        self.tokens = torch.zeros(len(index), first + length, dtype=torch.int64, device=device)
-        if network.positions is not None:  # of the tokens that are drawn, by their positions
-            self.places = network.positions.weight[prefix.shape[1] - first :]
 
         # Each prefix alone: what the others are must not change its bits.
         head = None if rope is None else (rope[0][: prefix.shape[1]], rope[1][: prefix.shape[1]])
@@ -89,10 +88,10 @@ class Decoder:
             torch.cat([part[i] for part in parts], 1) for i in (1, 2)
         )
         last = torch.cat([part[0][:, -1] for part in parts])
-        self.network = network = network if index.is_cuda else network.packed()
+        self.network = network = network.packed() if device.type == "cpu" else network
         self.first_logits = fused_linear(last, network.head, network.norm)[order]
-        self.logits = torch.empty_like(self.first_logits)
-        dtype = self.logits.dtype
+        dtype = self.first_logits.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # what a draw takes without a cast
         self.drawing: dict[str, Any] = {
             "scale": options.guidance if self.copies > 1 else None,
             "temperature": options.temperature,
@@ -105,7 +104,7 @@ class Decoder:
         )
         for name, value in self.drawing.items():
             if value is not None:
-                self.drawing[name] = torch.full((), float(value), dtype=dtype, device=device)
+                self.drawing[name] = torch.full((), float(value), dtype=wide, device=device)
         if options.top_k:
             self.drawing["top_k"] = torch.full((), options.top_k, device=device)
 
@@ -113,9 +112,15 @@ class Decoder:
         shape = (c.layers, len(order), max(1, length - 1), c.key_heads, c.head_size)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        # Together, so that one launch counts on: cached tokens of each row, the position (1,).
-        self.counts = torch.zeros(len(order) + 1, dtype=torch.int64, device=device)
-        self.lengths, self.position = self.counts[:-1], self.counts[-1:]
+        # Of each sample: its position, then for each of its rows the slot of the last token. As a
+        # draw counts them on together, the slots are one behind, and begin at -1.
+        self.counts = torch.empty(1 + self.copies, len(index), dtype=torch.int64, device=device)
+        self.lengths = self.counts[1:].flatten()
+        # By position. Tokens are written as the values that they are before offsets are added.
+        written = (len(index), first + length)
+        self.tokens = torch.zeros(written, dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros(written, dtype=wide, device=device)
+        self.counters = None if device.type == "cpu" else network.step_counters(len(order))
         self.prefix_length = torch.full(
             (len(prefix),), prefix.shape[1], dtype=torch.int32, device=device
         )
@@ -132,23 +137,19 @@ class Decoder:
             steps %= _STEPS_PER_GRAPH
         for _ in range(steps):
             self._step()
-        self._draw()
         return self.tokens[:, self.first :]
 
     def _reset(self) -> None:
-        self.logits.copy_(self.first_logits)
-        self.lengths.zero_()
-        self.position.fill_(self.first)
+        """The first tokens drawn, and nothing in the caches."""
+        self.counts[0] = self.first
+        self.lengths.fill_(-1)
+        self._draw(self.first_logits)
 
     def _step(self) -> None:
-        """Draws a token of each row, and makes the logits of the next."""
-        network = self.network
-        token = self._draw()
-        if self.offsets is not None:
-            token = token + self.offsets.index_select(0, self.position)
-        logits = network.step(
-            token.repeat(self.copies),
-            None if network.positions is None else self.places.index_select(0, self.position),
+        """Makes the logits of the next token of each row, and draws it."""
+        logits = self.network.step(
+            self.tokens[:, self.first :],
+            self.offsets,
             self.keys,
             self.values,
             self.lengths,
@@ -157,17 +158,17 @@ class Decoder:
             prefix_length=self.prefix_length,
             prefix_id=self.order,
             rope=self.rope,
+            counters=self.counters,
         )
-        self.logits.copy_(logits)
-        self.counts.add_(1)
+        self._draw(logits)
 
-    def _draw(self) -> Tensor:
-        """The next token of each sample, which is also written."""
-        token, _ = cgkernels.sample_logits(
-            self.logits, seed=self.seed, index=self.index, position=self.position[0], **self.drawing
-        )
-        self.tokens.index_copy_(1, self.position, token[:, None])
-        return token
+    def _draw(self, logits: Tensor) -> None:
+        """Writes the next token of each sample, and counts on."""
+        self.logits = logits
+        cgkernels.sample_logits_(
+            self.tokens, self.log_probs, self.counts.t(), logits,
+            seed=self.seed, index=self.index, **self.drawing,
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -224,12 +224,18 @@ def kernels(device: str, *, order_seed: int = 0) -> Iterator[None]:
         return
     from tests.interpreter import sanitize  # needs Triton
 
+    with launching(), sanitize(order_seed=order_seed):
+        yield
+
+
+@contextlib.contextmanager
+def launching() -> Iterator[None]:
+    """Within, public functions call launchers where they would call ops, on any device."""
     with contextlib.ExitStack() as stack:
         for name, launcher in launchers().items():
             op_module = sys.modules[launcher.__module__]
             place = next(n for n, value in vars(op_module).items() if value is OPS[name])
             stack.enter_context(mock.patch.object(op_module, place, launcher))
-        stack.enter_context(sanitize(order_seed=order_seed))
         yield
 
 

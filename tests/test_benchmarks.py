@@ -54,7 +54,7 @@ def quick(monkeypatch):
 # The gate -----------------------------------------------------------------------------------------
 def test_every_op_has_cases():
     files = {launcher.__module__.rpartition(".")[2] for launcher in launchers().values()}
-    assert files == declared.OP_CASES.keys()
+    assert files | {"prefill_attention"} == declared.OP_CASES.keys()  # which has no kernel of ours
 
 
 @pytest.mark.parametrize("case", select("ops", CPU, sizes=["fashion"]), ids=str)

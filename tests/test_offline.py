@@ -3,17 +3,21 @@
 import csv
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
 import cgkernels  # noqa: F401  (fills LAUNCHES)
 from benchmarks.offline import ARCHITECTURES, compile_all, main
+from cgkernels._offline import _compiling
 from cgkernels._triton import HAS_TRITON, tl, triton
 from cgkernels.library import LAUNCHES, Launch
+from cgkernels.ops import decode_attention, norm_linear
 from cgkernels.testing import compile_launch, problems
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -188,6 +192,41 @@ def test_the_command_refuses_what_it_cannot_do():
     else:
         done = command()
         assert done.returncode == 2 and "Triton is not installed" in done.stderr
+
+
+# Programmatic dependent launch --------------------------------------------------------------------
+@pytest.mark.offline
+@pytest.mark.parametrize("arch", [90, 120])
+@pytest.mark.parametrize(
+    ("module", "label"),
+    [(norm_linear, "768 x 3072 torch.bfloat16 int8"), (norm_linear, "swiglu 2048"),
+     (decode_attention, "D 64 torch.bfloat16")],
+)  # fmt: skip
+def test_a_launch_that_starts_early_waits_before_it_touches_memory(module, label, arch):
+    """Weights are asked for before; with the switch off there is nothing of all this."""
+    op = module.__name__.rpartition(".")[2].replace("decode_attention", "decode_attention_append")
+    launch = next(found for found in LAUNCHES[op]() if label in found.label)
+    config, code = module._launch_config, {}
+    for pdl in (False, True):
+
+        def switched(*arguments, pdl=pdl):
+            assert config(*arguments)["PDL"] is False  # until it is measured
+            return {**config(*arguments), "PDL": pdl}
+
+        with mock.patch.object(module, "_launch_config", switched):
+            assert problems(compile_launch(launch, arch), launch) == []
+            with _compiling(arch) as compiled:
+                launch.run()
+        ((kernel, _),) = compiled
+        assert kernel.metadata.launch_pdl is pdl
+        code[pdl] = kernel.asm["ptx"]
+    assert "griddepcontrol" not in code[False] and "prefetch.global" not in code[False]
+    before, after = code[True].split("griddepcontrol.wait")
+    access = r"\b(ld\.global|st\.global|cp\.async|atom|red)\b"
+    assert re.search(access, after) and not re.search(access, before)
+    assert "griddepcontrol.launch_dependents" in before
+    assert ("prefetch.global.L2" in before) == (module is norm_linear)
+    assert "prefetch.global" not in after
 
 
 # Every op -----------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from torch import Tensor
 from cgkernels._triton import tl, triton
 from cgkernels.checks import (
     check_attention,
+    check_counters,
     check_float,
     check_integers,
     check_no_grad,
@@ -35,7 +36,7 @@ from cgkernels.checks import (
     check_writable,
     readable,
 )
-from cgkernels.device import tanh
+from cgkernels.device import launch_next, tanh, wait_for_previous
 from cgkernels.library import Launch, define_op, refuse_forward_mode, using_reference
 
 
@@ -458,6 +459,7 @@ def _work(
                 came = tl.atomic_add(count, done, mask=lead, sem="acq_rel", scope="gpu")
                 tl.debug_barrier()
                 last_one = (lead & (came + done == splits)).to(tl.int32)
+                tl.store(count, 0, mask=last_one > 0)  # as the next launch must find it
                 last_one = tl.max(tl.reshape(last_one, (M // LANES, LANES)), 1)
                 last_one = tl.broadcast_to(last_one[:, None], (M // LANES, LANES))
                 ready = mask & (tl.reshape(last_one, (M,)) > 0)
@@ -489,10 +491,13 @@ def _kernel(
     TILE: tl.constexpr, SHARED_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
-    UNIT: tl.constexpr, NEW_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, NEW_UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First the programs of the shared prefixes, then those of the rows' own caches."""
     program = tl.program_id(0)
+    if PDL:
+        launch_next()
+        wait_for_previous()
     if prefix_k_ptr is not None:
         if program < prefix_programs:
             _work(
@@ -525,13 +530,17 @@ def _launch_config(head_size, itemsize):
 
     A split is 32 to 128 KiB of keys and values, what one program streams in about as long as it
     takes to start one; a block of both, three times for the pipeline, fits the 99 KiB of sm_120.
+
+    PDL, from sm_90 on: programs start while the launch before still runs.
     """
     wide = head_size > 128
     if itemsize == 4:
-        return {"SPLIT": 128, "BLOCK": 16, "STAGES": 2, "num_warps": 8 if wide else 4}
-    if wide:
-        return {"SPLIT": 128, "BLOCK": 32, "STAGES": 3, "num_warps": 8}
-    return {"SPLIT": 256, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
+        sizes = {"SPLIT": 128, "BLOCK": 16, "STAGES": 2, "num_warps": 8 if wide else 4}
+    elif wide:
+        sizes = {"SPLIT": 128, "BLOCK": 32, "STAGES": 3, "num_warps": 8}
+    else:
+        sizes = {"SPLIT": 256, "BLOCK": 64, "STAGES": 3, "num_warps": 4}
+    return {**sizes, "PDL": False}
 
 
 def _width(others, splits):
@@ -544,11 +553,11 @@ def _width(others, splits):
 
 
 def _launch_fwd(q, k_cache, v_cache, lengths, *options):
-    return _launch_append(q, k_cache, v_cache, lengths, None, None, *options)
+    return _launch_append(q, k_cache, v_cache, lengths, None, None, None, *options)
 
 
 def _launch_append(
-    q, k_cache, v_cache, lengths, k_new, v_new, cos, sin, position, prefix_k, prefix_v,
+    q, k_cache, v_cache, lengths, k_new, v_new, counters, cos, sin, position, prefix_k, prefix_v,
     prefix_length, prefix_id, left_pad, interleaved, window, softcap, scale,
 ):  # fmt: skip
     out, lse = _outputs(q)
@@ -584,8 +593,10 @@ def _launch_append(
         parts = units * kv_heads * slots * lanes
         acc = torch.empty(parts * head_size, dtype=torch.float32, device=q.device)
         peak = torch.empty(parts * 2, dtype=torch.float32, device=q.device)
-        # Zeroed by each call, not left at zero by the last: calls on two streams must not meet.
-        count = torch.zeros(units * kv_heads, dtype=torch.int32, device=q.device)
+        # Of its own unless the caller gives them: calls on two streams must not meet.
+        count = counters
+        if count is None:
+            count = torch.zeros(units * kv_heads, dtype=torch.int32, device=q.device)
     # Strides in units of what one access can hold: the compiler sees through no other divisor.
     unit, new_unit = _unit(k_cache, v_cache, prefix_k, prefix_v), _unit(q, k_new, v_new)
     small = (lengths, left_pad, prefix_length, prefix_id, position, cos, sin)
@@ -601,6 +612,7 @@ def _launch_append(
         ROTARY=0 if cos is None else 2 * cos.shape[1], INTERLEAVED=interleaved,
         SOFTCAP=softcap != 0, LANES=lanes, UNIT=unit, NEW_UNIT=new_unit,
         enable_fp_fusion=True,
+        launch_pdl=config["PDL"],
         maxnreg=255,  # without it ptxas spills a few registers to have one more block at a time
         **config,
     )  # fmt: skip
@@ -633,8 +645,9 @@ def _append_launches() -> Iterator[Launch]:
     for label, bits, inputs in _meta_inputs():
         q, (kv_heads, head_size) = inputs["q"], inputs["k_cache"].shape[2:]
         new = q.new_empty(q.shape[0], q.shape[1], kv_heads, head_size)
+        counters = inputs["lengths"].new_empty(q.shape[:3].numel())
         values = [*inputs.values()]
-        values[4:4] = [new, new]
+        values[4:4] = [new, new, None if label.startswith("prefix") else counters]
         yield Launch(label, partial(_launch_append, *values), bits)
 
 
@@ -700,11 +713,11 @@ def _fake(q, *others):
 
 
 def _cpu_fwd(q, k_cache, v_cache, lengths, *options):
-    return _cpu_append(q, k_cache, v_cache, lengths, None, None, *options)
+    return _cpu_append(q, k_cache, v_cache, lengths, None, None, None, *options)
 
 
 def _cpu_append(
-    q, k_cache, v_cache, lengths, k_new, v_new, cos, sin, position, prefix_k, prefix_v,
+    q, k_cache, v_cache, lengths, k_new, v_new, counters, cos, sin, position, prefix_k, prefix_v,
     prefix_length, prefix_id, left_pad, interleaved, window, softcap, scale,
 ):  # fmt: skip
     """Neighbouring rows that see as many tokens at once, on views of caches and prefixes."""
@@ -882,7 +895,7 @@ _fwd = define_op(
 _append = define_op(
     "decode_attention_append",
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor k_new, "
-    f"Tensor v_new, {_OPTIONS}",
+    f"Tensor v_new, Tensor(c!)? counters, {_OPTIONS}",
     cuda=_launch_append,
     cpu=_cpu_append,
     fake=_fake,
@@ -911,13 +924,15 @@ def decode_attention(
     softcap: float | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    counters: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the newest tokens of each row over its prefix and its cache, causal, cached.
 
     With k_new and v_new the Sq new tokens are rotated and written to slots lengths ..
     lengths + Sq - 1 of the caches, in place, and query i sees the slots up to lengths + i. Without,
     the queries belong to the last Sq of `lengths` cached tokens. `lengths` is never changed: add Sq
-    to it before the next call. One launch on a GPU, and nothing waits for the host.
+    to it before the next call. One launch on a GPU (see counters), and nothing waits for the
+    host.
 
     The place of a token is prefix length + slot - left_pad. It decides what a query sees, and which
     row of the rotary tables turns the token.
@@ -941,6 +956,9 @@ def decode_attention(
         softcap: scores s become softcap tanh(s / softcap); default off.
         scale: of scores; default 1 / sqrt(D).
         return_lse: also return the log-sum-exp of the scores.
+        counters: with k_new alone; int32 zeros, at least B Sq Hq, in which the programs of a launch
+            count themselves; zero again when it is done. Calls that share them must come one after
+            another, as on one stream. None: of its own, which a second, small launch puts to zero.
 
     Returns:
         out (B, Sq, Hq, D) in q's dtype, contiguous; with return_lse also lse (B, Hq, Sq) float32
@@ -971,6 +989,10 @@ def decode_attention(
         check_writable(k_cache=k_cache, v_cache=v_cache)
     new = 0 if k_new is None else queries
     check_integers("lengths", lengths, (rows,), q.device, 0, capacity - new)
+    if counters is not None:
+        if k_new is None:
+            raise ValueError("counters must be None without k_new: then nothing may be written")
+        check_counters(counters, rows * queries * q.shape[2], q.device)
     cos = sin = None
     if rope is not None:
         cos, sin = _checked_tables(rope, head_size, q)
@@ -1008,7 +1030,7 @@ def decode_attention(
         if k_new is None:
             out, lse = _fwd(q, k_cache, v_cache, lengths, *options)
         else:
-            out, lse = _append(q, k_cache, v_cache, lengths, k_new, v_new, *options)
+            out, lse = _append(q, k_cache, v_cache, lengths, k_new, v_new, counters, *options)
     return (out, lse) if return_lse else out
 
 

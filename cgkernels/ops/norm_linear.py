@@ -22,9 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_no_grad, check_same_device, check_shape
-from cgkernels.device import tanh
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.checks import (
+    check_counters,
+    check_float,
+    check_no_grad,
+    check_same_device,
+    check_shape,
+)
+from cgkernels.device import launch_next, tanh, wait_for_previous
+from cgkernels.library import (
+    Launch,
+    define_op,
+    needs_function,
+    refuse_forward_mode,
+    using_reference,
+)
 
 NORMS = (None, "rms", "layer")
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "swiglu")
@@ -180,12 +192,32 @@ def _lines(first, channels, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(
+    weight_ptr, weight_stride, first_line, channels, first, end, ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Asks for a tile of the weight, from feature `first` to `end`, to be brought to the L2 cache.
+
+    That reads nothing, and so is right whatever the launch before may still be writing.
+    """
+    EACH: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # in a line of L2
+    line, good, _ = _lines(first_line, channels, ACTIVATION, BLOCK_N)
+    weight_row = weight_ptr + tl.where(good, line, 0).to(tl.int64)[:, None] * weight_stride
+    for start in range(first, end, 16 * EACH):
+        k = tl.minimum(start + tl.arange(0, 16) * EACH, end - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
+            [(weight_row + k[None, :]).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _kernel(
     out_ptr, partial_ptr, count_ptr, x_ptr, x_stride, weight_ptr, weight_stride, scales_ptr,
     norm_weight_ptr, norm_bias_ptr, bias_ptr, residual_ptr, residual_stride, rows, channels,
     features, eps,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per 16 rows of x, BLOCK_N rows of the weight and SPLIT of their elements.
 
@@ -195,6 +227,14 @@ def _kernel(
     """
     program, tiles = tl.program_id(0), (rows + 15) // 16
     tile, split, block = program % tiles, program // tiles % SPLITS, program // tiles // SPLITS
+    if PDL:
+        launch_next()
+        end = tl.minimum(split * SPLIT + SPLIT, features)
+        _prefetch(
+            weight_ptr, weight_stride, block * BLOCK_N, channels, split * SPLIT, end, ACTIVATION,
+            BLOCK_N,
+        )  # fmt: skip
+        wait_for_previous()
     row = tile * 16 + tl.arange(0, 16)
     there = row < rows
     x_row = x_ptr + row.to(tl.int64)[:, None] * x_stride
@@ -257,6 +297,7 @@ def _kernel(
                 out_ptr, scales_ptr, bias_ptr, residual_ptr, residual_stride, y, row, there,
                 block * BLOCK_N, channels, ACTIVATION, BLOCK_N,
             )  # fmt: skip
+            tl.store(count_ptr + group, 0)  # as the next launch must find it
     else:
         _finish(
             out_ptr, scales_ptr, bias_ptr, residual_ptr, residual_stride, y, row, there,
@@ -272,6 +313,8 @@ def _launch_config(channels, features, dtype, activation):
     the norm (in float32 they take too many registers). Fewer than 128 programs leave
     multiprocessors idle: they split the features, unless what each gets is streamed sooner than
     partial sums are merged. In half types ptxas left alone spills to get down to 128 registers.
+
+    PDL, from sm_90 on: programs start while the launch before still runs, and fetch their weights.
     """
     lines = 2 * channels if activation == "swiglu" else channels
     half = dtype in (torch.float16, torch.bfloat16)
@@ -283,11 +326,13 @@ def _launch_config(channels, features, dtype, activation):
     return {
         "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
         "SPLITS": triton.cdiv(features, split), "STAGES": 6 if half and block_n == 16 else 4,
-        "num_warps": 2, "maxnreg": 168 if half else None,
+        "num_warps": 2, "maxnreg": 168 if half else None, "PDL": False,
     }  # fmt: skip
 
 
-def _launch(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+def _launch(
+    x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps, counters=None
+):
     out = _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps)
     channels, features = out.shape[-1], x.shape[-1]
     rows = x.numel() // features
@@ -305,17 +350,24 @@ def _launch(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, act
     if config["SPLITS"] > 1:
         size = tiles * config["SPLITS"] * 16 * config["BLOCK_N"]
         partial = torch.empty(size, dtype=torch.float32, device=x.device)
-        # Zeroed by each call, not left at zero by the last: calls on two streams must not meet.
-        count = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+        # Of its own unless the caller gives them: calls on two streams must not meet.
+        count = counters
+        if count is None:
+            count = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     vectors = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, bias))
     _kernel[(tiles * config["SPLITS"],)](
         out, partial, count, x, x.stride(0), weight, weight.stride(0),
         None if scales is None else scales.contiguous(), *vectors,
         residual, 0 if residual is None else residual.stride(0), rows, channels, features, eps,
         NORM=NORMS.index(norm), ACTIVATION=ACTIVATIONS.index(activation), enable_fp_fusion=True,
-        **config,
+        launch_pdl=config["PDL"], **config,
     )  # fmt: skip
     return out
+
+
+def _least_counters(rows, lines):
+    """Enough for tiles of any size that `_launch_config` may choose."""
+    return triton.cdiv(rows, 16) * triton.cdiv(lines, 16)
 
 
 def _rows(x):
@@ -357,13 +409,27 @@ def _launches() -> Iterator[Launch]:
     yield launch("odd", half, 769, 771, bits=0)
 
 
+def _counted_launches() -> Iterator[Launch]:
+    """Those with splits: it is the same kernel."""
+    for launch in _launches():
+        x, weight, *_, activation, _ = launch.run.args
+        assert isinstance(x, Tensor) and isinstance(weight, Tensor)
+        if _launch_config(len(weight), x.shape[1], x.dtype, activation)["SPLITS"] > 1:
+            counters = x.new_empty(_least_counters(len(x), len(weight)), dtype=torch.int32)
+            yield Launch(launch.label, partial(_launch, *(*launch.run.args, counters)), 128)
+
+
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+def _fake(
+    x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps, counters=None
+):
     channels = weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0]
     return x.new_empty(*x.shape[:-1], channels)
 
 
-def _plain(x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps):
+def _plain(
+    x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps, counters=None
+):
     """The CPU path, and that of many rows on CUDA.
 
     It skips what would change nothing: for one row of a small model each call of PyTorch is a
@@ -577,14 +643,27 @@ _ONEDNN_ACTIVATIONS = {
 }  # fmt: skip
 
 
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? scales, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? bias, Tensor? residual, str? norm, str? activation, float eps"
+)
+
 _fwd = define_op(
     "norm_linear",
-    "(Tensor x, Tensor weight, Tensor? scales, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? bias, Tensor? residual, str? norm, str? activation, float eps) -> Tensor",
+    f"({_ARGUMENTS}) -> Tensor",
     cuda=_launch,
     cpu=_plain,
     fake=_fake,
     launches=_launches,
+)
+
+_counted = define_op(
+    "norm_linear_counted",
+    f"({_ARGUMENTS}, Tensor(a!) counters) -> Tensor",
+    cuda=_launch,
+    cpu=_plain,
+    fake=_fake,
+    launches=_counted_launches,
 )
 
 
@@ -622,6 +701,7 @@ def norm_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     scales: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with the norm before it and what follows it: act(norm(x) W^T + bias) + residual.
 
@@ -642,6 +722,10 @@ def norm_linear(
         activation: None, "gelu", "gelu_tanh" (its approximation) or "swiglu": silu(gate) * up.
         residual: (..., N), added last.
         scales: float32, one for each row of an int8 weight: W = scales[:, None] * weight.
+        counters: int32 zeros, at least ceil(rows / 16) * ceil(len(weight) / 16), in which the
+            programs of a launch count themselves; zero again when it is done. Calls that share
+            them must come one after another, as on one stream. None: of its own, which a second,
+            small launch puts to zero.
 
     Returns:
         (..., N) in x's dtype, contiguous. norm(x) is rounded to x's dtype, and so is the result;
@@ -693,6 +777,9 @@ def norm_linear(
                 check_shape(name, tensor, shape)
                 check_same_device(x=x, **{name: tensor})
     check_same_device(x=x, weight=weight)
+    if counters is not None:
+        rows = x.numel() // features
+        check_counters(counters, _least_counters(rows, lines), x.device)
     if scales is not None and scales.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"scales must be float32, got {scales.dtype}")
     if weight.is_mkldnn:
@@ -710,6 +797,12 @@ def norm_linear(
     )  # fmt: skip
     if using_reference():
         return norm_linear_ref(*args)
+    if counters is not None:
+        refuse_forward_mode()
+        floats = {"x": x, "weight": weight, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        check_no_grad("norm_linear has no gradients with counters", **floats, bias=bias,
+                      residual=residual)  # fmt: skip
+        return _counted(*args, counters)
     differentiable = (x, weight, norm_weight, norm_bias, bias, residual)
     run: Callable[..., Tensor] = _NormLinear.apply if needs_function(*differentiable) else _fwd
     return run(*args)

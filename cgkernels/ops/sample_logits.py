@@ -13,6 +13,9 @@ the kept set is the same on every device. So is the token: e^d, E and the quotie
 operations that are rounded one by one. The cut of a filter is found by bisection of the 32 bits of
 a float32 l, not by sorting.
 
+`sample_logits_` is the end of a token step: it writes both at the position and counts on, in the
+same launch.
+
 Shapes   c, u: (B, V); T, s, top_p, min_p, top_k, index, position: (B,); token, log_prob: (B,).
 Dtypes   c, u float32, float16, bfloat16 (float64 on CPU), mixed as they come; float32 inside;
          token int64, log_prob float32.
@@ -36,13 +39,22 @@ from cgkernels.checks import (
     as_seed,
     as_step,
     check_float,
+    check_int64,
+    check_integers,
     check_no_grad,
     check_same_device,
     check_shape,
+    check_writable,
     readable,
 )
 from cgkernels.device import exp_of, exponential_block
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import (
+    Launch,
+    define_op,
+    needs_function,
+    refuse_forward_mode,
+    using_reference,
+)
 
 TOP_P_RULES = ("mass_before", "hf")
 
@@ -358,12 +370,12 @@ def _share_and_kept(logit, token, largest, inverse, cuts):
 
 @triton.jit
 def _fwd_kernel(
-    token_ptr, log_prob_ptr, logits, uncond, scale, temperature, top_k, top_p, min_p,
-    seed_ptr, index_ptr, position, vocabulary,
-    HF: tl.constexpr, SHIFT: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr,
-    PIECE: tl.constexpr,
+    tokens, log_probs, counts, logits, uncond, scale, temperature, top_k, top_p, min_p,
+    seed_ptr, index_ptr, position, vocabulary, columns, counters,
+    COUNTERS: tl.constexpr, HF: tl.constexpr, SHIFT: tl.constexpr, HELD: tl.constexpr,
+    BLOCK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """One program per row."""
+    """One program per row; with counts it writes at the position, and counts on."""
     row = tl.program_id(0).to(tl.int64)
     scale, largest, inverse, greedy, sound, cuts = _distribution(
         logits, uncond, scale, temperature, top_k, top_p, min_p, row, vocabulary,
@@ -389,8 +401,19 @@ def _fwd_kernel(
     logit = _logit_at(logits, uncond, scale, row, drawn, vocabulary)
     log_prob = (logit - largest) * inverse - tl.log(total.to(tl.float32) * 9.094947017729282e-13)
     log_prob = tl.where(greedy, 0.0, log_prob)
-    tl.store(token_ptr + row, tl.where(sound, drawn.to(tl.int64), -1))
-    tl.store(log_prob_ptr + row, tl.where(sound, log_prob, float("nan")))
+    drawn = tl.where(sound, drawn.to(tl.int64), -1)
+    log_prob = tl.where(sound, log_prob, float("nan"))
+    if counts is None:
+        tl.store(tokens[0] + row, drawn)
+        tl.store(log_probs[0] + row, log_prob)
+    else:
+        inside = (position >= 0) & (position < columns)
+        tl.store(tokens[0] + row * tokens[1] + position * tokens[2], drawn, mask=inside)
+        tl.store(log_probs[0] + row * log_probs[1] + position * log_probs[2], log_prob, mask=inside)
+        tl.debug_barrier()  # all threads have read the position before one of them counts on
+        i = tl.arange(0, COUNTERS)
+        count = counts[0] + row * counts[1] + i * counts[2]
+        tl.store(count, tl.load(count, mask=i < counters, other=0) + 1, mask=i < counters)
 
 
 @triton.jit
@@ -455,15 +478,39 @@ def _launch_fwd(
     token, log_prob = _fake_fwd(
         logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed, index, position
     )
+    places = (_by_row(token), _by_row(log_prob), None)
+    _launch_draw(
+        places, (0, 1), logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed,
+        index, position,
+    )  # fmt: skip
+    return token, log_prob
+
+
+def _launch_inplace(
+    tokens, log_probs, counts, logits, uncond, scale, temperature, top_k, top_p, min_p,
+    top_p_rule, seed, index,
+):  # fmt: skip
+    places = tuple((t, *t.stride()) for t in (tokens, log_probs, counts))
+    _launch_draw(
+        places, (tokens.shape[1], counts.shape[1]), logits, uncond, scale, temperature, top_k,
+        top_p, min_p, top_p_rule, seed, index, counts[:, 0],
+    )  # fmt: skip
+
+
+def _launch_draw(
+    places, sizes, logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed,
+    index, position,
+):  # fmt: skip
+    """places: of tokens, log-probabilities and counts; sizes: columns and counts of a row."""
     rows, vocabulary = logits.shape
     if rows:
         _fwd_kernel[(rows,)](
-            token, log_prob, _rows(logits), _rows(uncond),
+            *places, _rows(logits), _rows(uncond),
             *map(_by_row, (scale, temperature, top_k, top_p, min_p)), seed, index.contiguous(),
-            _by_row(position), vocabulary, HF=top_p_rule == "hf", SHIFT=_zero_bits(logits, uncond),
-            enable_fp_fusion=False, **_launch_config(vocabulary),
+            _by_row(position), vocabulary, *sizes, COUNTERS=triton.next_power_of_2(sizes[1]),
+            HF=top_p_rule == "hf", SHIFT=_zero_bits(logits, uncond), enable_fp_fusion=False,
+            **_launch_config(vocabulary),
         )  # fmt: skip
-    return token, log_prob
 
 
 def _launch_bwd(
@@ -506,6 +553,19 @@ def _launches() -> Iterator[Launch]:
         index = torch.empty(logits.shape[0], dtype=torch.int64, device="meta")
         args = (logits, uncond, scale, *filters, seed, index, index)
         yield Launch(name, partial(_launch_fwd, *args), bits)
+
+
+def _inplace_launches() -> Iterator[Launch]:
+    """Both extremes: it is the same kernel with another end."""
+    for name, logits, uncond, scale, filters, bits in _meta_inputs():
+        if name.startswith(("guided, all filters 16384", "all filters 256", "top-p of hf")):
+            number = filters[0]
+            seed = torch.empty((), dtype=torch.int64, device="meta")
+            tokens = seed.new_empty(logits.shape[0], 256)
+            log_probs = number.new_empty(tokens.shape)
+            counts = seed.new_empty(3, logits.shape[0]).t()
+            args = (tokens, log_probs, counts, logits, uncond, scale, *filters, seed, counts[:, 0])
+            yield Launch(name, partial(_launch_inplace, *args), bits)
 
 
 def _bwd_launches() -> Iterator[Launch]:
@@ -564,6 +624,30 @@ def _cpu_fwd(logits, uncond, scale, temperature, top_k, top_p, min_p, *others):
     return torch.where(sound, token, -1), torch.where(sound, temperature, torch.nan)
 
 
+def _cpu_inplace(tokens, log_probs, counts, *args):
+    """In fewer steps where all rows stand at one position."""
+    position = counts[:, 0]
+    drawn, at = _cpu_fwd(*args, position), position.tolist()
+    if not at or at.count(at[0]) < len(at) or not 0 <= at[0] < tokens.shape[1]:
+        _write_ref(tokens, log_probs, counts, *drawn)
+        return
+    for written, value in zip((tokens, log_probs), drawn, strict=True):
+        written.select(1, at[0]).copy_(value)
+    counts.add_(1)
+
+
+def _write_ref(tokens, log_probs, counts, token, log_prob):
+    """Writes the draws at their positions, where those exist, and counts on."""
+    at = counts[:, 0]
+    inside = (at >= 0) & (at < tokens.shape[1])
+    at = at.clamp(0, max(0, tokens.shape[1] - 1))[:, None]
+    for written, drawn in ((tokens, token), (log_probs, log_prob)):
+        if written.numel():
+            kept = torch.where(inside, drawn, written.gather(1, at)[:, 0])
+            written.scatter_(1, at, kept[:, None])
+    counts.add_(1)
+
+
 def _cpu_bwd(dlog_prob, token, logits, uncond, *options):
     dlogits, duncond = sample_logits_bwd_ref(dlog_prob, token, logits, uncond, *options)
     return dlogits.contiguous(), logits.new_empty(0) if uncond is None else duncond.contiguous()
@@ -578,6 +662,17 @@ _fwd = define_op(
     cpu=_cpu_fwd,
     fake=_fake_fwd,
     launches=_launches,
+)
+
+_inplace = define_op(
+    "sample_logits_",
+    "(Tensor(a!) tokens, Tensor(b!) log_probs, Tensor(c!) counts, Tensor logits, Tensor? uncond, "
+    "Tensor? scale, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
+    "str top_p_rule, Tensor seed, Tensor index) -> ()",
+    cuda=_launch_inplace,
+    cpu=_cpu_inplace,
+    fake=lambda *args: None,
+    launches=_inplace_launches,
 )
 
 _bwd = define_op(
@@ -680,6 +775,93 @@ def sample_logits(
         >>> token.unique(), (log_prob.exp()[token == 0][0] * 7).round()
         (tensor([0, 1]), tensor(5.))
     """
+    args, like = _checked(
+        logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed, index
+    )
+    position = as_step("position", position, args[0].shape[0], like.device, 2**24)
+    run: Callable[..., tuple[Tensor, Tensor]] = sample_logits_ref
+    if not using_reference():
+        run = _SampleLogits.apply if needs_function(*args[:2]) else _fwd
+    return run(*args, position)
+
+
+def sample_logits_(
+    tokens: Tensor,
+    log_probs: Tensor,
+    counts: Tensor,
+    logits: Tensor,
+    uncond: Tensor | None = None,
+    *,
+    scale: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    top_p_rule: str = "mass_before",
+    seed: int | Tensor,
+    index: Tensor | None = None,
+) -> Tensor:
+    """The end of a token step: `sample_logits` whose results are written where they belong.
+
+        position = counts[:, 0]
+        tokens[b, position[b]], log_probs[b, position[b]] = token[b], log_prob[b]
+        counts += 1
+
+    One launch, of which nothing returns to the host: with `embed_tokens` at the other end a graph
+    of the step can be replayed. Where tokens have no such position, nothing is written on a GPU,
+    and counting goes on. No gradients.
+
+    Args:
+        tokens: (B, N) int64, any strides; written.
+        log_probs: (B, N) of the dtype of log_prob, any strides; written.
+        counts: (B, k > 0) int64, any strides: the position of each draw, then whatever else is to
+            be counted on by one, such as the lengths of caches; written.
+        logits and the others: of `sample_logits`.
+
+    Returns:
+        tokens.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Example:
+        >>> tokens, log_probs = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2)
+        >>> counts = torch.tensor([[1]])
+        >>> sample_logits_(tokens, log_probs, counts, torch.tensor([[0.0, 9, 0]]), top_k=1, seed=0)
+        tensor([[0, 1]])
+        >>> counts
+        tensor([[2]])
+    """
+    args, like = _checked(
+        logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed, index
+    )
+    check_no_grad("sample_logits_ has no backward; use sample_logits", logits=logits, uncond=uncond)
+    rows = args[0].shape[0]
+    check_int64(tokens=tokens)
+    if tokens.dim() != 2 or tokens.shape[0] != rows:
+        raise ValueError(f"tokens must have shape ({rows}, N), got {tuple(tokens.shape)}")
+    check_float(log_probs=log_probs)
+    check_shape("log_probs", log_probs, tuple(tokens.shape))
+    if log_probs.dtype != args[3].dtype:
+        raise TypeError(f"log_probs must be {args[3].dtype}, got {log_probs.dtype}")
+    check_int64(counts=counts)
+    if counts.dim() != 2 or counts.shape[0] != rows or counts.shape[1] == 0:
+        raise ValueError(f"counts must have shape ({rows}, k > 0), got {tuple(counts.shape)}")
+    check_writable(tokens=tokens, log_probs=log_probs, counts=counts)
+    check_same_device(logits=like, tokens=tokens, log_probs=log_probs, counts=counts)
+    most = min(tokens.shape[1], 2**24) - 1
+    check_integers("counts", counts[:, 0], (rows,), counts.device, 0, most)
+    if using_reference():
+        drawn = sample_logits_ref(*(*args, counts[:, 0]))
+        _write_ref(tokens, log_probs, counts, *drawn)
+    else:
+        refuse_forward_mode()
+        _inplace(tokens, log_probs, counts, *args)
+    return tokens
+
+
+def _checked(logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed, index):
+    """The arguments of the op but the position, and a tensor of their device and widest dtype."""
     if top_p_rule not in TOP_P_RULES:
         raise ValueError(f"top_p_rule must be one of {', '.join(TOP_P_RULES)}, got {top_p_rule!r}")
     check_float(logits=logits)
@@ -715,13 +897,8 @@ def sample_logits(
     min_p = None if min_p is None else _as_range("min_p", min_p, rows, like, 1)
     seed, _ = as_seed(seed, like.device)
     index = as_index(index, rows, like.device)
-    position = as_step("position", position, rows, like.device, 2**24)
-    run: Callable[..., tuple[Tensor, Tensor]] = sample_logits_ref
-    if not using_reference():
-        run = _SampleLogits.apply if needs_function(logits, uncond) else _fwd
-    return run(
-        logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed, index, position
-    )
+    args = (logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed, index)
+    return args, like
 
 
 def _as_range(name, value, rows, like, most):

@@ -134,13 +134,16 @@ def fused_linear(
     norm: Norm | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """act(linear(norm(x))) + residual of rows (B, K), each with the same bits in any batch.
 
     That holds for the rows of one `cgkernels.norm_linear`, at most 64: more go through it in turn.
     """
     scales = linear.scales if isinstance(linear, Int8Linear) else None
-    options: dict[str, Any] = {"bias": linear.bias, "scales": scales, "activation": activation}
+    options: dict[str, Any] = {
+        "bias": linear.bias, "scales": scales, "activation": activation, "counters": counters,
+    }  # fmt: skip
     if norm is not None:
         options |= {
             "norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps,
@@ -184,18 +187,27 @@ class Block(nn.Module):
         return x + self.down(self.activate(self.up(self.norm2(x)))), k, v
 
     def step(
-        self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **attention: Any
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        counters: Tensor | None = None,
+        **attention: Any,
     ) -> Tensor:
         """x (B, W), the next token of each row, whose keys and values are added to the caches.
 
         attention: of `cgkernels.decode_attention`.
         """
-        q, k, v = self.heads_of(fused_linear(x, self.qkv, self.norm1)[:, None])
-        out = cgkernels.decode_attention(q, keys, values, lengths, k_new=k, v_new=v, **attention)
+        qkv = fused_linear(x, self.qkv, self.norm1, counters=counters)
+        q, k, v = self.heads_of(qkv[:, None])
+        out = cgkernels.decode_attention(
+            q, keys, values, lengths, k_new=k, v_new=v, counters=counters, **attention
+        )
         assert isinstance(out, Tensor)  # no logarithms of sums were asked for
-        x = fused_linear(out.flatten(1), self.proj, residual=x)
-        h = fused_linear(x, self.up, self.norm2, self.config.activation)
-        return fused_linear(h, self.down, residual=x)
+        x = fused_linear(out.flatten(1), self.proj, residual=x, counters=counters)
+        h = fused_linear(x, self.up, self.norm2, self.config.activation, counters=counters)
+        return fused_linear(h, self.down, residual=x, counters=counters)
 
     def activate(self, h: Tensor) -> Tensor:
         """The activation; of swiglu the first half is the gate."""
@@ -235,30 +247,46 @@ class Transformer(nn.Module):
     def step(
         self,
         tokens: Tensor,
-        place: Tensor | None,
+        offsets: Tensor | None,
         keys: Tensor,
         values: Tensor,
         lengths: Tensor,
         prefix_keys: Tensor,
         prefix_values: Tensor,
+        *,
+        counters: Tensor | None = None,
         **attention: Any,
     ) -> Tensor:
-        """Logits (B, outputs) after one more token of each row (B,).
+        """Logits (R, outputs) after one more token of each row: five launches a layer and two.
 
-        place: the learned vector of its position, or None. Caches (layers, B, S, H_kv, D) hold
-        `lengths` tokens of each row and take one more; prefixes are (layers, P, M, H_kv, D).
-        attention: further arguments of `cgkernels.decode_attention`.
+        tokens: (B, N) values of all that are drawn, of which row r takes that of row r mod B in
+        column lengths[r], with offsets (N,) added for the token. Caches (layers, R, S, H_kv, D)
+        hold `lengths` tokens of each row and take this one; prefixes are (layers, P, M, H_kv, D).
+        counters: as `step_counters` makes them, or None. attention: further arguments of
+        `cgkernels.decode_attention`.
         """
-        x = self.embedding(tokens)
-        x = x if place is None else x + place
+        places = None if self.positions is None else self.positions.weight[prefix_keys.shape[2] :]
+        weight = self.embedding.weight
+        x = cgkernels.embed_tokens(tokens, lengths, weight, offsets=offsets, places=places)
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             x = block.step(
-                x, keys[i], values[i], lengths,
+                x, keys[i], values[i], lengths, counters,
                 prefix_k=prefix_keys[i], prefix_v=prefix_values[i],
                 rope_interleaved=self.config.interleaved, **attention,
             )  # fmt: skip
-        return fused_linear(x, self.head, self.norm)
+        return fused_linear(x, self.head, self.norm, counters=counters)
+
+    def step_counters(self, rows: int) -> Tensor:
+        """Zeros for all launches of a step of so many rows, which leave them at zero."""
+        c = self.config
+        lines = (
+            (c.heads + 2 * c.key_heads) * c.head_size, c.width, 2 * c.hidden,
+            c.outputs or c.vocabulary,
+        )  # fmt: skip
+        tiles = math.ceil(min(rows, _ROWS) / 16) * math.ceil(max(lines) / 16)
+        device = self.embedding.weight.device
+        return torch.zeros(max(tiles, rows * c.heads), dtype=torch.int32, device=device)
 
     def int8(self) -> "Transformer":
         """A twin for sampling and likelihoods, with weights of 8 bits in all linear layers."""

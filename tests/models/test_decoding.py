@@ -1,9 +1,13 @@
 """The decoding loop: tokens are those of whole runs, whatever the batch, cache and prefix."""
 
+from unittest import mock
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cgkernels
+from cgkernels._triton import HAS_TRITON
 from cgkernels.timing import cuda_syncs
 from cgm.decoding import Decoder, SamplingConfig, generate
 from cgm.networks.transformer import (
@@ -13,6 +17,7 @@ from cgm.networks.transformer import (
     TransformerConfig,
     fused_linear,
 )
+from tests.support import launching
 
 KINDS = {
     "rotary": {},
@@ -66,9 +71,8 @@ def test_logits_of_cached_steps_are_those_of_the_whole_sequence(kind):
     keys, values = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     lengths = torch.zeros(3, dtype=torch.int64)
     for i in range(6, 20):
-        place = None if network.positions is None else network.positions.weight[i]
         logits = network.step(
-            tokens[:, i], place, keys, values, lengths, k, v, rope=rope, prefix_id=torch.arange(3)
+            tokens[:, 6:], None, keys, values, lengths, k, v, rope=rope, prefix_id=torch.arange(3)
         )
         assert (logits - whole[:, i]).abs().max() < 1e-5 * whole.abs().max()
         lengths += 1
@@ -184,6 +188,72 @@ def test_other_dtypes(dtype):
     if dtype == torch.float64:
         assert torch.equal(drawn, slow(network, prompt, 8, temperature=0))
     assert drawn.min() >= 0 and drawn.max() < 40
+
+
+class Launches(TorchDispatchMode):
+    """Notes every kernel that is launched, and every op of PyTorch that would launch one on a GPU.
+
+    On meta tensors: no value can be looked at, as on a GPU, and no kernel runs.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view and "empty" not in str(func):
+            self.found.append(str(func))
+        return out
+
+    def note(self, kernel, grid):
+        module = kernel.fn.__module__.removeprefix("cgkernels.ops.")
+        return lambda *args, **kwargs: self.found.append(module)
+
+    def of(self, call):
+        from triton.runtime.jit import KernelInterface
+
+        with launching(), mock.patch.object(
+            KernelInterface, "__getitem__", lambda kernel, grid: self.note(kernel, grid)
+        ), self:  # fmt: skip
+            call()
+        return self.found
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+                                     {"int8": True, "temperature": 0}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_step_is_five_launches_a_layer_and_three(kind, options):
+    """Nothing is zeroed, copied or cast beside them; features are many enough to be split."""
+    config = {"vocabulary": 40, "length": 700, "layers": 2, "width": 2048, "heads": 16}
+    with torch.device("meta"):
+        network = Transformer(TransformerConfig(**{**config, "hidden": 4096, **KINDS[kind]}))
+        network, index = network.bfloat16(), torch.arange(3)
+        rope = None if network.positions else network.rope_table(torch.arange(650))
+        guided = "guidance" in options
+        run = Decoder(
+            network, torch.zeros(2, 5, dtype=torch.int64), index.repeat(1 + guided) % 2, 600,
+            SamplingConfig(**options), seed=0, index=index, rope=rope, first=2 * guided,
+            offsets=torch.arange(602) if guided else None,
+        )  # fmt: skip
+    layer = ["norm_linear", "decode_attention", "norm_linear", "norm_linear", "norm_linear"]
+    expected = ["embed_tokens", *layer, *layer, "norm_linear", "sample_logits"]
+    assert Launches().of(run._step) == expected
+
+
+@torch.no_grad()
+def test_log_probabilities_are_those_of_the_tokens():
+    network, prompt = small(), prompts(3)
+    run = Decoder(
+        network, prompt, torch.arange(3), 6, SamplingConfig(temperature=0.7), seed=2,
+        index=torch.arange(3), rope=network.rope_table(torch.arange(10)),
+    )  # fmt: skip
+    tokens = run.run()
+    logits = network(torch.cat([prompt, tokens], 1))[:, 4:-1] / 0.7
+    expected = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(run.log_probs, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.cuda

@@ -119,7 +119,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield sample("softcap", heads=(3, 1), size=20, softcap=2.0, scale=0.5)
     yield sample("heads first", heads_first(made(heads=(4, 2), size=20)))
     shared = {"prefixes": (9, 4), "prefix_id": [1, 0, 1]}
-    yield sample("prefix", **shared)
+    yield sample("prefix", **shared, counters=torch.zeros(6, dtype=torch.int32, device=device))
     everything = {**shared, "queries": 2, "heads": (2, 1), "size": 20, "pads": (0, 2, 3)}
     everything |= {"rotary": 12, "window": 8, "softcap": 3.0}
     position = torch.tensor([[3, 1], [0, 4], [2, 2]], device=device, dtype=torch.int32)
@@ -344,7 +344,24 @@ CACHE, NEW, PREFIX = BASE["k_cache"], BASE["k_new"], BASE["prefix_k"]
 COS, SIN = BASE["rope"]
 INTEGERS = torch.zeros(3, dtype=torch.int64)
 
+COUNTERS = torch.zeros(12, dtype=torch.int32)
+
 WRONG = [
+    (TypeError, ("counters", "int64"), {"counters": COUNTERS.long()}),
+    (ValueError, ("counters", "at least", "(1,)"), {"counters": COUNTERS[:1]}),
+    (ValueError, ("counters", "contiguous", "(2,)"), {"counters": COUNTERS.repeat(4)[::2]}),
+    (ValueError, ("counters", "cpu", "meta"), {"counters": COUNTERS.to("meta")}),
+    (ValueError, ("counters", "zero", "12"), {"counters": COUNTERS + 1}),
+    (
+        ValueError,
+        ("counters", "without k_new"),
+        {
+            "counters": COUNTERS,
+            "k_new": None,
+            "v_new": None,
+            "lengths": torch.tensor([1, 1, 1]),
+        },
+    ),
     (TypeError, ("q", "NoneType"), {"q": None}),
     (TypeError, ("q", "int64"), {"q": BASE["q"].long()}),
     (ValueError, ("q", "(B, Sq, Hq, D)", "(3, 1, 2)"), {"q": BASE["q"][..., 0]}),
@@ -540,6 +557,27 @@ def test_windows_that_begin_inside_a_prefix(dtype, device):
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_counters_are_found_and_left_at_zero(device):
+    """One after another, calls of other shapes share them; own and shared splits, and too few."""
+    counters = torch.zeros(12, dtype=torch.int32, device=device)
+    split = SPLIT[torch.float32]
+    for made in (
+        inputs_of(lengths=(2 * split, 0, split), heads=(4, 2), device=device),
+        inputs_of(2, lengths=(0, split), prefixes=(split + 1,), device=device),
+        inputs_of(2, lengths=(split, 5), queries=3, device=device),
+    ):
+        with kernels(device, order_seed=3):
+            own = run(made)
+            assert own[0].isfinite().all()
+            for _ in range(2):
+                again = copy.deepcopy(made)
+                out, lse = decode_attention(**again, counters=counters)
+                written = (again[name] for name in WRITTEN)
+                assert_equal((out, lse, *written), own, equal_nan=True)
+                assert not counters.any()
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_more_prefixes_than_rows(device):
     """As where every class has a prefix of its own; any row may then be the first of a tile."""
     made = inputs_of(
@@ -645,7 +683,7 @@ def test_what_cannot_be_refused_is_not_a_number(append, device):
     with kernels(device):
         good = run(made)
     options = (None, None, None, *(made[f"prefix_{n}"] for n in ("k", "v", "length", "id")))
-    new = (made["k_new"], made["v_new"]) if append else ()
+    new = (made["k_new"], made["v_new"], None) if append else ()
     wrong_length = torch.tensor([2, 140 + (not append), 2, -1, 2, 2**40], device=device)
     for name, lengths, ids in (
         ("lengths", wrong_length, made["prefix_id"]),
@@ -676,7 +714,7 @@ def test_a_position_outside_the_tables_is_not_a_number(device):
     position = torch.tensor([[3], [cos.shape[0]], [-1], [2**32 + 3]], device=device)
     args = (
         made["q"], made["k_cache"], made["v_cache"], made["lengths"], made["k_new"], made["v_new"],
-        cos, sin, position, None, None, None, None, None, False, 2**30, 0.0, 0.2,
+        None, cos, sin, position, None, None, None, None, None, False, 2**30, 0.0, 0.2,
     )  # fmt: skip
     out, lse, k, _ = kernel_results(OpCall(OPS["decode_attention_append"], args))
     assert out[1:].isnan().all() and lse[1:].isnan().all()

@@ -22,10 +22,11 @@ from tests.support import (
     assert_kernels_agree,
     assert_refused,
     kernel_results,
+    kernels,
     normals,
 )
 
-LAUNCHERS = {"norm_linear": op._launch}
+LAUNCHERS = {"norm_linear": op._launch, "norm_linear_counted": op._launch}
 
 DIFFERENTIABLE = ("x", "weight", "norm_weight", "norm_bias", "bias", "residual")
 
@@ -88,6 +89,10 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
         "weight": wide[::2, :24], "residual": views["residual"][:, :1].expand(4, 3, 20),
     })  # fmt: skip
     yield sample("empty batch", (0, 24), 20, norm="rms")
+    counted = make_inputs((3, 40), 16, dtype, device, norm="rms", options=("bias",))
+    counters = torch.zeros(2, dtype=torch.int32, device=device)
+    names = ("x",)
+    yield Sample("counters", norm_linear, {**counted, "counters": counters}, (), names)
 
 
 # The definition -----------------------------------------------------------------------------------
@@ -384,6 +389,12 @@ WRONG = [
     (ValueError, ("scales", "None"), {"scales": S}),
     (ValueError, ("scales", "(6,)", "(5,)"), {"weight": W8, "scales": S[:5]}),
     (TypeError, ("scales", "float16"), {"weight": W8, "scales": S.half()}),
+    (TypeError, ("counters", "float32"), {"counters": V}),
+    (ValueError, ("counters", "at least 1", "(0,)"), {"counters": torch.zeros(0).int()}),
+    (ValueError, ("counters", "zero", "2"), {"counters": torch.tensor([1, 0, 3]).int()}),
+    (ValueError, ("x", "requires grad", "counters"), {
+        "x": X.clone().requires_grad_(), "counters": torch.zeros(1).int(),
+    }),
     (ValueError, ("scales", "requires grad"), {
         "weight": W8, "scales": S.clone().requires_grad_(),
     }),
@@ -458,6 +469,18 @@ def test_splits_are_merged(rows, features, variant, dtype, device):
     inputs = make_inputs((rows, features), 9, dtype, **VARIANTS[variant])
     assert op._launch_config(9, features, dtype, inputs.get("activation"))["SPLITS"] > 1
     check(inputs, device)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_counters_are_found_and_left_at_zero(device):
+    """One after another, calls of other shapes share them."""
+    counters = torch.zeros(6, dtype=torch.int32, device=device)
+    for rows, features in ((1, 1024), (33, 1601), (1, 1024)):
+        inputs = make_inputs((rows, features), 19, torch.bfloat16, device, options=("bias",))
+        assert op._launch_config(19, features, torch.bfloat16, None)["SPLITS"] > 1
+        with kernels(device, order_seed=rows):
+            assert_equal(norm_linear(**inputs, counters=counters), norm_linear(**inputs))
+        assert not counters.any()
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

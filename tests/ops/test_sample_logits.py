@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cgkernels
-from cgkernels import random, sample_logits
+from cgkernels import random, sample_logits, sample_logits_
 from cgkernels.library import OPS
 from cgkernels.ops import sample_logits as op
 from tests.support import (
@@ -25,7 +25,11 @@ from tests.support import (
     normals,
 )
 
-LAUNCHERS = {"sample_logits_fwd": op._launch_fwd, "sample_logits_bwd": op._launch_bwd}
+LAUNCHERS = {
+    "sample_logits_fwd": op._launch_fwd,
+    "sample_logits_": op._launch_inplace,
+    "sample_logits_bwd": op._launch_bwd,
+}
 
 PLACES = [pytest.param("plain", id="plain"), *KERNEL_DEVICES]
 """Where draws are judged: plain PyTorch on the CPU, and wherever kernels run."""
@@ -64,6 +68,25 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield sample("view", data(30, 6).t()[::2], temperature=numbers(0.7)[0], top_p=0.8)
     yield sample("one token", x[:, :1], top_k=1, top_p=0.5, min_p=0.5)
     yield sample("empty batch", x[:0], index=index[:0], top_k=2, top_p=0.5)
+
+    def written(label, logits, *, rows=3, counts=((2, 0, 3), (-1, 7, 5)), **inputs):
+        """Into every other column of what is there, values that no draw has."""
+        made = {
+            "tokens": torch.arange(99, 99 + 8 * rows, device=device).view(rows, 8)[:, ::2],
+            "log_probs": torch.arange(4 * rows, device=device, dtype=wide).view(4, rows).t(),
+            "counts": numbers(*counts).t()[:rows], "logits": logits, "seed": seed, **inputs,
+        }  # fmt: skip
+        names = [n for n in ("index", "temperature", "top_k") if isinstance(inputs.get(n), Tensor)]
+        return Sample(label, sample_logits_, made, (), (*WRITTEN, "logits", *names), WRITTEN)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    yield written("written", x, index=index, top_k=k, temperature=numbers(0.5, 0.0, 2.0))
+    yield written("written, doubled batch", data(6, 17), scale=1.5, index=index)
+    yield written("written, one position", x, counts=((1, 1, 1), (0, 1, 2)), top_p=0.9)
+    yield written("written, empty batch", x[:0], rows=0)
+
+
+WRITTEN = ("tokens", "log_probs", "counts")
 
 
 @contextlib.contextmanager
@@ -534,6 +557,70 @@ WRONG = [
     (ValueError, ("position", "from -1 to 0"), {"position": INT64 - torch.tensor([1, 0, 0, 0])}),
     (TypeError, ("position", "True"), {"position": True}),
 ]
+
+
+NUMBERS = torch.zeros(4, 6).long()
+
+WRONG_WRITTEN = [
+    (TypeError, ("tokens", "int32"), {"tokens": NUMBERS.int()}),
+    (ValueError, ("tokens", "(4, N)", "(3, 6)"), {"tokens": NUMBERS[:3]}),
+    (ValueError, ("tokens", "expanded"), {"tokens": NUMBERS[:1].expand(4, 6)}),
+    (TypeError, ("log_probs", "NoneType"), {"log_probs": None}),
+    (TypeError, ("log_probs", "float32", "float16"), {"log_probs": NUMBERS.half()}),
+    (ValueError, ("log_probs", "(4, 6)", "(4, 5)"), {"log_probs": NUMBERS[:, :5].float()}),
+    (TypeError, ("counts", "float32"), {"counts": NUMBERS.float()}),
+    (ValueError, ("counts", "(4, k > 0)", "(4, 0)"), {"counts": NUMBERS[:, :0]}),
+    (ValueError, ("counts", "(4, k > 0)", "(4,)"), {"counts": NUMBERS[:, 0]}),
+    (ValueError, ("counts", "[0, 5]", "6"), {"counts": NUMBERS + 6}),
+    (ValueError, ("counts", "cpu", "meta"), {"counts": NUMBERS.to("meta")}),
+    (ValueError, ("logits", "requires grad", "sample_logits"), {
+        "logits": X.clone().requires_grad_(),
+    }),
+    (ValueError, ("top_k", "[1, 2147483648)"), {"top_k": 0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "words", "changed"), WRONG_WRITTEN)
+def test_wrong_arguments_of_what_is_written(error, words, changed):
+    inputs = {"tokens": NUMBERS, "log_probs": NUMBERS.float(), "counts": NUMBERS[:, :2]}
+    call = Sample("wrong", sample_logits_, {**inputs, "logits": X, "seed": 0})
+    assert_refused(call.replace(**changed), error, *words)
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("positions", [(2, 2, 2), (0, 4, 3)])
+def test_what_is_written_is_what_is_drawn(positions, where):
+    """At the positions, and nowhere else; the noise is that of the position."""
+    x = 3 * normals(3, 200)
+    at = torch.tensor(positions)
+    token, log_prob = sample_logits(x, seed=5, position=at, top_k=50)
+    with place(where) as device:
+        tokens = torch.full((3, 5), -7, device=device)
+        log_probs = torch.full((3, 5), 9.0, device=device)
+        counts = torch.stack([at, torch.tensor([-1, 0, 4])], 1).to(device)
+        options = {"seed": 5, "top_k": 50}
+        sample_logits_(tokens, log_probs, counts, x.to(device), **options)
+    expected = torch.full((3, 5), -7).scatter(1, at[:, None], token[:, None])
+    assert_equal(tokens.cpu(), expected)
+    close = torch.full((3, 5), 9.0).scatter(1, at[:, None], log_prob[:, None])
+    torch.testing.assert_close(log_probs.cpu(), close, rtol=1e-6, atol=1e-6)
+    assert counts.tolist() == [[p + 1, n + 1] for p, n in zip(positions, (-1, 0, 4), strict=True)]
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_positions_that_do_not_exist_are_counted_on(device):
+    """Where values cannot be refused; nothing is written for them, in guarded memory."""
+    counts = torch.tensor([[-1, 3], [2, 0], [5, 1], [2**40, 2]], device=device)
+    tokens = torch.full((4, 5), 77, device=device)
+    x, row = normals(4, 30, device=device), torch.ones(4, device=device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    filters = (None, None, row, None, None, None, "mass_before")
+    args = (tokens, tokens.float(), counts, x, *filters, seed, torch.arange(4, device=device))
+    call = OpCall(OPS["sample_logits_"], args)
+    for results in (kernel_results(call), call.map(Tensor.cpu).run()):
+        assert_equal(results[2].cpu(), counts.cpu() + 1)
+        kept = results[0].cpu() == 77
+        assert kept[[0, 2, 3]].all() and kept[1].tolist() == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize(("error", "words", "changed"), WRONG)
