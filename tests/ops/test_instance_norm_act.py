@@ -360,7 +360,7 @@ def test_parts_are_merged(parts, device):
     origin = origin.expand(2, parts, 18).contiguous()
     op._merge_kernel[op._merge_grid(2, 18)](
         *got, mean, torch.zeros_like(mean), m2, origin, 18, total, split, parts,
-        enable_fp_fusion=True, **op._MERGED,
+        **op._MERGED,
     )  # fmt: skip
     counts = torch.full((parts, 1), float(split), dtype=torch.float64)
     counts[-1] = last
