@@ -31,9 +31,9 @@ import cgkernels
 from cgkernels.checks import as_seed, check_shape, readable
 from cgkernels.random import STREAM_INITIAL, uniform
 from cgm.data import Dataset
-from cgm.families import Model, PictureConfig, numbered, solver_options
+from cgm.families import Model, numbered, solver_options
 from cgm.layers import check_choice, check_positive
-from cgm.networks.residual import ConditionPlanes, ResidualUNet
+from cgm.networks.residual import ConditionPlanes, ResidualConfig, ResidualUNet
 from cgm.quantisation import from_bins, to_bins, to_palette
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -43,24 +43,6 @@ _STEP_CHOICE, _STEP_VALUE = 0, 1  # of the noise: which component, or class; whe
 
 
 # Config -------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class RegressionConfig(PictureConfig):
-    """What is generated from what, and the network; without a condition there is none."""
-
-    # Channels of the network at full resolution, twice as many at each level below.
-    width: int = 32
-    # Resolutions of the network, each half of the one above, rounded up.
-    levels: int = 3
-    # Residual blocks of a level, on the way down and again on the way up.
-    blocks: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width < 4:
-            raise ValueError(f"width must be at least 4, got {self.width}")
-        check_positive(self, "levels", "blocks")
-
-
 @dataclass(frozen=True)
 class RegressionSampling:
     """How a sample is drawn."""
@@ -103,7 +85,7 @@ class Regression(Model):
     sampling_config: ClassVar[type[RegressionSampling]] = RegressionSampling
     is_density: ClassVar[bool] = True  # log_prob is of real numbers, not of bins or colours
 
-    def __init__(self, config: RegressionConfig, start: Tensor) -> None:
+    def __init__(self, config: ResidualConfig, start: Tensor) -> None:
         """start: (parameters, outputs), what every pixel has before it is trained."""
         super().__init__()
         self.config = config
@@ -308,7 +290,7 @@ def _choose(logits: Tensor, noise: _Noise, temperature: float) -> Tensor:
 
 # Least squares ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class LeastSquaresConfig(RegressionConfig):
+class LeastSquaresConfig(ResidualConfig):
     """What is generated from what, the network, and the error."""
 
     # Error to make small: l2, squared, whose best prediction is the mean; l1, absolute: the median.
@@ -376,7 +358,7 @@ class LeastSquares(Regression):
 
 # Gaussian -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class GaussianConfig(RegressionConfig):
+class GaussianConfig(ResidualConfig):
     """What is generated from what, the network, and the narrowest density."""
 
     # Smallest standard deviation: where y is always the same, the likelihood has no other bound.
@@ -489,7 +471,7 @@ class MixtureDensity(Regression):
 
 # Classes ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class ClassifierConfig(RegressionConfig):
+class ClassifierConfig(ResidualConfig):
     """What is generated from what, the network, and the classes."""
 
     # Values that a channel of a pixel can have, each channel by itself.

@@ -25,9 +25,14 @@ from torch import Tensor, nn
 import cgkernels
 from cgkernels.checks import as_seed, check_shape, readable
 from cgkernels.random import STREAM_LATENTS, STREAM_SAMPLER, uniform
-from cgm.families import Model, PictureConfig, numbered, solver_options
+from cgm.families import Model, numbered, solver_options
 from cgm.layers import check_choice, check_positive
-from cgm.networks.residual import ConditionPlanes, ResidualEncoder, ResidualUNet
+from cgm.networks.residual import (
+    ConditionPlanes,
+    ResidualConfig,
+    ResidualEncoder,
+    ResidualUNet,
+)
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -36,25 +41,17 @@ Prior = tuple[Tensor, Tensor] | tuple[None, None]  # mean and log variance; None
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class LatentConfig(PictureConfig):
+class LatentConfig(ResidualConfig):
     """What is generated from what, and the two networks."""
 
     # Numbers of the latent vector z.
     latents: int = 16
     # Make z of means over all places of the picture: where something is does not get into it.
     pooled: bool = False
-    # Channels of the networks at full resolution, twice as many at each level below.
-    width: int = 32
-    # Resolutions of the networks, each half of the one above, rounded up.
-    levels: int = 3
-    # Residual blocks of a level of the decoder, on the way down and again on the way up.
-    blocks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "latents", "levels", "blocks")
-        if self.width < 4:
-            raise ValueError(f"width must be at least 4, got {self.width}")
+        check_positive(self, "latents")
 
 
 @dataclass(frozen=True)

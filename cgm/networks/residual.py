@@ -8,6 +8,7 @@ Source   residual blocks, GroupNorm, SiLU: Ho et al., arXiv:2006.11239; a vector
          shifts the features: Perez et al., arXiv:1709.07871 (FiLM).
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -15,7 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgm.families import PictureConfig
+from cgm.layers import check_positive
 from cgm.networks.unet import ResidualBlock, group_norm, zeroed
+
+
+@dataclass(frozen=True)
+class ResidualConfig(PictureConfig):
+    """What is generated from what, and the size of the networks."""
+
+    # Channels of the networks at full resolution, twice as many at each level below.
+    width: int = 32
+    # Resolutions of the networks, each half of the one above, rounded up.
+    levels: int = 3
+    # Residual blocks of a level of a U-Net, on the way down and again on the way up.
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 4:
+            raise ValueError(f"width must be at least 4, got {self.width}")
+        check_positive(self, "levels", "blocks")
 
 
 class ConditionPlanes(nn.Module):
