@@ -41,8 +41,9 @@ def auroc(likely: Tensor, unlikely: Tensor) -> float:
 def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
     """log p(y), or what the model has in its place, (B,) float64 on the CPU; y (B, *event).
 
-    log_prob, else the bound elbo, else minus the energy. With a class as condition it is the log of
-    the mean over the classes, which for an energy is one only up to the classes' own constants.
+    The bound elbo of pictures, else log_prob, else minus the energy. With a class as condition it
+    is the log of the mean over the classes, which for an energy is one only up to the classes' own
+    constants.
 
     Raises:
         ValueError: the model is conditioned on something else, or has none of these.
@@ -63,11 +64,22 @@ def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
     return torch.cat(parts)
 
 
+def has_density(model: Any) -> bool:
+    """Whether `log_density` takes this model."""
+    try:
+        _density_of(model, 0)
+    except ValueError:
+        return False
+    return True
+
+
 def _density_of(model: Any, seed: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    # A flow of pictures has both, and only the bound is of what it learned; of real numbers (values
+    # 0) it has none.
+    if hasattr(model, "elbo") and model.config.values:
+        return lambda y, cond: model.elbo(y, cond=cond, seed=seed)
     if type(model).log_prob is not Model.log_prob:
         return lambda y, cond: model.log_prob(y, cond=cond)
-    if hasattr(model, "elbo"):
-        return lambda y, cond: model.elbo(y, cond=cond, seed=seed)
     if hasattr(model, "energy"):
         return lambda y, cond: -model.energy(y, cond=cond)
     raise ValueError(f"model must have a density, a bound or an energy; a {model.family} has none")

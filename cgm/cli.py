@@ -708,7 +708,8 @@ class CompareOptions:
     is there already, of the same budget, is not trained again.
     """
 
-    # The task: colorize, bouncing_ball, two_moons or eight_gaussians.
+    # The task: colorize, class_to_image, complete, edges_to_image, bouncing_ball, two_moons or
+    # eight_gaussians.
     task: Annotated[str, tyro.conf.arg(metavar="NAME")] = "colorize"
     # Families to compare, by name.
     families: Annotated[

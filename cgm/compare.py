@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ from rich.table import Table
 from torch import Tensor
 
 from cgm import truth
+from cgm.anomaly import anomaly_scores, has_density
 from cgm.checkpoints import load_model, read_tensors, replacing, write_tensors
-from cgm.data import PINK, TEAL, Batch, Dataset, load_task, synthetic
+from cgm.data import PINK, TEAL, Batch, Dataset, epoch_order, load_task, synthetic
+from cgm.evaluation import class_accuracy
 from cgm.families import config_class, family_class, make_model
+from cgm.features import ClassifierFeatures
+from cgm.measures import Moments, best_of_n, frechet_distance
 from cgm.plots import POINT, as_pictures, picture_grid, point_map
 from cgm.training import TrainingConfig, train
 
@@ -60,6 +65,8 @@ class Contest:
     draws: int
     score: Callable[[Tensor, Batch], truth.Scores]  # of samples (draws, rows, *event)
     entries: tuple[Entry, ...]
+    # Of the model itself, where it has what this needs.
+    judge: Callable[[Any, Batch], truth.Scores] | None = None
 
 
 def _colours(samples: Tensor, held_out: Batch) -> truth.Scores:
@@ -84,8 +91,53 @@ def _balls(samples: Tensor, held_out: Batch) -> truth.Scores:
     return truth.ball_scores(samples[:, free], balls.before[free], balls.position[free])
 
 
+def _clothes(samples: Tensor, held_out: Batch) -> truth.Scores:
+    """Share in the asked class; Frechet distance to the held-out pictures, not comparable to FID.
+
+    The distance depends on the number of samples: of so many real ones it is the floor.
+    """
+    cond = held_out["cond"]
+    assert cond is not None
+    real, features = load_task("class_to_image", "test"), ClassifierFeatures()
+    n = samples.shape[0] * samples.shape[1]
+    order = epoch_order(len(real), 0, 0)
+
+    def moments(y: Tensor) -> Moments:
+        found = Moments()
+        found.add(features(y).double())
+        return found
+
+    rest = moments(real.batch(order[n:])["y"])
+    drawn = samples.flatten(0, 1)
+    return {
+        "in the class": class_accuracy(drawn, cond.repeat(len(samples))),
+        "FD-classifier": frechet_distance(moments(drawn), rest),
+        "its floor": frechet_distance(moments(real.batch(order[:n])["y"]), rest),
+    }
+
+
+def _anomalies(model: Any, held_out: Batch) -> truth.Scores:
+    """AUROC of the held-out clothes, if the model has a density, a bound or an energy."""
+    if not has_density(model):
+        return {}
+    found = anomaly_scores(model, held_out["y"])
+    return {f"AUROC, {name}": value for name, value in found.items()}
+
+
+def _pictures(samples: Tensor, held_out: Batch) -> truth.Scores:
+    """Mean |y - y'| of the draws, of the best of them, and between two of them."""
+    errors = (samples - held_out["y"]).abs().flatten(2).mean(2)
+    pairs = [(a - b).abs().mean() for a, b in combinations(samples, 2)]
+    return {
+        "error": errors.mean().item(),
+        "best of n": best_of_n(errors)[-1].item(),
+        "between draws": torch.stack(pairs).mean().item(),
+    }
+
+
 _SMALL: dict[str, Any] = {"width": 16}
 _BATCH: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "ema_decay": 0.99}
+_TRANSFORMER: dict[str, Any] = {"layers": 3, "width": 64, "heads": 2, "hidden": 128}
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
 _POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
 _POINT_TRANSFORMER: dict[str, Any] = {
@@ -141,6 +193,44 @@ CONTESTS = {
             Entry("energy", {}, {}, {"temperature": 0.1}),
         ),
     ),
+    "class_to_image": Contest(
+        rows=100,
+        draws=2,
+        score=_clothes,
+        judge=_anomalies,
+        entries=(
+            Entry("least_squares", _SMALL, _BATCH),
+            Entry("gaussian_regression", _SMALL, _BATCH),
+            Entry("mixture_density", _SMALL, _BATCH),
+            Entry("quantized_classifier", _SMALL, _BATCH),
+            Entry("vae", _SMALL, _BATCH),
+            Entry("autoregressive", _TRANSFORMER, _BATCH),
+            Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
+            Entry("diffusion", {}, _BATCH, {"steps": 12, "sampler": "dpmpp_2m", "guidance": 2.0}),
+            Entry("gan", {}, {}),
+            Entry("energy", {}, {}, {"temperature": 0.1}),
+        ),
+    ),
+    **{
+        task: Contest(
+            rows=50,
+            draws=4,
+            score=_pictures,
+            entries=(
+                Entry("least_squares", _SMALL, _BATCH),
+                Entry("gaussian_regression", _SMALL, _BATCH),
+                Entry("mixture_density", _SMALL, _BATCH),
+                Entry("quantized_classifier", _SMALL, _BATCH),
+                Entry("vae", _SMALL, _BATCH),
+                Entry("autoregressive", {**_TRANSFORMER, "cond_dropout": 0.0}, _BATCH),
+                Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
+                Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
+                Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32}),
+                Entry("energy", {}, {}, {"temperature": 0.1}),
+            ),
+        )
+        for task in ("complete", "edges_to_image")
+    },
     "eight_gaussians": Contest(
         rows=500,
         draws=1,
@@ -291,10 +381,11 @@ def run_entry(
     model = load_model(folder, device, expected_family=entry.family)
     held_out = load_task(task, "test").batch(torch.arange(contest.rows))
     samples, rate = _samples(model, held_out, contest, dict(entry.solver))
+    judged = {} if contest.judge is None else contest.judge(model, held_out)
     write_tensors(folder / SAMPLES_FILE, {"samples": samples}, {"task": task})
     return Result(
         entry.family,
-        contest.score(samples, held_out),
+        contest.score(samples, held_out) | judged,
         sum(p.numel() for p in model.parameters()),
         trained["steps"],
         trained["training_seconds"],
@@ -338,11 +429,8 @@ def _train(
 
     with tempfile.TemporaryDirectory() as scratch:
         times = run(_WARM + _TIMED, Path(scratch))
-    each = statistics.median(
-        b - a for a, b in zip(times[_WARM:-1], times[_WARM + 1 :], strict=True)
-    )
+    each = statistics.median(after - before for before, after in pairwise(times[_WARM:]))
     steps = max(1, round(seconds / each))
-    shutil.rmtree(folder, ignore_errors=True)  # of a training that was interrupted
     times = run(steps, folder)
     return steps, times[-1] - times[0]
 
@@ -394,9 +482,10 @@ def _check_folder(folder: Path, seconds: float) -> None:
 def _tables(results: Sequence[Result]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Scores and costs of each family, in words."""
     scores, costs = [], []
+    names = list(dict.fromkeys(name for result in results for name in result.scores))
     for result in results:
-        peak = result.peak_megabytes
-        scores.append({name: f"{value:.3f}" for name, value in result.scores.items()})
+        peak, of = result.peak_megabytes, result.scores
+        scores.append({name: f"{of[name]:.3f}" if name in of else "-" for name in names})
         costs.append(
             {
                 "samples/s": f"{result.samples_per_second:.3g}",

@@ -1,14 +1,16 @@
 """Densities of clothes against those of pictures that are none."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cgm.anomaly import anomaly_scores, auroc, log_density
+from cgm.anomaly import anomaly_scores, auroc, has_density, log_density
 from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.data import load_task, synthetic
-from cgm.families import Model, PictureConfig, make_model
+from cgm.families import Model, make_model
+from cgm.flow import ConditionalFlow, FlowConfig
 
 
 class Templates(Model):
@@ -18,7 +20,9 @@ class Templates(Model):
 
     def __init__(self, kind: str, classes: int = 0) -> None:
         super().__init__()
-        self.config = PictureConfig((1, 28, 28), "class" if classes else "none", classes)
+        self.config = SimpleNamespace(
+            cond_kind="class" if classes else "none", num_classes=classes, values=256
+        )
         self.centres = torch.nn.Parameter(torch.linspace(-1, 1, max(classes, 1)))
         if kind == "elbo":
             self.elbo = lambda y, *, cond, seed: self.of(y, cond) - 1
@@ -77,10 +81,11 @@ def test_pictures_near_the_density_are_found_likelier():
 
 def test_a_model_without_density_or_of_pictures_is_refused():
     y = torch.zeros(2, 1, 28, 28)
+    assert has_density(Templates("elbo")) and not has_density(Templates("none"))
     with pytest.raises(ValueError, match="a templates has none"):
         log_density(Templates("none"), y)
     model = Templates("energy")
-    model.config = PictureConfig((1, 28, 28), "image", 0, (1, 28, 28))
+    model.config.cond_kind = "image"
     with pytest.raises(ValueError, match="a class or no condition, got 'image'"):
         log_density(model, y)
 
@@ -93,3 +98,13 @@ def test_digits_are_strokes_that_differ():
     assert ink[1] < ink[8] and not torch.equal(drawn[0], drawn[10])
     assert torch.equal(synthetic.digits(5), drawn[:5])
     assert not torch.equal(synthetic.digits(5, seed=1), drawn[:5])
+
+
+def test_of_a_flow_the_bound_is_taken_where_it_learned_pictures():
+    y = torch.rand(3, 1, 4, 4) * 2 - 1
+    sizes = {"steps": (1,), "width": 4, "depth": 1}
+    picture = make_model(ConditionalFlow, FlowConfig((1, 4, 4), **sizes)).eval()
+    expected = picture.elbo(y, seed=3).double().detach()
+    torch.testing.assert_close(log_density(picture, y, seed=3), expected)
+    real = make_model(ConditionalFlow, FlowConfig((1, 4, 4), values=0, **sizes)).eval()
+    torch.testing.assert_close(log_density(real, y), real.log_prob(y).double().detach())
