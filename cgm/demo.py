@@ -3,12 +3,14 @@
 Diffusion draws clothes of each class. Every picture that is timed is also judged: the draws are
 made in batches, each numbered on from the one before; the first batches are drawn twice, in plain
 PyTorch and by this library. Then an autoregressive model completes upper halves in several ways,
-and a GAN makes pictures of edges.
+and a GAN makes pictures of edges. A second sheet has every family on one question with two right
+answers: is this garment teal or pink?
 """
 
 import contextlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 import cgkernels
-from cgm.checkpoints import load_model, shipped
+from cgm import truth
+from cgm.checkpoints import drawable_names, load_model, shipped
+from cgm.compare import CONTESTS
 from cgm.data import load_task, to_float
 from cgm.data.fashion import CLASS_NAMES
 from cgm.data.tasks import edge_map
@@ -36,6 +40,8 @@ _DRAWS = 2  # of each class in a batch
 _SHOWN = 8  # of each class in the picture
 _WAYS_ON = 4  # completions of each upper half
 _OF_EDGES = 2  # pictures of each edge map
+_COLOURING = "colorize_"  # what the names of the models of the second sheet begin with
+_GARMENTS, _COLOURED = 6, 4  # of that sheet, and draws of each garment
 # Half a level of a picture with 256 of them: what is below cannot be seen or saved.
 _VISIBLE = 1 / 255
 
@@ -50,6 +56,7 @@ class Measured:
     completed: Tensor  # (draws, classes, C, H, W) in [-1, 1]
     completions: float  # a second
     translated: Tensor  # (draws, classes, C, H, W) in [-1, 1], made of edges
+    coloured: dict[str, Tensor]  # of each family, (draws, garments, 2, H, W)
     threads: int  # of PyTorch on the CPU
 
 
@@ -62,7 +69,7 @@ def demo(
     timed: int = 6,
     console: Console | None = None,
 ) -> Measured:
-    """Writes out/demo.png and prints the table.
+    """Writes out/demo.png and out/families.png, and prints what they show as numbers.
 
     seconds: time for drawing; no batch is begun that might not end in it, except for those that
     the picture needs, of which two are drawn in both ways. samples: to draw and judge, at most.
@@ -71,7 +78,7 @@ def demo(
     Raises RuntimeError if the two ways draw visibly different pictures.
     """
     console = console or Console()
-    file = out / "demo.png"
+    file, sheet = out / "demo.png", out / "families.png"
     if not out.is_dir():
         raise ValueError(f"out must be a folder, got {out}")
     model = load_model(shipped(CHECKPOINT), device, expected_family="diffusion")
@@ -89,9 +96,13 @@ def demo(
             status.update("completing upper halves")
             completed, completions = _complete(completing, real)
             translated = translating.sample(_OF_EDGES, cond=edges.to(device), seed=_SEED).cpu()
+            garments = load_task("colorize", "test").batch(torch.arange(_GARMENTS))
+            assert garments["cond"] is not None
+            coloured = _colour(garments["cond"], device, status.update)
         measured = Measured(
-            drawn, rates, difference, completed, completions, translated, torch.get_num_threads()
-        )
+            drawn, rates, difference, completed, completions, translated, coloured,
+            torch.get_num_threads(),
+        )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
     if measured.difference > _VISIBLE:
@@ -111,7 +122,16 @@ def demo(
         ],
         row_labels=CLASS_NAMES,
     )
+    luminance = garments["cond"]
+    picture_grid(
+        sheet,
+        [
+            ("given", luminance[None]),
+            *((name, as_pictures(ab, luminance)) for name, ab in coloured.items()),
+        ],
+    )
     _print(console, measured, torch.device(device))
+    _print_colours(console, coloured, luminance)
     console.print(
         f"{file}: clothes that diffusion drew; upper halves of pictures that no model ever saw, "
         f"each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; the "
@@ -119,7 +139,44 @@ def demo(
         highlight=False,
         soft_wrap=True,
     )
+    console.print(
+        f"{sheet}: garments coloured {_COLOURED} times by each family; each is teal or pink, as "
+        "likely the one as the other.",
+        highlight=False,
+        soft_wrap=True,
+    )
     return measured
+
+
+def _colour(
+    luminance: Tensor, device: torch.device | str, say: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Colours of garments (garments, 1, H, W) by the shipped model of each family."""
+    coloured, known = {}, drawable_names()
+    for entry in CONTESTS["colorize"].entries:
+        if (name := _COLOURING + entry.family) not in known:
+            continue
+        say(f"colouring garments: {entry.family}")
+        model: Any = load_model(shipped(name), device, expected_family=entry.family)
+        with warnings.catch_warnings():  # that all draws of least squares are equal is to be seen
+            warnings.simplefilter("ignore", UserWarning)
+            drawn = model.sample(_COLOURED, cond=luminance.to(device), seed=_SEED, **entry.solver)
+        coloured[entry.family] = drawn.cpu()
+    return coloured
+
+
+def _print_colours(console: Console, coloured: dict[str, Tensor], luminance: Tensor) -> None:
+    table = Table(
+        "family",
+        title=f"{len(luminance)} garments, {_COLOURED} draws each: teal or pink, not both",
+    )
+    shown = ("chroma", "consistency", "teal", "pink", "background")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for family, ab in coloured.items():
+        scores = truth.colour_scores(ab, luminance)
+        table.add_row(family, *(f"{scores[name]:.2f}" for name in shown))
+    console.print(table)
 
 
 def _complete(model: Any, real: Tensor) -> tuple[Tensor, float]:

@@ -20,6 +20,8 @@ from cgm.demo import LIBRARY, PLAIN, SOLVER, demo
 from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families import make_model
 from cgm.gan import Pix2Pix, Pix2PixConfig
+from cgm.regression import LeastSquares, LeastSquaresConfig
+from cgm.truth import colour_scores
 
 
 @pytest.fixture
@@ -39,7 +41,13 @@ def tiny(tmp_path, monkeypatch):
         patch=1, norm="instance", discriminator_width=4,
     )  # fmt: skip
     save_model(tmp_path / "translating", make_model(Pix2Pix, edges))
+    colours = LeastSquaresConfig(
+        event_shape=(2, 28, 28), cond_kind="image", cond_shape=(1, 28, 28), width=4, levels=1
+    )
+    save_model(tmp_path / "colouring", make_model(LeastSquares, colours))
+    monkeypatch.setattr(cgm.demo, "drawable_names", lambda: ["colorize_least_squares", "other"])
     folders = {
+        "colorize_least_squares": "colouring",
         cgm.demo.CHECKPOINT: "tiny",
         cgm.demo.COMPLETING: "completing",
         cgm.demo.TRANSLATING: "translating",
@@ -93,6 +101,10 @@ def test_draws_are_measured_in_turn_and_numbered_on(tiny, ways, tmp_path):
     upper = (to_float(first_of_each_class())[:, :, :14]).expand(4, -1, -1, -1, -1)
     assert torch.equal(measured.completed[:, :, :, :14], upper)
     assert Image.open(tmp_path / "demo.png").height > 10 * 28
+    assert measured.coloured.keys() == {"least_squares"}
+    assert measured.coloured["least_squares"].shape == (4, 6, 2, 28, 28)
+    assert Image.open(tmp_path / "families.png").height > 6 * 28
+    assert "6 garments, 4 draws each" in text.getvalue() and "consistency" in text.getvalue()
 
 
 def test_time_limits_the_draws(tiny, ways, tmp_path):
@@ -132,4 +144,10 @@ def test_shipped_model_draws_clothes(tmp_path):
     )
     assert completed > 0.5
     assert (measured.translated - to_float(first_of_each_class())).abs().mean() < 0.2
+    luminance = load_task("colorize", "test").batch(torch.arange(6))["cond"]
+    scores = {name: colour_scores(ab, luminance) for name, ab in measured.coloured.items()}
+    assert scores["least_squares"]["chroma"] < 0.1  # grey
+    assert scores["quantized_classifier"]["consistency"] < 0.3  # speckled
+    for family in ("vae", "flow"):  # one clean colour
+        assert scores[family]["consistency"] > 0.9 and scores[family]["chroma"] > 0.8
     assert Path(tmp_path / "demo.png").exists()
