@@ -511,7 +511,8 @@ def _write_csv(file: Path, results: Sequence[Result]) -> None:
 
 def _print(console: Console, title: str, results: Sequence[Result]) -> None:
     for rows in _tables(results):
-        table = Table("family", title=title)
+        table = Table(title=title)
+        table.add_column("family", no_wrap=True)
         for name in rows[0]:
             table.add_column(name, justify="right")
         for result, row in zip(results, rows, strict=True):
