@@ -26,11 +26,15 @@ from torch import Tensor
 import cgkernels
 from cgkernels.timing import Timing, measure
 from cgm.checkpoints import drawable_names, load_model, replacing, shipped
-from cgm.demo import CHECKPOINT, SOLVER
+from cgm.compare import CONTESTS
+from cgm.demo import CHECKPOINT, COLOURING, SOLVER
 
 WAYS = ("fused", "plain", "compiled")
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
-SOLVERS = {CHECKPOINT: SOLVER}  # of `sample`, where the defaults are not what one would use
+# Of `sample`, where the defaults are not what one would use.
+SOLVERS: dict[str, dict[str, Any]] = {CHECKPOINT: SOLVER} | {
+    COLOURING + entry.family: dict(entry.solver) for entry in CONTESTS["colorize"].entries
+}
 _VISIBLE = 1 / 255  # half a level of a picture with 256 of them
 
 

@@ -40,7 +40,7 @@ _DRAWS = 2  # of each class in a batch
 _SHOWN = 8  # of each class in the picture
 _WAYS_ON = 4  # completions of each upper half
 _OF_EDGES = 2  # pictures of each edge map
-_COLOURING = "colorize_"  # what the names of the models of the second sheet begin with
+COLOURING = "colorize_"  # what the names of the models of the second sheet begin with
 _GARMENTS, _COLOURED = 6, 4  # of that sheet, and draws of each garment
 # Half a level of a picture with 256 of them: what is below cannot be seen or saved.
 _VISIBLE = 1 / 255
@@ -154,7 +154,7 @@ def _colour(
     """Colours of garments (garments, 1, H, W) by the shipped model of each family."""
     coloured, known = {}, drawable_names()
     for entry in CONTESTS["colorize"].entries:
-        if (name := _COLOURING + entry.family) not in known:
+        if (name := COLOURING + entry.family) not in known:
             continue
         say(f"colouring garments: {entry.family}")
         model: Any = load_model(shipped(name), device, expected_family=entry.family)
