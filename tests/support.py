@@ -10,9 +10,10 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 import tests.ops
 from cgkernels import random
-from cgkernels.library import OPS
+from cgkernels.library import OPS, Launch
 from cgkernels.testing import assert_within_budget, float32_normals, guarded
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -371,3 +372,13 @@ def compiled(sample: Sample) -> tuple[dict[str, int], Callable]:
     )
     torch._dynamo.reset()
     return counts, torch.compile(sample.call, fullgraph=True, dynamic=True, backend=backend)
+
+
+def one_of_each_dtype(launches: Iterable[Launch]) -> list[Launch]:
+    """The first launch of each dtype that the labels name."""
+    first: dict[str, Launch] = {}
+    for launch in launches:
+        if named := re.search(r"torch\.\w+", launch.label):
+            first.setdefault(named[0], launch)
+    assert len(first) > 1
+    return list(first.values())

@@ -24,6 +24,7 @@ from tests.support import (
     kernel_results,
     kernels,
     normals,
+    one_of_each_dtype,
 )
 
 LAUNCHERS = {"norm_linear": op._launch, "norm_linear_counted": op._launch}
@@ -540,6 +541,6 @@ def test_many_rows_go_to_cublas(int8, dtype):
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_half_types_are_multiplied_by_tensor_cores(arch):
     """By mma.sync on every architecture: sixteen rows are too few for wgmma and tcgen05."""
-    for launch in LAUNCHES["norm_linear"]():
+    for launch in one_of_each_dtype(LAUNCHES["norm_linear"]()):
         (report,) = compile_launch(launch, arch)
         assert report.matrix == ("" if "float32" in launch.label else "HMMA"), launch.label
