@@ -159,6 +159,24 @@ _POINT_GAN: dict[str, Any] = {
     "width": 64,
     "discriminator_width": 64,
 }
+# Without a condition what is said of it, and of the regressions' network, is of no effect.
+_OF_POINTS = (
+    Entry("gaussian_regression", _POINT_REGRESSION, _FLAT),
+    Entry("mixture_density", _POINT_REGRESSION, _FLAT),
+    Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
+    Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
+    Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
+    Entry("flow", _POINT_FLOW, _FLAT),
+    Entry("diffusion", {**_POINT_UNET, "cond_dropout": 0.0}, _FLAT, {"clip": False}),
+    Entry("gan", _POINT_GAN, _FLAT),
+    Entry("energy", _POINT_ENERGY, _FLAT),
+)
+_OF_PICTURES = tuple(
+    Entry(family, _SMALL, _BATCH)
+    for family in (
+        "least_squares", "gaussian_regression", "mixture_density", "quantized_classifier", "vae",
+    )
+)  # fmt: skip
 CONTESTS = {
     "colorize": Contest(
         rows=50,
@@ -199,11 +217,7 @@ CONTESTS = {
         score=_clothes,
         judge=_anomalies,
         entries=(
-            Entry("least_squares", _SMALL, _BATCH),
-            Entry("gaussian_regression", _SMALL, _BATCH),
-            Entry("mixture_density", _SMALL, _BATCH),
-            Entry("quantized_classifier", _SMALL, _BATCH),
-            Entry("vae", _SMALL, _BATCH),
+            *_OF_PICTURES,
             Entry("autoregressive", _TRANSFORMER, _BATCH),
             Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
             Entry("diffusion", {}, _BATCH, {"steps": 12, "sampler": "dpmpp_2m", "guidance": 2.0}),
@@ -217,11 +231,7 @@ CONTESTS = {
             draws=4,
             score=_pictures,
             entries=(
-                Entry("least_squares", _SMALL, _BATCH),
-                Entry("gaussian_regression", _SMALL, _BATCH),
-                Entry("mixture_density", _SMALL, _BATCH),
-                Entry("quantized_classifier", _SMALL, _BATCH),
-                Entry("vae", _SMALL, _BATCH),
+                *_OF_PICTURES,
                 Entry("autoregressive", {**_TRANSFORMER, "cond_dropout": 0.0}, _BATCH),
                 Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
                 Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
@@ -235,33 +245,13 @@ CONTESTS = {
         rows=500,
         draws=1,
         score=_gaussians,
-        entries=(
-            Entry("gaussian_regression", {}, _FLAT),
-            Entry("mixture_density", {}, _FLAT),
-            Entry("quantized_classifier", {"bins": 64}, _FLAT),
-            Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
-            Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
-            Entry("flow", _POINT_FLOW, _FLAT),
-            Entry("diffusion", _POINT_UNET, _FLAT, {"clip": False}),
-            Entry("gan", _POINT_GAN, _FLAT),
-            Entry("energy", _POINT_ENERGY, _FLAT),
-        ),
+        entries=_OF_POINTS,
     ),
     "two_moons": Contest(
         rows=500,
         draws=1,
         score=_moons,
-        entries=(
-            Entry("gaussian_regression", _POINT_REGRESSION, _FLAT),
-            Entry("mixture_density", _POINT_REGRESSION, _FLAT),
-            Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
-            Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
-            Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
-            Entry("flow", _POINT_FLOW, _FLAT),
-            Entry("diffusion", {**_POINT_UNET, "cond_dropout": 0.0}, _FLAT, {"clip": False}),
-            Entry("gan", _POINT_GAN, _FLAT),
-            Entry("energy", _POINT_ENERGY, _FLAT),
-        ),
+        entries=_OF_POINTS,
     ),
     "bouncing_ball": Contest(
         rows=100,

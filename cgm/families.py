@@ -126,6 +126,14 @@ class Model(nn.Module):
         if phase not in self.phases:
             raise ValueError(f"phase must be one of {self.phases}, got {phase!r}")
 
+    def check_y(self, y: Tensor) -> None:
+        """ValueError or TypeError unless y is (B, *event), floating and finite."""
+        check_shape("y", y, (y.shape[0], *self.config.event_shape))
+        if not y.is_floating_point():
+            raise TypeError(f"y must be floating, got {y.dtype}")
+        if readable(y) and not y.isfinite().all():
+            raise ValueError("y must be finite, got values that are not")
+
     def check_cond(self, cond: Tensor | None, rows: int, highest: int) -> None:
         """ValueError or TypeError unless cond is a condition of this model for so many rows.
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape, readable
+from cgkernels.checks import as_seed
 from cgkernels.random import STREAM_INITIAL, uniform
 from cgm.data import Dataset
 from cgm.families import Model, numbered, solver_options
@@ -142,7 +142,7 @@ class Regression(Model):
         of `LeastSquares` and `QuantizedClassifier` what they say.
         """
         self.check_phase(phase)
-        self._check(y)
+        self.check_y(y)
         return self._losses(self._distribution(cond, len(y)), y)
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class Regression(Model):
 
         Of `QuantizedClassifier` it is the mass of the bins or colours that y falls into.
         """
-        self._check(y)
+        self.check_y(y)
         return self._log_probs(self._distribution(cond, len(y)), y).flatten(1).sum(1)
 
     def bits_per_dimension(
@@ -227,19 +227,12 @@ class Regression(Model):
         out = self.unet(self.planes(cond, rows)).view(rows, *self.parameter_shape)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
-    def _check(self, y: Tensor) -> None:
-        check_shape("y", y, (y.shape[0], *self.config.event_shape))
-        if not y.is_floating_point():
-            raise TypeError(f"y must be floating, got {y.dtype}")
-        if readable(y) and not y.isfinite().all():
-            raise ValueError("y must be finite, got values that are not")
-
     # Closed forms ---------------------------------------------------------------------------------
     def _to_fit(self, data: Dataset | Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """The y of the data, some rows at a time."""
         seen = 0
         for y in batches(data):
-            self._check(y)
+            self.check_y(y)
             if len(y):
                 seen += len(y)
                 yield y.to(self.table.device)

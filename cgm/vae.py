@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape, readable
+from cgkernels.checks import as_seed, check_shape
 from cgkernels.random import STREAM_LATENTS, STREAM_SAMPLER, uniform
 from cgm.families import Model, numbered, solver_options
 from cgm.layers import check_choice, check_positive
@@ -249,13 +249,6 @@ class LatentModel(Model):
     def _check_latents(self, z: Tensor) -> None:
         check_shape("z", z, (len(z), self.config.latents))
 
-    def _check(self, y: Tensor) -> None:
-        check_shape("y", y, (y.shape[0], *self.config.event_shape))
-        if not y.is_floating_point():
-            raise TypeError(f"y must be floating, got {y.dtype}")
-        if readable(y) and not y.isfinite().all():
-            raise ValueError("y must be finite, got values that are not")
-
 
 # Variational --------------------------------------------------------------------------------------
 class ConditionalVAE(LatentModel):
@@ -289,7 +282,7 @@ class ConditionalVAE(LatentModel):
         the two parts in nats of the whole picture.
         """
         self.check_phase(phase)
-        self._check(y)
+        self.check_y(y)
         config, planes = self.config, self._planes(cond, len(y))
         mean, log_variance = self._encoded(y, planes).chunk(2, 1)
         prior_mean, prior_log_variance = self._prior(planes)
@@ -319,7 +312,7 @@ class ConditionalVAE(LatentModel):
         """
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws must be an int of at least 1, got {draws!r}")
-        self._check(y)
+        self.check_y(y)
         planes = self._planes(cond, len(y))
         mean, log_variance = self._encoded(y, planes).chunk(2, 1)
         prior_mean, prior_log_variance = self._prior(planes)
@@ -346,7 +339,7 @@ class ConditionalVAE(LatentModel):
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | x, y), both (B, latents)."""
-        self._check(y)
+        self.check_y(y)
         mean, log_variance = self._encoded(y, self._planes(cond, len(y))).chunk(2, 1)
         return mean, log_variance
 
@@ -445,7 +438,7 @@ class Autoencoder(LatentModel):
     ) -> dict[str, Tensor]:
         """{"total"}: the mean squared error of each y (B, C, H, W); nothing in it is random."""
         self.check_phase(phase)
-        self._check(y)
+        self.check_y(y)
         planes = self._planes(cond, len(y))
         error = _wide(self.decoder(planes, self._encoded(y, planes))) - y
         return {"total": error.square().flatten(1).mean(1)}
@@ -453,7 +446,7 @@ class Autoencoder(LatentModel):
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """z (B, latents) of y (B, C, H, W)."""
-        self._check(y)
+        self.check_y(y)
         return self._encoded(y, self._planes(cond, len(y)))
 
     @torch.no_grad()
