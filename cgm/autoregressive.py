@@ -1,8 +1,9 @@
 """Conditional autoregressive model: p(y | cond) = product of p(y_i | y_<i, cond), by a transformer.
 
 A picture is the sequence of its quantised values: pixels in raster order, the channels of a pixel
-one after another. The condition is a prefix of that sequence: a class, tokens, the quantised values
-of a picture, or a start symbol alone; the code is the same for all.
+one after another, or as one colour of a palette. The condition is a prefix of that sequence: a
+class, tokens, the quantised values of a picture, or a start symbol alone; the code is the same for
+all.
 
 Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GPT (Chen et al.,
          2020); classifier-free guidance arXiv:2207.12598.
@@ -22,7 +23,7 @@ from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
 from cgm.decoding import Decoder, SamplingConfig
 from cgm.families import Model, numbered, solver_options
 from cgm.networks.transformer import Transformer, TransformerConfig
-from cgm.quantisation import from_bins, to_bins
+from cgm.quantisation import Palette, check_palette, from_bins, to_bins, to_palette
 
 
 # Config -------------------------------------------------------------------------------------------
@@ -41,6 +42,9 @@ class AutoregressiveConfig:
 
     # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit picture.
     levels: int = 16
+    # Colours of two channels that a pixel of what is generated can have, in place of levels: both
+    # channels are one choice.
+    palette: Palette = ()
     # Blocks of the transformer.
     layers: int = 4
     # Width of its residual stream.
@@ -58,6 +62,8 @@ class AutoregressiveConfig:
     # How positions enter: rotation by the place in the sequence, by row and column, or a learned
     # vector each.
     positions: Literal["rotary", "rotary_2d", "learned"] = "rotary_2d"
+    # Base of the wavelengths of rotary positions, which are up to 2 pi times it, in places or rows.
+    rope_base: float = 10000.0
     # Share of training examples whose condition is dropped, so that guidance has its other half.
     cond_dropout: float = 0.1
 
@@ -66,6 +72,7 @@ class AutoregressiveConfig:
             raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
         if not 2 <= self.levels <= 256:
             raise ValueError(f"levels must be from 2 to 256, got {self.levels}")
+        check_palette(self.palette, self.event_shape)
         if self.cond_kind in ("class", "tokens") and self.num_classes < 1:
             raise ValueError(f"num_classes must be positive for {self.cond_kind} conditions")
         if self.cond_kind == "image" and (len(self.cond_shape) != 3 or min(self.cond_shape) < 1):
@@ -85,18 +92,31 @@ class AutoregressiveConfig:
         """Tokens of the condition."""
         return math.prod(self.cond_shape) if self.cond_kind in ("image", "tokens") else 1
 
+    @property
+    def choices(self) -> int:
+        """What a value of the sequence can be."""
+        return len(self.palette) or self.levels
+
+    @property
+    def sequence_shape(self) -> tuple[int, int, int]:
+        """Shape (values of a pixel, H, W) of the sequence of a picture."""
+        return (1 if self.palette else self.event_shape[0], *self.event_shape[1:])
+
 
 # Model --------------------------------------------------------------------------------------------
 class ConditionalTransformer(Model):
     """Autoregressive model of p(y | cond); `loss`, `log_prob` and `sample` of all families.
 
-    Tokens: value v of channel c of y is c levels + v; then come the values of a condition picture
-    (channel by channel alike), the classes or the tokens, and last the symbol "no condition".
+    Tokens: value v of channel c of y is c levels + v, colour k of a palette is k; then come the
+    values of a condition picture (channel by channel alike), the classes or the tokens, and last
+    the symbol "no condition".
     """
 
     family: ClassVar[str] = "autoregressive"
     sampling_config: ClassVar[type[SamplingConfig]] = SamplingConfig
     discrete: ClassVar[bool] = True
+
+    palette: Tensor  # (colours, 2)
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
@@ -107,13 +127,14 @@ class ConditionalTransformer(Model):
             "tokens": config.num_classes,
             "image": config.levels * (config.cond_shape or (0,))[0],
         }[config.cond_kind]
-        self.first_symbol = config.event_shape[0] * config.levels
+        self.register_buffer("palette", torch.tensor(config.palette), persistent=False)
+        self.first_symbol = config.sequence_shape[0] * config.choices
         self.null = self.first_symbol + symbols
         self.transformer = Transformer(
             TransformerConfig(
                 vocabulary=self.null + 1,
-                length=config.prefix_length + math.prod(config.event_shape),
-                outputs=config.levels,
+                length=config.prefix_length + math.prod(config.sequence_shape),
+                outputs=config.choices,
                 layers=config.layers,
                 width=config.width,
                 heads=config.heads,
@@ -122,6 +143,7 @@ class ConditionalTransformer(Model):
                 norm=config.norm,
                 activation=config.activation,
                 positions="learned" if config.positions == "learned" else "rotary",
+                rope_base=config.rope_base,
             )
         )
 
@@ -160,12 +182,12 @@ class ConditionalTransformer(Model):
                 index = torch.arange(rows, device=y.device)
             u = uniform((rows,), seed=seed, index=index, stream=STREAM_CONDITION_DROPOUT)
             prefix = torch.where((u < dropout)[:, None], self.null, prefix)
-        total = -self._log_probs(y, prefix).mean(1)
+        total = -self._log_probs(y, prefix).sum(1) / math.prod(self.config.event_shape)
         return {"total": total, "bits": total / math.log(2)}
 
     @torch.no_grad()
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
-        """Exact log p(y | cond) in nats, (B,), of the picture quantised to `levels`.
+        """Exact log p(y | cond) in nats, (B,), of the picture quantised to `levels` or `palette`.
 
         In bits per dimension it is -log_prob / (C H W ln 2).
         """
@@ -173,8 +195,8 @@ class ConditionalTransformer(Model):
         return self._log_probs(y, self._prefix(cond, rows, y.device)).sum(1)
 
     def _log_probs(self, y: Tensor, prefix: Tensor) -> Tensor:
-        """log p of each value of y (B, C H W), float32."""
-        values = quantise(y, self.config.levels)
+        """log p of each value (B, L) of y, float32."""
+        values = self._values(y)
         inputs = torch.cat([prefix, self._tokens(values)[:, :-1]], 1)
         logits = self.transformer(inputs, self._rope(y.device))[:, prefix.shape[1] - 1 :]
         flat = F.cross_entropy(logits.float().flatten(0, 1), values.flatten(), reduction="none")
@@ -228,13 +250,13 @@ class ConditionalTransformer(Model):
         if index.numel() == 0:
             return torch.empty((*shape, *config.event_shape), device=device)
         prefix = self._prefix(None if cond is None else cond.to(device), conditions, device)
-        total, guided = math.prod(config.event_shape), options.guidance != 1
+        total, guided = math.prod(config.sequence_shape), options.guidance != 1
         if guided:  # the unconditional prefixes differ by what is given, if at all
             null = torch.full_like(prefix if given is not None else prefix[:1], self.null)
             prefix = torch.cat([null, prefix])
         known = torch.empty(conditions, 0, dtype=torch.int64, device=device)
         if given is not None:
-            known = quantise(given.to(device), config.levels)
+            known = self._values(given.to(device))
             prefix = torch.cat([prefix, self._tokens(known).repeat(1 + guided, 1)], 1)
         of_condition = torch.arange(len(index), device=device) % conditions
         order = of_condition
@@ -244,20 +266,33 @@ class ConditionalTransformer(Model):
         run = Decoder(
             self.transformer, prefix, order, total - known.shape[1], options,
             seed=seed, index=index, rope=self._rope(device), first=known.shape[1],
-            offsets=self._offsets(total, device) if config.event_shape[0] > 1 else None,
+            offsets=self._offsets(total, device) if config.sequence_shape[0] > 1 else None,
         )  # fmt: skip
         values = torch.cat([known[of_condition], run.run()], 1)
-        pictures = dequantise(values, config.levels, config.event_shape)
-        return pictures.view(*shape, *config.event_shape)
+        return self._pictures(values).view(*shape, *config.event_shape)
 
     # Tokens ---------------------------------------------------------------------------------------
+    def _values(self, y: Tensor) -> Tensor:
+        """Values (B, L) of pictures (B, C, H, W), in the order of the sequence."""
+        if self.config.palette:
+            return to_palette(y, self.palette).flatten(1)
+        return quantise(y, self.config.levels)
+
+    def _pictures(self, values: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) of values (B, L)."""
+        if self.config.palette:
+            colours = self.palette[values].movedim(1, 2)
+            return colours.unflatten(2, self.config.event_shape[1:]).contiguous()
+        return dequantise(values, self.config.levels, self.config.event_shape)
+
     def _tokens(self, values: Tensor) -> Tensor:
-        """Tokens of values (B, C H W) in the order of the sequence."""
+        """Tokens of values (B, L)."""
         return values + self._offsets(values.shape[1], values.device)
 
     def _offsets(self, length: int, device: torch.device) -> Tensor:
         """What is added to the value at each position for its token."""
-        return torch.arange(length, device=device) % self.config.event_shape[0] * self.config.levels
+        channels = self.config.sequence_shape[0]
+        return torch.arange(length, device=device) % channels * self.config.choices
 
     def _prefix(self, cond: Tensor | None, rows: int, device: torch.device) -> Tensor:
         """Tokens (B, M) of the condition."""
@@ -275,11 +310,11 @@ class ConditionalTransformer(Model):
         config = self.config
         if config.positions == "learned":
             return None
-        length = config.prefix_length + math.prod(config.event_shape) - 1
+        length = config.prefix_length + math.prod(config.sequence_shape) - 1
         if config.positions == "rotary":
             return self.transformer.rope_table(torch.arange(length, device=device))
         # Rows and columns; a condition picture stands above, other conditions in the corner.
-        places = _raster(config.event_shape, device)[:-1]
+        places = _raster(config.sequence_shape, device)[:-1]
         before = torch.zeros(config.prefix_length, 2, device=device)
         if config.cond_kind == "image":
             before = _raster(config.cond_shape, device)

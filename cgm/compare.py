@@ -137,7 +137,11 @@ def _pictures(samples: Tensor, held_out: Batch) -> truth.Scores:
 
 _SMALL: dict[str, Any] = {"width": 16}
 _BATCH: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "ema_decay": 0.99}
-_TRANSFORMER: dict[str, Any] = {"layers": 3, "width": 64, "heads": 2, "hidden": 128}
+# With the usual base of 10,000 most wavelengths are longer than these pictures.
+_TRANSFORMER: dict[str, Any] = {
+    "layers": 3, "width": 64, "heads": 2, "hidden": 128, "rope_base": 100.0
+}  # fmt: skip
+_COLOURS = (TEAL, PINK, (0.0, 0.0))
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
 _POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
 _POINT_TRANSFORMER: dict[str, Any] = {
@@ -145,20 +149,18 @@ _POINT_TRANSFORMER: dict[str, Any] = {
 }  # fmt: skip
 _POINT_VAE: dict[str, Any] = {"levels": 1, "width": 64, "latents": 2, "learn_scale": True}
 _POINT_UNET: dict[str, Any] = {
-    "channels": 32,
-    "multipliers": (1,),
-    "attention_levels": 0,
-    "patch": 1,
-}
+    "channels": 64, "multipliers": (1,), "blocks": 1, "attention_levels": 0, "patch": 1
+}  # fmt: skip
 _POINT_FLOW: dict[str, Any] = {"steps": (8,), "depth": 1, "values": 0, "noise": 0.02}
-_POINT_ENERGY: dict[str, Any] = {"patch": 1, "levels": 1, "width": 64}
+# The data are finer than the noise that pictures get, and long runs of a temperature that leaves
+# the density some units of f are cheap.
+_POINT_ENERGY: dict[str, Any] = {
+    "patch": 1, "levels": 1, "width": 64, "hidden": 256, "temperature": 0.2, "step_size": 0.002,
+    "data_noise": 0.0, "chains": 4096, "chain_steps": 5, "square_weight": 1e-4,
+}  # fmt: skip
 _POINT_GAN: dict[str, Any] = {
-    "patch": 1,
-    "levels": 1,
-    "latents": 8,
-    "width": 64,
-    "discriminator_width": 64,
-}
+    "patch": 1, "levels": 1, "latents": 4, "width": 64, "discriminator_width": 64, "r1_weight": 0.1
+}  # fmt: skip
 # Without a condition what is said of it, and of the regressions' network, is of no effect.
 _OF_POINTS = (
     Entry("gaussian_regression", _POINT_REGRESSION, _FLAT),
@@ -167,9 +169,19 @@ _OF_POINTS = (
     Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
     Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
     Entry("flow", _POINT_FLOW, _FLAT),
-    Entry("diffusion", {**_POINT_UNET, "cond_dropout": 0.0}, _FLAT, {"clip": False}),
-    Entry("gan", _POINT_GAN, _FLAT),
-    Entry("energy", _POINT_ENERGY, _FLAT),
+    Entry(
+        "diffusion",
+        {**_POINT_UNET, "cond_dropout": 0.0},
+        {**_FLAT, "learning_rate": 3e-3, "ema_decay": 0.99},
+        {"clip": False},
+    ),
+    Entry("gan", _POINT_GAN, {"batch_size": 128, "learning_rate": 1e-3, "ema_decay": 0.995}),
+    Entry(
+        "energy",
+        _POINT_ENERGY,
+        {"batch_size": 256, "learning_rate": 2e-3},
+        {"steps": 1000},
+    ),
 )
 _OF_PICTURES = tuple(
     Entry(family, _SMALL, _BATCH)
@@ -186,7 +198,7 @@ CONTESTS = {
             Entry("least_squares", _SMALL, _BATCH),
             Entry("gaussian_regression", _SMALL, _BATCH),
             Entry("mixture_density", _SMALL, _BATCH),
-            Entry("quantized_classifier", {**_SMALL, "palette": (TEAL, PINK, (0.0, 0.0))}, _BATCH),
+            Entry("quantized_classifier", {**_SMALL, "palette": _COLOURS}, _BATCH),
             Entry(
                 "vae",
                 {**_SMALL, "levels": 2, "latents": 1, "pooled": True, "scale": 0.3},
@@ -194,21 +206,28 @@ CONTESTS = {
             ),
             Entry(
                 "autoregressive",
-                # A step of 0.1 between levels: both colours and grey are levels themselves.
+                # All levels of the luminance: what is garment begins within one of 16.
                 {
-                    "levels": 21,
-                    "layers": 2,
+                    "palette": _COLOURS,
+                    "levels": 256,
+                    "layers": 1,
                     "width": 64,
-                    "heads": 2,
-                    "hidden": 128,
+                    "heads": 4,
+                    "hidden": 256,
+                    "rope_base": 100.0,
                     "cond_dropout": 0.0,
                 },
-                {"batch_size": 8, "warmup": 50},
+                {"batch_size": 4, "learning_rate": 3e-3, "warmup": 50, "ema_decay": 0.99},
             ),
             Entry("flow", {"steps": (1, 4), "width": 24, "values": 0, "noise": 0.05}, _BATCH),
             Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
             Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32, "learning_rate": 5e-4}),
-            Entry("energy", {}, {}, {"temperature": 0.1}),
+            Entry(
+                "energy",
+                {"patch": 1, "data_noise": 0.05, "start_std": 0.15},
+                {},
+                {"temperature": 0.1},
+            ),
         ),
     ),
     "class_to_image": Contest(

@@ -1,7 +1,11 @@
 """Values in [-1, 1] as whole numbers: bins of the range, or the colours of a palette."""
 
+import math
+
 import torch
 from torch import Tensor
+
+Palette = tuple[tuple[float, float], ...]  # colours of two channels
 
 
 def to_bins(y: Tensor, bins: int) -> Tensor:
@@ -30,3 +34,16 @@ def to_palette(y: Tensor, palette: Tensor) -> Tensor:
         pixels.flatten(0, 2), palette.to(y), compute_mode="donot_use_mm_for_euclid_dist"
     )
     return distances.argmin(1).view(pixels.shape[:3])
+
+
+def check_palette(palette: Palette, event_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError if a palette, unless it is (), is not one of such pictures."""
+    if not palette:
+        return
+    if event_shape[0] != 2:
+        raise ValueError(f"palette must be () but for two channels, got event_shape {event_shape}")
+    values = [value for colour in palette for value in colour]
+    if any(len(colour) != 2 for colour in palette) or not all(map(math.isfinite, values)):
+        raise ValueError(f"palette must have two finite numbers a colour, got {palette}")
+    if len(set(palette)) != len(palette) or len(palette) < 2:
+        raise ValueError(f"palette must have two colours or more, all different, got {palette}")

@@ -34,7 +34,7 @@ from cgm.data import Dataset
 from cgm.families import Model, numbered, solver_options
 from cgm.layers import check_choice, check_positive
 from cgm.networks.residual import ConditionPlanes, ResidualConfig, ResidualUNet
-from cgm.quantisation import from_bins, to_bins, to_palette
+from cgm.quantisation import Palette, check_palette, from_bins, to_bins, to_palette
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _LEAST_EXCESS = 1e-6  # of a fitted sigma over min_sigma, which softplus only comes near
@@ -470,25 +470,13 @@ class ClassifierConfig(ResidualConfig):
     # Values that a channel of a pixel can have, each channel by itself.
     bins: int = 16
     # Colours of two channels that a pixel can have, in place of bins: both channels as one choice.
-    palette: tuple[tuple[float, float], ...] = ()
+    palette: Palette = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 2 <= self.bins <= 256:
             raise ValueError(f"bins must be from 2 to 256, got {self.bins}")
-        if not self.palette:
-            return
-        if self.event_shape[0] != 2:
-            raise ValueError(
-                f"palette must be () but for two channels, got event_shape {self.event_shape}"
-            )
-        values = [value for colour in self.palette for value in colour]
-        if any(len(colour) != 2 for colour in self.palette) or not all(map(math.isfinite, values)):
-            raise ValueError(f"palette must have two finite numbers a colour, got {self.palette}")
-        if len(set(self.palette)) != len(self.palette) or len(self.palette) < 2:
-            raise ValueError(
-                f"palette must have two colours or more, all different, got {self.palette}"
-            )
+        check_palette(self.palette, self.event_shape)
 
 
 class QuantizedClassifier(Regression):
@@ -572,9 +560,7 @@ class QuantizedClassifier(Regression):
         return self._values(_choose(parameters, noise, temperature).movedim(-1, 0))
 
 
-def palette_of(
-    data: Dataset | Tensor | Iterable[Tensor], spacing: float
-) -> tuple[tuple[float, float], ...]:
+def palette_of(data: Dataset | Tensor | Iterable[Tensor], spacing: float) -> Palette:
     """The colours of a grid that are nearest to some pixel of the data: a palette to describe them.
 
     The grid has a point at 0 and in each channel one every `spacing`. data: as of `fit`, y

@@ -24,6 +24,7 @@ CONDITIONS = {
     "image": {"cond_shape": (1, 2, 4)},
     "tokens": {"num_classes": 5, "cond_shape": (4,)},
 }
+PALETTE = ((-0.5, 0.5), (0.25, 0.0), (0.75, -0.75))
 POSITIONS = ("rotary", "rotary_2d", "learned")
 
 
@@ -121,10 +122,10 @@ def slow_sample(model, cond, *, given=None, rows=None, guidance=1.0, seed=0, ind
     """Every value from a run over the whole sequence, without any cache."""
     config = model.config
     index = torch.arange(rows) if index is None else index
-    values = torch.zeros(rows, math.prod(config.event_shape), dtype=torch.int64)
+    values = torch.zeros(rows, math.prod(config.sequence_shape), dtype=torch.int64)
     known = 0
     if given is not None:
-        first = quantise(given, config.levels)
+        first = model._values(given)
         known = first.shape[1]
         values[:, :known] = first
     conds = [cond] if guidance == 1 else [None, cond]
@@ -141,7 +142,7 @@ def slow_sample(model, cond, *, given=None, rows=None, guidance=1.0, seed=0, ind
             torch.cat(logits), seed=seed, index=index, position=position, **options
         )
         values[:, position] = token
-    return dequantise(values, config.levels, config.event_shape)
+    return model._pictures(values)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -162,6 +163,31 @@ def test_kinds_of_the_network(changes):
     with torch.no_grad():
         slow = slow_sample(model, cond, rows=2)
     assert torch.equal(model.sample(cond=cond), slow)
+
+
+def test_a_palette_is_one_choice_for_a_pixel():
+    model = small(
+        "image", event_shape=(2, 2, 2), cond_shape=(1, 2, 2), palette=PALETTE, rope_base=9
+    )
+    colours = torch.tensor(PALETTE)
+    everything = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    y = colours[everything].movedim(1, 2).unflatten(2, (2, 2))
+    assert torch.equal(model._values(y + 0.05), everything)  # the nearest colour
+    cond = 2 * torch.rand(3, 1, 2, 2) - 1
+    log_prob = model.log_prob(y, cond=cond[:1].expand(81, -1, -1, -1))
+    assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-5) and log_prob.std() > 0.1
+    bits = model.loss(y[:1], cond=cond[:1], seed=0)["bits"] * 8 * math.log(2)
+    assert bits.item() == pytest.approx(-log_prob[0].item(), rel=1e-5)
+    drawn = model.sample(5, cond=cond, seed=3)
+    assert torch.cdist(drawn.movedim(2, 4).reshape(-1, 2), colours).amin(1).max() == 0
+    with torch.no_grad():
+        assert torch.equal(
+            model.sample(cond=cond, seed=3), slow_sample(model, cond, rows=3, seed=3)
+        )
+        given = drawn[0, :, :, :1]
+        slow = slow_sample(model, cond, given=given, rows=3, seed=3)
+    again = model.sample(cond=cond, given=given, seed=3)
+    assert torch.equal(again, slow) and torch.equal(again[:, :, :1], given)
 
 
 @pytest.mark.parametrize("kind", ["class", "image"])
@@ -265,6 +291,7 @@ def test_wrong_arguments(arguments, error, words):
     [
         ({"levels": 1}, "levels must be from 2 to 256"),
         ({"levels": 257}, "levels must be from 2 to 256"),
+        ({"palette": PALETTE}, "palette must be () but for two channels"),
         ({"heads": 3}, "heads must"),
         ({"width": 12, "heads": 2}, "heads must leave a multiple of 4"),
         ({"kv_heads": 4}, "kv_heads must divide heads"),
