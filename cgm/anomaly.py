@@ -41,12 +41,13 @@ def auroc(likely: Tensor, unlikely: Tensor) -> float:
 def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
     """log p(y), or what the model has in its place, (B,) float64 on the CPU; y (B, *event).
 
-    The bound elbo of pictures, else log_prob, else minus the energy. With a class as condition it
+    The bound elbo of pictures, else minus the energy, else log_prob. With a class as condition it
     is the log of the mean over the classes, which for an energy is one only up to the classes' own
     constants.
 
     Raises:
         ValueError: the model is conditioned on something else, or has none of these.
+        NotImplementedError: its log_prob says what it lacks.
     """
     config, device = model.config, next(model.parameters()).device
     density = _density_of(model, seed)
@@ -64,11 +65,13 @@ def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
 def has_density(model: Any) -> bool:
-    """Whether `log_density` takes this model."""
+    """Whether `log_density` takes this model: it is tried with a grey picture."""
+    device = next(model.parameters()).device
     try:
-        _density_of(model, 0)
-    except ValueError:
+        log_density(model, torch.zeros(1, *model.config.event_shape, device=device))
+    except (ValueError, NotImplementedError):
         return False
     return True
 
@@ -78,10 +81,10 @@ def _density_of(model: Any, seed: int) -> Callable[[Tensor, Tensor | None], Tens
     # 0) it has none.
     if hasattr(model, "elbo") and model.config.values:
         return lambda y, cond: model.elbo(y, cond=cond, seed=seed)
-    if type(model).log_prob is not Model.log_prob:
-        return lambda y, cond: model.log_prob(y, cond=cond)
     if hasattr(model, "energy"):
         return lambda y, cond: -model.energy(y, cond=cond)
+    if type(model).log_prob is not Model.log_prob:
+        return lambda y, cond: model.log_prob(y, cond=cond)
     raise ValueError(f"model must have a density, a bound or an energy; a {model.family} has none")
 
 

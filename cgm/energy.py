@@ -107,7 +107,8 @@ class EnergyConfig(PictureConfig):
 class EnergySampling:
     """How `ConditionalEBM.sample` draws."""
 
-    # Langevin steps.
+    # Langevin steps. A chain of the training lives chain_steps / renewal of them on average, and of
+    # what comes later training knows less.
     steps: int = 300
     # Length of a step; 0: that of the training.
     step_size: float = 0.0

@@ -8,8 +8,9 @@ import torch
 
 from cgm.anomaly import anomaly_scores, auroc, has_density, log_density
 from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
+from cgm.compare import CONTESTS, entry_config
 from cgm.data import load_task, synthetic
-from cgm.families import Model, make_model
+from cgm.families import Model, family_class, make_model
 from cgm.flow import ConditionalFlow, FlowConfig
 
 
@@ -21,8 +22,9 @@ class Templates(Model):
     def __init__(self, kind: str, classes: int = 0) -> None:
         super().__init__()
         self.config = SimpleNamespace(
-            cond_kind="class" if classes else "none", num_classes=classes, values=256
-        )
+            event_shape=(1, 28, 28), cond_kind="class" if classes else "none",
+            num_classes=classes, values=256,
+        )  # fmt: skip
         self.centres = torch.nn.Parameter(torch.linspace(-1, 1, max(classes, 1)))
         if kind == "elbo":
             self.elbo = lambda y, *, cond, seed: self.of(y, cond) - 1
@@ -88,6 +90,18 @@ def test_a_model_without_density_or_of_pictures_is_refused():
     model.config.cond_kind = "image"
     with pytest.raises(ValueError, match="a class or no condition, got 'image'"):
         log_density(model, y)
+
+
+@pytest.mark.parametrize("entry", CONTESTS["class_to_image"].entries, ids=lambda e: e.family)
+def test_which_families_have_a_density(entry):
+    """All that are compared but point predictions and generators, and they give it as a number."""
+    dataset = load_task("class_to_image", "test")
+    model = make_model(family_class(entry.family), entry_config(entry, dataset)).eval()
+    has = entry.family not in ("least_squares", "diffusion", "gan")
+    assert has_density(model) == has
+    if has:
+        y = dataset.batch(torch.arange(2))["y"]
+        assert log_density(model, y).isfinite().all()
 
 
 def test_digits_are_strokes_that_differ():
