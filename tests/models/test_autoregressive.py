@@ -238,6 +238,27 @@ def test_samples_follow_the_likelihood():
     assert chi < 24.3  # one in a thousand
 
 
+def test_learns_four_pictures_and_their_classes():
+    config = AutoregressiveConfig(
+        (1, 4, 4), "class", 4, levels=2, layers=1, width=32, heads=2, hidden=64,
+        positions="learned", cond_dropout=0.0,
+    )  # fmt: skip
+    model = make_model(ConditionalTransformer, config, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    y, cond = torch.randn(4, 1, 4, 4, generator=generator).sign(), torch.arange(4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(150):
+        loss = model.loss(y, cond=cond, seed=step)["total"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    right, shuffled = model.log_prob(y, cond=cond), model.log_prob(y, cond=cond.roll(1))
+    assert right.min() > -4 and (right - shuffled).min() > 4
+    samples = model.sample(8, cond=cond, seed=2)
+    assert (samples.sign() == y).float().mean() > 0.85
+
+
 def test_temperature_zero_is_the_most_likely():
     model, cond = small(), condition("class", 2)
     assert torch.equal(

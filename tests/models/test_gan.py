@@ -447,6 +447,19 @@ def test_pix2pix_learns_to_fill_squares(tmp_path, loss):
     assert 0.01 * undecided < judged < 1.5 * undecided
 
 
+def test_the_gan_learns_four_pictures_and_their_classes(tmp_path):
+    y, cond = pictures(4, side=8).sign(), torch.arange(4)
+    model = small_gan(num_classes=4, width=16, discriminator_width=16, r1_weight=0.1)
+    data = Dataset("four", y.repeat(4, 1, 1, 1), cond.repeat(4), "class", num_classes=4)
+    training = TrainingConfig(
+        steps=150, batch_size=16, ema_decay=0.9, gradient_clip=math.inf, **GAN_TRAINING
+    )
+    samples = train(model, data, training, tmp_path / "run").sample(8, cond=cond, seed=2)
+    right = (samples.sign() == y).float().mean()
+    shuffled = (samples.sign() == y.roll(1, 0)).float().mean()
+    assert right > 0.85 > 0.7 > shuffled
+
+
 @pytest.mark.parametrize(("family", "pool"), [("pix2pix", 0), ("gan", 0), ("cyclegan", 3)])
 def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path, family, pool):
     make, data = FAMILIES[family]
