@@ -80,7 +80,7 @@ def _train(argv: Sequence[str]) -> None:
     from cgm.families import FAMILIES, config_class, family_class, make_model
     from cgm.training import TrainingConfig, TrainingInterrupted, train
 
-    families = [name for name in FAMILIES if hasattr(family_class(name), "sampling_config")]
+    families = [name for name in FAMILIES if name != "classifier"]  # that one is no model of y
     family, rest = _first(
         argv,
         "cgm train FAMILY [OPTIONS]\n\n"
@@ -117,6 +117,9 @@ def _train(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(str(stop)) from None
     if options.training.sheet_every:
         print(f"What it drew while it learned is in {out / 'index.html'}.")
+    if not hasattr(model_class, "sampling_config"):
+        print(f"The model is in {out}.")
+        return
     print(f"The model is in {out}. To draw from it:")
     cond = " --cond PICTURE" if options.data and dataset.cond_kind == "image" else ""
     print(f"  cgm sample {shlex.quote(str(out))}{cond}")
@@ -272,7 +275,7 @@ def _checkpoint_options(
     info = read_config(path)
     model_class = family_class(info["family"])
     if not hasattr(model_class, "sampling_config"):
-        raise ValueError(f"{path}: is a {info['family']}, which draws nothing")
+        raise ValueError(f"{path}: is a model of the family {info['family']}, which draws nothing")
     prog = f"cgm {command} {shlex.quote(checkpoint)}"
     parsed = _parse(options, model_class.sampling_config, prog=prog, args=rest)
     return path, info.get("data", {}), parsed

@@ -65,7 +65,7 @@ class Sheets:
     def __init__(self, model: Model, shown: Shown, out: Path) -> None:
         """ValueError if the model draws nothing, or nothing that can be shown."""
         if not hasattr(model, "sampling_config"):
-            raise ValueError(f"sheet_every must be 0: a {model.family} draws nothing")
+            raise ValueError(f"sheet_every must be 0: {model.family} draws nothing")
         self.model: Any = model
         self.shown, self.out = shown, out
         self.cond = shown.cond if shown.cond is not None and shown.cond.dim() == 4 else None

@@ -94,8 +94,8 @@ def test_help_lists_the_commands_without_torch():
 def test_usage(cgm):
     assert cgm("")[0] == cgm("train")[0] == cgm("sample")[0] == cgm("train --task x")[0] == 2
     code, out, _ = cgm("train --help")
-    generating = sorted(set(FAMILIES) - {"autoencoder", "classifier"})  # these draw nothing
-    assert code == 0 and f"one of {', '.join(generating)}." in out
+    trained = sorted(set(FAMILIES) - {"classifier"})
+    assert code == 0 and f"one of {', '.join(trained)}." in out
     code, out, _ = cgm("sample --help")
     assert code == 0 and "CHECKPOINT" in out
 
@@ -221,6 +221,16 @@ def test_an_autoregressive_model_from_training_to_bits(cgm, tmp_path, monkeypatc
     code, out, err = cgm("evaluate runs/autoregressive-complete --rows 3 --measures task")
     assert code == 0 and err == "" and "bits per dimension, held out" in out
     assert "of 8 bits, what is lost" in out
+
+
+def test_an_autoencoder_is_trained_and_draws_nothing(cgm, tmp_path):
+    sizes = "--model.width 4 --model.levels 1 --model.latents 2"
+    batch = "--training.steps 2 --training.batch-size 2"
+    line = f"train autoencoder --task class_to_image {sizes} {batch} --out {tmp_path}/run"
+    code, out, err = cgm(line)
+    assert code == 0 and err == "" and "draw" not in out
+    code, _, err = cgm(f"sample {tmp_path}/run --out {tmp_path}/a.png")
+    assert code == 2 and "a model of the family autoencoder, which draws nothing" in err
 
 
 # Train and sample ---------------------------------------------------------------------------------
@@ -460,7 +470,7 @@ def test_a_point_map_has_the_points_where_they_are():
             "paint",
             "one of train, sample, evaluate, convert, demo, compare, bench, info, got 'paint'",
         ),
-        ("train autoencoder", "got 'autoencoder'"),
+        ("train classifier", "got 'classifier'"),
         ("train classifier", "got 'classifier'"),
         ("train diffusion --out {new}", "one of --task and --data"),
         ("train diffusion --task complete --data {tmp} --out {new}", "one of --task and --data"),
@@ -491,7 +501,10 @@ def test_a_point_map_has_the_points_where_they_are():
         ("sample {tmp}/nothing --out {png}", "CHECKPOINT must be a folder"),
         ("sample {tmp} --out {png}", "config.json: cannot be read"),
         ("sample {tmp}/truncated --out {png}", "model.safetensors: is truncated"),
-        ("sample {tmp}/classifier --out {png}", "is a classifier, which draws nothing"),
+        (
+            "sample {tmp}/classifier --out {png}",
+            "a model of the family classifier, which draws nothing",
+        ),
         ("sample {run} --out {png} --n -3", "--n must be at least 1, got -3"),
         ("sample {run} --out {png} --sampler heun", "'heun'"),
         ("sample {run} --out {png} --steps 0", "steps must be from 1"),
@@ -508,7 +521,7 @@ def test_a_point_map_has_the_points_where_they_are():
         ("sample {complete} --out {png} --rows 1000", "--rows must be in [0, 999], got (1000,)"),
         ("sample {complete} --out {png} --rows 1 --cond {tmp}", "one of --rows and --cond"),
         ("sample {complete} --out {png} --cond {tmp}/corrupt/b.png", "b.png: cannot be read"),
-        ("evaluate {tmp}/classifier", "is a classifier, which draws nothing"),
+        ("evaluate {tmp}/classifier", "a model of the family classifier, which draws nothing"),
         ("evaluate {run} --rows 1", "rows must be from 2 to 1000, got 1"),
         ("evaluate {run} --rows 9 --steps 0", "steps must be from 1"),
         ("evaluate {run} --samples 3", "samples must be at least 20, got 3"),
@@ -519,6 +532,10 @@ def test_a_point_map_has_the_points_where_they_are():
         ("evaluate {run} --out {tmp}/nothing", "--out must be a folder, got {tmp}/nothing"),
         ("evaluate {pairs}", "was not trained on a shipped task, so nothing is held out"),
         ("train autoregressive --task complete --out {new} --model.heads 5", "heads must"),
+        (
+            "train autoencoder --task complete --out {new} --training.sheet-every 5",
+            "sheet_every must be 0: autoencoder draws nothing",
+        ),
         ("demo --out {tmp}/nothing", "out must be a folder"),
         ("bench --out {tmp}/nothing", "out must be a folder"),
         ("bench --ways slow --out {new}", "ways must be of fused, plain, compiled, got 'slow'"),

@@ -686,7 +686,7 @@ def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
 
 
 def test_sheets_of_what_cannot_be_shown(tmp_path):
-    with pytest.raises(ValueError, match="sheet_every must be 0: a toy draws nothing"):
+    with pytest.raises(ValueError, match="sheet_every must be 0: toy draws nothing"):
         run(tmp_path / "run", SHEETS)
     model = make_model(ConditionalDiffusion, DiffusionConfig((2, 8, 8), channels=8, heads=2))
     with pytest.raises(ValueError, match=r"1 or 3 channels, got y \(4, 2, 8, 8\)"):
