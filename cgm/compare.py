@@ -139,8 +139,10 @@ _SMALL: dict[str, Any] = {"width": 16}
 _BATCH: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "ema_decay": 0.99}
 # With the usual base of 10,000 most wavelengths are longer than these pictures.
 _TRANSFORMER: dict[str, Any] = {
-    "layers": 3, "width": 64, "heads": 2, "hidden": 128, "rope_base": 100.0
+    "layers": 1, "width": 64, "heads": 4, "hidden": 256, "rope_base": 100.0
 }  # fmt: skip
+# Many steps of few pictures: each is some hundred values to predict.
+_SEQUENCES: dict[str, Any] = {**_BATCH, "batch_size": 4, "learning_rate": 3e-3}
 _COLOURS = (TEAL, PINK, (0.0, 0.0))
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
 _POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
@@ -207,17 +209,8 @@ CONTESTS = {
             Entry(
                 "autoregressive",
                 # All levels of the luminance: what is garment begins within one of 16.
-                {
-                    "palette": _COLOURS,
-                    "levels": 256,
-                    "layers": 1,
-                    "width": 64,
-                    "heads": 4,
-                    "hidden": 256,
-                    "rope_base": 100.0,
-                    "cond_dropout": 0.0,
-                },
-                {"batch_size": 4, "learning_rate": 3e-3, "warmup": 50, "ema_decay": 0.99},
+                {**_TRANSFORMER, "palette": _COLOURS, "levels": 256, "cond_dropout": 0.0},
+                _SEQUENCES,
             ),
             Entry("flow", {"steps": (1, 4), "width": 24, "values": 0, "noise": 0.05}, _BATCH),
             Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
@@ -237,7 +230,7 @@ CONTESTS = {
         judge=_anomalies,
         entries=(
             *_OF_PICTURES,
-            Entry("autoregressive", _TRANSFORMER, _BATCH),
+            Entry("autoregressive", _TRANSFORMER, _SEQUENCES),
             Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
             Entry("diffusion", {}, _BATCH, {"steps": 12, "sampler": "dpmpp_2m", "guidance": 2.0}),
             Entry("gan", {}, {}),
@@ -251,7 +244,7 @@ CONTESTS = {
             score=_pictures,
             entries=(
                 *_OF_PICTURES,
-                Entry("autoregressive", {**_TRANSFORMER, "cond_dropout": 0.0}, _BATCH),
+                Entry("autoregressive", {**_TRANSFORMER, "cond_dropout": 0.0}, _SEQUENCES),
                 Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
                 Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
                 Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32}),

@@ -4,6 +4,8 @@ Study 1  Isola et al., arXiv:1611.07004, section 4.4: what a patch of r pixels c
 Study 2  Zhu et al., arXiv:1703.10593, section 5.1.2: what each part of the objective is for.
 Study 3  Torralba, Isola, Freeman, "Foundations of Computer Vision", chapter 34: a latent vector
          holds what the condition does not tell, and nothing else.
+Study 4  Hinton, Salakhutdinov, Science 313, 2006: a few numbers of a network keep more of a picture
+         than as many principal components.
 """
 
 import functools
@@ -152,3 +154,20 @@ def test_samples_of_the_next_frame_are_whole_balls_that_moved(balls):
     before, position = frames["before"][:200], truths["position"][:200]
     scores = truth.ball_scores(model.sample(4, cond=before, seed=0), before, position)
     assert scores["peak"] > 0.8 and scores["right speed"] > 0.6
+
+
+# What sixteen numbers keep ------------------------------------------------------------------------
+def test_the_autoencoder_keeps_more_than_as_many_principal_components():
+    model: Any = load_model(shipped("class_to_image_autoencoder"))
+    seen, held_out = load_task("class_to_image"), load_task("class_to_image", "test")
+    batch = held_out.batch(torch.arange(300))
+    y, cond = batch["y"], batch["cond"]
+    pixels = seen.batch(torch.arange(len(seen)))["y"].flatten(1)
+    mean = pixels.mean(0)
+    axes = torch.linalg.eigh((pixels - mean).T @ (pixels - mean)).eigenvectors[:, -16:]
+    rest = y.flatten(1) - mean
+    linear = (rest - rest @ axes @ axes.T).square().mean()
+    kept = (model.reconstruct(y, cond=cond) - y).square().mean()
+    assert model.config.latents == 16 and kept < 0.8 * linear
+    # The class tells it a part: another picture's class costs something.
+    assert (model.reconstruct(y, cond=cond.roll(1)) - y).square().mean() > kept
