@@ -65,7 +65,6 @@ def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def has_density(model: Any) -> bool:
     """Whether `log_density` takes this model: it is tried with a grey picture."""
     device = next(model.parameters()).device

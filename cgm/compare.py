@@ -147,11 +147,13 @@ _COLOURS = (TEAL, PINK, (0.0, 0.0))
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
 _POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
 _POINT_TRANSFORMER: dict[str, Any] = {
-    "levels": 64, "layers": 2, "width": 32, "heads": 2, "hidden": 64, "positions": "learned"
+    "levels": 64, "layers": 2, "width": 32, "heads": 2, "hidden": 64, "positions": "learned",
+    "cond_dropout": 0.0,
 }  # fmt: skip
 _POINT_VAE: dict[str, Any] = {"levels": 1, "width": 64, "latents": 2, "learn_scale": True}
 _POINT_UNET: dict[str, Any] = {
-    "channels": 64, "multipliers": (1,), "blocks": 1, "attention_levels": 0, "patch": 1
+    "channels": 64, "multipliers": (1,), "blocks": 1, "attention_levels": 0, "patch": 1,
+    "cond_dropout": 0.0,
 }  # fmt: skip
 _POINT_FLOW: dict[str, Any] = {"steps": (8,), "depth": 1, "values": 0, "noise": 0.02}
 # The data are finer than the noise on pictures, and f of two numbers can be as large as -log p.
@@ -168,11 +170,11 @@ _OF_POINTS = (
     Entry("mixture_density", _POINT_REGRESSION, _FLAT),
     Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
     Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
-    Entry("autoregressive", {**_POINT_TRANSFORMER, "cond_dropout": 0.0}, _FLAT),
+    Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
     Entry("flow", _POINT_FLOW, _FLAT),
     Entry(
         "diffusion",
-        {**_POINT_UNET, "cond_dropout": 0.0},
+        _POINT_UNET,
         {**_FLAT, "learning_rate": 3e-3, "ema_decay": 0.99},
         {"clip": False},
     ),
