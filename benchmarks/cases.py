@@ -42,11 +42,11 @@ from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, 
 from benchmarks.records import OURS
 from benchmarks.timing import Call, name_of
 from cgkernels.testing import assert_within_budget, float32_normals
-from cgm.autoregressive import AutoregressiveConfig, ConditionalTransformer
-from cgm.bench import SOLVERS, compiled_copy, conditions, difference_of, model_call
 from cgm.checkpoints import drawable_names, load_model, read_config, shipped
-from cgm.diffusion import ConditionalDiffusion, DiffusionConfig
-from cgm.families import Model, make_model
+from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer
+from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
+from cgm.model import Model, make_model
+from cgm.studies.throughput import SOLVERS, compiled_copy, conditions, difference_of, model_call
 
 _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index alone
 

@@ -236,8 +236,8 @@ class ModelChecks:
     """What a shipped model must hold to on a GPU."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        from cgm.bench import SOLVERS, conditions
         from cgm.checkpoints import load_model, shipped
+        from cgm.studies.throughput import SOLVERS, conditions
 
         self.model: Any = load_model(shipped(name), device)
         self.solver = SOLVERS.get(name, {})
@@ -264,7 +264,7 @@ class ModelChecks:
 
         (Its convolutions of one picture err otherwise than those of several.)
         """
-        from cgm.bench import model_call
+        from cgm.studies.throughput import model_call
 
         def one_by_one(**options: Any) -> Tensor:
             return torch.cat([self.draw(slice(i, i + 1), **options) for i in range(_ROWS)])

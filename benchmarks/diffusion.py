@@ -9,8 +9,8 @@ from torch import Tensor
 import cgkernels
 from benchmarks.opcase import Inputs, OpCase, Provider, normal, numbers, passes
 from benchmarks.timing import Call
-from cgm.energy import langevin_table
-from cgm.samplers import make_schedule, make_table
+from cgkernels.samplers import make_schedule, make_table
+from cgm.families.energy import langevin_table
 
 
 @cache

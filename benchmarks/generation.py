@@ -16,8 +16,8 @@ import cgkernels
 from benchmarks.opcase import COMPILED, Case, Inputs, Provider
 from benchmarks.records import OURS
 from benchmarks.timing import Call
-from cgm.decoding import generate
 from cgm.networks.transformer import GPT2, Transformer, TransformerConfig
+from cgm.sampling.decoding import generate
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _case(of: Decode, dtype: torch.dtype, rank: int) -> Case:
     return Case(
         "models", of.name, "greedy", f"b{of.rows}", f"{of.rows} x {of.prompt} + {of.length} tokens",
         dtype, inputs, partial(_gate, of), providers, nbytes=nbytes, flops=flops,
-        items=of.rows * of.length, source="cgm.decoding", rank=rank, rotate=False,
+        items=of.rows * of.length, source="cgm.sampling.decoding", rank=rank, rotate=False,
     )  # fmt: skip
 
 

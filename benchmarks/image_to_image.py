@@ -19,10 +19,10 @@ from benchmarks.plain_networks import PlainDiscriminator, PlainResnet, PlainUNet
 from benchmarks.records import OURS
 from benchmarks.timing import Call
 from cgkernels.testing import assert_within_budget
-from cgm.families import make_model
-from cgm.gan import Pix2Pix, Pix2PixConfig
+from cgm.families.gan import Pix2Pix, Pix2PixConfig
+from cgm.model import make_model
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
-from cgm.scoring import PatchScorer
+from cgm.sampling.patch_scorer import PatchScorer
 
 _LAST = torch.channels_last
 
@@ -229,7 +229,7 @@ def _in_format(x: Tensor, last: bool) -> Tensor:
 
 
 _WAYS: dict[str, tuple[Callable, Callable, str]] = {
-    "patch_scores": (_our_scores, _plain_scores, "cgm.scoring"),
-    "pix2pix_step": (_our_step, _plain_step, "cgm.gan"),
+    "patch_scores": (_our_scores, _plain_scores, "cgm.sampling.patch_scorer"),
+    "pix2pix_step": (_our_step, _plain_step, "cgm.families.gan"),
     "resnet_generator": (_our_pictures, _plain_pictures, "cgm.networks.resnet_generator"),
 }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import cgkernels
 from benchmarks.opcase import Inputs, OpCase, Size, normal, passes
-from cgm.layers import joined, norm_leaky_relu_and_relu_, norm_relu_
+from cgm.networks.layers import joined, norm_leaky_relu_and_relu_, norm_relu_
 
 _NORM = torch.nn.InstanceNorm2d(1)  # which knows no number of channels
 

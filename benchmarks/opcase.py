@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.records import version_of
 from benchmarks.timing import Call, input_sets, name_of
-from cgm.bench import MODES
+from cgm.studies.throughput import MODES
 
 Inputs = dict[str, Any]
 # Providers of the modes of torch.compile.

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cgm.families import FAMILIES, Model, config_class, config_from_dict, family_class, make_model
+from cgm.model import FAMILIES, Model, config_class, config_from_dict, family_class, make_model
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"

@@ -7,7 +7,7 @@ that stops and resumes continues with the same bits on the same device.
 The folder of a run   config.json, model.safetensors   the averaged weights (see cgm.checkpoints)
                       training.safetensors             what resuming needs
                       log.csv                          means over the steps since the row before
-                      samples, index.html              if asked for (see cgm.sheets)
+                      samples, index.html              if asked for (see cgm.viz.sample_page)
 
 Source   AdamW: Loshchilov, Hutter, arXiv:1711.05101. Average of the weights with its ramp-up: the
          documentation of TensorFlow's tf.train.ExponentialMovingAverage (num_updates).
@@ -43,10 +43,10 @@ from cgm.checkpoints import (
     write_tensors,
 )
 from cgm.data import Dataset, epoch_order
-from cgm.families import Model
+from cgm.model import Model
 
 if TYPE_CHECKING:
-    from cgm.sheets import Shown
+    from cgm.viz.sample_page import Shown
 
 STATE_FILE, LOG_FILE = "training.safetensors", "log.csv"
 
@@ -134,12 +134,12 @@ def train(
     """Trains the model in place and returns its average, on the device and in evaluation mode.
 
     Args:
-        model: made by `cgm.families.make_model` with config.seed for a run that can be repeated.
+        model: made by `cgm.model.make_model` with config.seed for a run that can be repeated.
         out: folder of the run; must be empty or absent, or with resume hold a run of the same
             model, data and config (steps, save_every, log_every and sheet_every may differ).
         on_step: called after each step with the number of finished steps and the average.
         console: where progress goes; bars on a terminal, plain lines elsewhere.
-        shown: what the sheets show, default the first rows of the data (see `cgm.sheets`).
+        shown: what the sheets show, default the first rows of the data (see `cgm.viz.sample_page`).
 
     Raises:
         ValueError: an argument does not fit; nothing was written.
@@ -152,7 +152,10 @@ def train(
     names = run.rehearse()
     sheets = None
     if config.sheet_every:
-        from cgm.sheets import Sheets, first_rows  # matplotlib, for those who want pictures
+        from cgm.viz.sample_page import (  # matplotlib, for those who want pictures
+            Sheets,
+            first_rows,
+        )
 
         sheets = Sheets(run.average, shown or first_rows(dataset), out)
     if resume:

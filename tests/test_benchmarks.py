@@ -25,8 +25,8 @@ from benchmarks.run import Deadline, GateError, main, run_case
 from benchmarks.timing import Ceilings, environment
 from cgkernels import library
 from cgkernels.ops import add_noise as op
-from cgm import diffusion
 from cgm.checkpoints import read_config, shipped
+from cgm.families import diffusion
 from tests.support import kernels, launchers
 
 CPU = torch.device("cpu")
@@ -243,7 +243,7 @@ def test_the_version_follows_what_is_imported():
     found = records._closure("cgkernels.ops.add_noise")
     assert {"cgkernels.rows", "cgkernels.device", "cgkernels.targets"} <= found
     assert "cgkernels.ops.guided_step" not in found
-    assert "cgkernels.ops.guided_step" in records._closure("cgm.diffusion")
+    assert "cgkernels.ops.guided_step" in records._closure("cgm.families.diffusion")
 
 
 def test_environment_names_what_a_number_needs():

@@ -21,7 +21,7 @@ from benchmarks.timing import ROOT, Ceilings
 from cgkernels.library import LAUNCHES, OPS, using_reference
 from cgkernels.ops import guided_step as step_op
 from cgm import checkpoints
-from cgm.autoregressive import dequantise
+from cgm.families.autoregressive import dequantise
 from tests.test_benchmarks import ENVIRONMENT
 
 CPU = torch.device("cpu")

@@ -501,8 +501,8 @@ def guided_step(
         x0 = clamp(a0 x + a1 e, clip_min, clip_max)
         x' = b0 x + b1 x0 + b2 h1 + b3 h2 + b4 e + b5 std z
 
-    Everything is read once, computed in float32 and rounded once. `cgm.samplers.make_table` makes
-    the coefficients of the usual samplers.
+    Everything is read once, computed in float32 and rounded once. `cgkernels.samplers.make_table`
+    makes the coefficients of the usual samplers.
 
     Args:
         x: (B, *event), the state; any strides.

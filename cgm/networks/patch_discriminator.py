@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgm.layers import (
+from cgm.networks.layers import (
     before_norm,
     check_choice,
     check_picture,

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgm.families import PictureConfig
-from cgm.layers import check_positive
+from cgm.model import PictureConfig
+from cgm.networks.layers import check_positive
 from cgm.networks.unet import ResidualBlock, group_norm, zeroed
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgm.layers import (
+from cgm.networks.layers import (
     before_norm,
     check_choice,
     check_picture,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cgkernels import guided_step, random
-from cgm.samplers import (
+from cgkernels.samplers import (
     PREDICTIONS,
     SPACINGS,
     VARIANCES,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cgm.decoding import generate
 from cgm.networks.transformer import from_transformers
+from cgm.sampling.decoding import generate
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peers

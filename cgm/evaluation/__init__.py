@@ -1,0 +1,1 @@
+"""How good samples and models are."""

@@ -1,0 +1,113 @@
+"""A small convolutional classifier of pictures: what generated pictures are judged by.
+
+    p(class | picture) = softmax(linear(pool(blocks(picture))))
+    block = silu(group_norm(max_pool(conv 3 x 3))), the later ones without max_pool
+
+It is trained like a model of the class given the picture: y is the picture, cond its class.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cgkernels.random import STREAM_AUGMENTATION, uniform
+from cgm.model import Model
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Size of the network, and what it is trained with."""
+
+    # Shape (C, H, W) of a picture.
+    event_shape: tuple[int, int, int] = (1, 28, 28)
+    # Number of classes.
+    num_classes: int = 10
+    # Width of each block, multiples of 8.
+    channels: tuple[int, ...] = (24, 48, 72, 72)
+    # Number of blocks, from the first, that halve the resolution.
+    pools: int = 2
+    # Side of the grid that the last features are averaged to.
+    grid: int = 3
+    # Share of the target that is spread over all classes.
+    label_smoothing: float = 0.1
+    # Training pictures are shifted by up to this many pixels each way.
+    shift: int = 1
+    # Training pictures are mirrored with probability one half.
+    mirror: bool = True
+
+
+class Classifier(Model):
+    """Logits (B, num_classes) of pictures (B, C, H, W) in [-1, 1]."""
+
+    family: ClassVar[str] = "classifier"
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = (config.event_shape[0], *config.channels)
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.MaxPool2d(2) if number <= config.pools else nn.Identity(),
+                    nn.GroupNorm(8, after),
+                    nn.SiLU(),
+                )
+                for number, (before, after) in enumerate(itertools.pairwise(widths), 1)
+            )
+        )
+        self.head = nn.Linear(config.channels[-1] * config.grid**2, config.num_classes)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
+        return self.head(self.features(y))
+
+    def features(self, y: Tensor) -> Tensor:
+        """What the last layer sees, (B, channels[-1] grid^2)."""
+        return F.adaptive_avg_pool2d(self.blocks(y), self.config.grid).flatten(1)
+
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "model",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """{"total": cross entropy with smoothed labels, "error": 0 or 1}, (B,) each."""
+        if cond is None:
+            raise ValueError("cond must be class ids (B,), got None")
+        config = self.config
+        logits = self(self._augment(y, seed, index))
+        total = F.cross_entropy(
+            logits, cond, label_smoothing=config.label_smoothing, reduction="none"
+        )
+        return {"total": total, "error": (logits.detach().argmax(1) != cond).float()}
+
+    def _augment(self, y: Tensor, seed: int | Tensor, index: Tensor | None) -> Tensor:
+        """Shifted and mirrored pictures; the border is filled with -1, black."""
+        n, _, height, width = y.shape
+        reach = self.config.shift
+        u = uniform(
+            (n, 3),
+            seed=seed,
+            index=index,
+            stream=STREAM_AUGMENTATION,
+            dtype=torch.float32,
+            device=y.device,
+        )
+        down, right = (u[:, :2, None] * (2 * reach + 1)).long().unbind(1)
+        rows = torch.arange(height, device=y.device) + down
+        columns = torch.arange(width, device=y.device) + right
+        if self.config.mirror:
+            columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
+        padded = F.pad(y, (reach,) * 4, value=-1.0)
+        picked = padded.gather(
+            2, rows[:, None, :, None].expand(-1, y.shape[1], -1, padded.shape[3])
+        )
+        return picked.gather(3, columns[:, None, None, :].expand(-1, y.shape[1], height, -1))

@@ -1,0 +1,1 @@
+"""The model families: one file each; `cgm.model` lists them by name."""

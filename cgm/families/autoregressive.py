@@ -1,0 +1,353 @@
+"""Conditional autoregressive model: p(y | cond) = product of p(y_i | y_<i, cond), by a transformer.
+
+A picture is the sequence of its quantised values: pixels in raster order, the channels of a pixel
+one after another, or as one colour of a palette. The condition is a prefix of that sequence: a
+class, tokens, the quantised values of a picture, or a start symbol alone; the code is the same for
+all.
+
+Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GPT (Chen et al.,
+         2020); classifier-free guidance arXiv:2207.12598.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cgkernels.checks import check_shape
+from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
+from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
+from cgm.model import Model, numbered, solver_options
+from cgm.networks.transformer import Transformer, TransformerConfig
+from cgm.sampling.decoding import Decoder, SamplingConfig
+
+
+# Config -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class AutoregressiveConfig:
+    """What is generated from what, and the network."""
+
+    # Shape (C, H, W) of what is generated.
+    event_shape: tuple[int, int, int] = (1, 28, 28)
+    # Kind of condition.
+    cond_kind: Literal["none", "class", "image", "tokens"] = "none"
+    # Number of classes, or of different tokens.
+    num_classes: int = 0
+    # Shape of one condition: (C, H, W) of a picture, (M,) of tokens, else ().
+    cond_shape: tuple[int, ...] = ()
+
+    # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit picture.
+    levels: int = 16
+    # Colours of two channels that a pixel of what is generated can have, in place of levels: both
+    # channels are one choice.
+    palette: Palette = ()
+    # Blocks of the transformer.
+    layers: int = 4
+    # Width of its residual stream.
+    width: int = 96
+    # Query heads.
+    heads: int = 4
+    # Key and value heads, a divisor of `heads`; 0: as many as query heads.
+    kv_heads: int = 0
+    # Width of the MLP.
+    hidden: int = 256
+    # Normalisation.
+    norm: Literal["rms", "layer"] = "rms"
+    # Activation of the MLP.
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    # How positions enter: rotation by the place in the sequence, by row and column, or a learned
+    # vector each.
+    positions: Literal["rotary", "rotary_2d", "learned"] = "rotary_2d"
+    # Base of the wavelengths of rotary positions, which are up to 2 pi times it, in places or rows.
+    rope_base: float = 10000.0
+    # Share of training examples whose condition is dropped, so that guidance has its other half.
+    cond_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.event_shape) != 3 or min(self.event_shape) < 1:
+            raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"levels must be from 2 to 256, got {self.levels}")
+        check_palette(self.palette, self.event_shape)
+        if self.cond_kind in ("class", "tokens") and self.num_classes < 1:
+            raise ValueError(f"num_classes must be positive for {self.cond_kind} conditions")
+        if self.cond_kind == "image" and (len(self.cond_shape) != 3 or min(self.cond_shape) < 1):
+            raise ValueError(f"cond_shape must be (C, H, W) for pictures, got {self.cond_shape}")
+        if self.cond_kind == "tokens" and len(self.cond_shape) != 1:
+            raise ValueError(f"cond_shape must be (M,) for tokens, got {self.cond_shape}")
+        if not 0 <= self.cond_dropout < 1:
+            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
+        if self.positions == "rotary_2d" and self.width // self.heads % 4:
+            raise ValueError(
+                "heads must leave a multiple of 4 of width to each for rotary_2d positions, "
+                f"got {self.width} / {self.heads}"
+            )
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the condition."""
+        return math.prod(self.cond_shape) if self.cond_kind in ("image", "tokens") else 1
+
+    @property
+    def choices(self) -> int:
+        """What a value of the sequence can be."""
+        return len(self.palette) or self.levels
+
+    @property
+    def sequence_shape(self) -> tuple[int, int, int]:
+        """Shape (values of a pixel, H, W) of the sequence of a picture."""
+        return (1 if self.palette else self.event_shape[0], *self.event_shape[1:])
+
+
+# Model --------------------------------------------------------------------------------------------
+class ConditionalTransformer(Model):
+    """Autoregressive model of p(y | cond); `loss`, `log_prob` and `sample` of all families.
+
+    Tokens: value v of channel c of y is c levels + v, colour k of a palette is k; then come the
+    values of a condition picture (channel by channel alike), the classes or the tokens, and last
+    the symbol "no condition".
+    """
+
+    family: ClassVar[str] = "autoregressive"
+    sampling_config: ClassVar[type[SamplingConfig]] = SamplingConfig
+    discrete: ClassVar[bool] = True
+
+    palette: Tensor  # (colours, 2)
+
+    def __init__(self, config: AutoregressiveConfig) -> None:
+        super().__init__()
+        self.config = config
+        symbols = {
+            "none": 0,
+            "class": config.num_classes,
+            "tokens": config.num_classes,
+            "image": config.levels * (config.cond_shape or (0,))[0],
+        }[config.cond_kind]
+        self.register_buffer("palette", torch.tensor(config.palette), persistent=False)
+        self.first_symbol = config.sequence_shape[0] * config.choices
+        self.null = self.first_symbol + symbols
+        self.transformer = Transformer(
+            TransformerConfig(
+                vocabulary=self.null + 1,
+                length=config.prefix_length + math.prod(config.sequence_shape),
+                outputs=config.choices,
+                layers=config.layers,
+                width=config.width,
+                heads=config.heads,
+                kv_heads=config.kv_heads,
+                hidden=config.hidden,
+                norm=config.norm,
+                activation=config.activation,
+                positions="learned" if config.positions == "learned" else "rotary",
+                rope_base=config.rope_base,
+            )
+        )
+
+    def compile_networks(self, mode: str) -> None:
+        """Puts the token step under torch.compile."""
+        step = torch.compile(self.transformer.step, mode=mode, dynamic=False)
+        self.transformer.step = step  # type: ignore[method-assign]
+
+    def int8(self) -> "ConditionalTransformer":
+        """A copy for sampling and likelihoods, with weights of 8 bits."""
+        twin = copy.copy(self)
+        twin._modules = {"transformer": self.transformer.int8()}
+        return twin
+
+    # Likelihood -----------------------------------------------------------------------------------
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "model",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of each example, all positions at once (teacher forcing).
+
+        y is (B, C, H, W) in [-1, 1]; which conditions are dropped depends on (seed, index) only.
+        Returns {"total": (B,) nats per dimension, "bits": (B,) bits per dimension}.
+        """
+        self.check_phase(phase)
+        rows = self._check(y, cond)
+        prefix = self._prefix(cond, rows, y.device)
+        dropout = self.config.cond_dropout
+        if cond is not None and dropout > 0:
+            if index is None:
+                index = torch.arange(rows, device=y.device)
+            u = uniform((rows,), seed=seed, index=index, stream=STREAM_CONDITION_DROPOUT)
+            prefix = torch.where((u < dropout)[:, None], self.null, prefix)
+        total = -self._log_probs(y, prefix).sum(1) / math.prod(self.config.event_shape)
+        return {"total": total, "bits": total / math.log(2)}
+
+    @torch.no_grad()
+    def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """Exact log p(y | cond) in nats, (B,), of the picture quantised to `levels` or `palette`.
+
+        In bits per dimension it is -log_prob / (C H W ln 2).
+        """
+        rows = self._check(y, cond)
+        return self._log_probs(y, self._prefix(cond, rows, y.device)).sum(1)
+
+    def _log_probs(self, y: Tensor, prefix: Tensor) -> Tensor:
+        """log p of each value (B, L) of y, float32."""
+        values = self._values(y)
+        inputs = torch.cat([prefix, self._tokens(values)[:, :-1]], 1)
+        logits = self.transformer(inputs, self._rope(y.device))[:, prefix.shape[1] - 1 :]
+        flat = F.cross_entropy(logits.float().flatten(0, 1), values.flatten(), reduction="none")
+        return -flat.view_as(values)
+
+    # Sampling -------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+        given: Tensor | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Samples of p(y | cond), in [-1, 1].
+
+        Args:
+            n: draws for each condition, which share its prefix; None: one, without the leading
+                dimension.
+            cond: (B,) class ids, (B, C, H, W) pictures or (B, M) tokens; None for a model without
+                condition, or for p(y) where training dropped conditions.
+            seed: 64-bit int or one-element int64 tensor.
+            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
+                the number of each sample.
+            given: (B, C, H', W), the upper rows of each picture, which are kept; without cond
+                (1, C, H', W).
+            solver: fields of `SamplingConfig`.
+
+        Returns:
+            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
+            (seed, number of its condition, draw) and on nothing else.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        options = solver_options(SamplingConfig, solver)
+        config, device = self.config, self.transformer.embedding.weight.device
+        rows, shape, index = numbered(n, cond, index, device)
+        self.check_sampling(cond, rows, config.num_classes - 1, options.guidance)
+        conditions = 1 if cond is None else rows
+        if given is not None:
+            channels, height, width = config.event_shape
+            if given.dim() != 4 or not 0 < given.shape[2] < height:
+                raise ValueError(
+                    f"given must have from 1 to {height - 1} rows, got shape {tuple(given.shape)}"
+                )
+            check_shape("given", given, (conditions, channels, given.shape[2], width))
+        if index.numel() == 0:
+            return torch.empty((*shape, *config.event_shape), device=device)
+        prefix = self._prefix(None if cond is None else cond.to(device), conditions, device)
+        total, guided = math.prod(config.sequence_shape), options.guidance != 1
+        if guided:  # the unconditional prefixes differ by what is given, if at all
+            null = torch.full_like(prefix if given is not None else prefix[:1], self.null)
+            prefix = torch.cat([null, prefix])
+        known = torch.empty(conditions, 0, dtype=torch.int64, device=device)
+        if given is not None:
+            known = self._values(given.to(device))
+            prefix = torch.cat([prefix, self._tokens(known).repeat(1 + guided, 1)], 1)
+        of_condition = torch.arange(len(index), device=device) % conditions
+        order = of_condition
+        if guided:
+            nulls = len(prefix) - conditions
+            order = torch.cat([order % nulls, nulls + order])
+        run = Decoder(
+            self.transformer, prefix, order, total - known.shape[1], options,
+            seed=seed, index=index, rope=self._rope(device), first=known.shape[1],
+            offsets=self._offsets(total, device) if config.sequence_shape[0] > 1 else None,
+        )  # fmt: skip
+        values = torch.cat([known[of_condition], run.run()], 1)
+        return self._pictures(values).view(*shape, *config.event_shape)
+
+    # Tokens ---------------------------------------------------------------------------------------
+    def _values(self, y: Tensor) -> Tensor:
+        """Values (B, L) of pictures (B, C, H, W), in the order of the sequence."""
+        if self.config.palette:
+            return to_palette(y, self.palette).flatten(1)
+        return quantise(y, self.config.levels)
+
+    def _pictures(self, values: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) of values (B, L)."""
+        if self.config.palette:
+            colours = self.palette[values].movedim(1, 2)
+            return colours.unflatten(2, self.config.event_shape[1:]).contiguous()
+        return dequantise(values, self.config.levels, self.config.event_shape)
+
+    def _tokens(self, values: Tensor) -> Tensor:
+        """Tokens of values (B, L)."""
+        return values + self._offsets(values.shape[1], values.device)
+
+    def _offsets(self, length: int, device: torch.device) -> Tensor:
+        """What is added to the value at each position for its token."""
+        channels = self.config.sequence_shape[0]
+        return torch.arange(length, device=device) % channels * self.config.choices
+
+    def _prefix(self, cond: Tensor | None, rows: int, device: torch.device) -> Tensor:
+        """Tokens (B, M) of the condition."""
+        config = self.config
+        if cond is None:
+            return torch.full((rows, config.prefix_length), self.null, device=device)
+        if config.cond_kind == "image":
+            values = quantise(cond, config.levels)
+            channel = torch.arange(values.shape[1], device=device) % config.cond_shape[0]
+            return self.first_symbol + channel * config.levels + values
+        return self.first_symbol + (cond[:, None] if config.cond_kind == "class" else cond)
+
+    def _rope(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Rotary table of the whole sequence of inputs (the last value of y is none)."""
+        config = self.config
+        if config.positions == "learned":
+            return None
+        length = config.prefix_length + math.prod(config.sequence_shape) - 1
+        if config.positions == "rotary":
+            return self.transformer.rope_table(torch.arange(length, device=device))
+        # Rows and columns; a condition picture stands above, other conditions in the corner.
+        places = _raster(config.sequence_shape, device)[:-1]
+        before = torch.zeros(config.prefix_length, 2, device=device)
+        if config.cond_kind == "image":
+            before = _raster(config.cond_shape, device)
+            before[:, 0] -= config.cond_shape[1]
+        return self.transformer.rope_table(torch.cat([before, places]))
+
+    # Checks ---------------------------------------------------------------------------------------
+    def _check(self, y: Tensor, cond: Tensor | None) -> int:
+        check_shape("y", y, (y.shape[0], *self.config.event_shape))
+        if not y.is_floating_point():
+            raise TypeError(f"y must be floating, got {y.dtype}")
+        self.check_cond(cond, y.shape[0], self.config.num_classes - 1)
+        return y.shape[0]
+
+
+def quantise(y: Tensor, levels: int) -> Tensor:
+    """Values 0 .. levels - 1 of pictures (B, C, H, W) in [-1, 1], in the order of the sequence.
+
+    They are the bins of `cgm.data.quantization`.
+    """
+    return to_bins(y.movedim(1, 3).flatten(1), levels)
+
+
+def dequantise(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
+    """Pictures (B, C, H, W) in [-1, 1] of values (B, C H W)."""
+    channels, height, width = shape
+    pictures = from_bins(values, levels).view(-1, height, width, channels)
+    return pictures.movedim(3, 1).contiguous()
+
+
+def _raster(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(row, column) of each element of the sequence, (H W C, 2) float32."""
+    channels, height, width = shape
+    rows = torch.arange(height, device=device, dtype=torch.float32)
+    columns = torch.arange(width, device=device, dtype=torch.float32)
+    return torch.cartesian_prod(rows, columns).repeat_interleave(channels, 0)

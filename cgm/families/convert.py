@@ -1,0 +1,170 @@
+"""Published pix2pix and CycleGAN checkpoints as models of ours.
+
+file                   beside it                                        becomes
+PREFIXnet_G_A.pth      PREFIXnet_G_B.pth; PREFIXnet_D_A.pth and _D_B    CycleGAN
+PREFIXnet_G.pth        PREFIXnet_D.pth                                  Pix2Pix
+any other              -                                                Pix2Pix
+
+Discriminators may be missing; those get initial weights. What a file cannot tell is asked for, the
+side of the pictures and the dropout of a U-Net, or has its default: the objective, which only
+further training needs.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cgm.families.cyclegan import CycleGAN, CycleGANConfig
+from cgm.families.gan import Pix2Pix, Pix2PixConfig
+from cgm.model import Model, make_model
+from cgm.networks.patch_discriminator import PatchDiscriminator
+from cgm.networks.published import load_published, network_of
+from cgm.networks.resnet_generator import ResnetGenerator
+from cgm.networks.unet_generator import UNetGenerator
+
+Generator = UNetGenerator | ResnetGenerator
+
+
+def convert_published(
+    file: str | Path, *, size: int = 256, dropout: bool = True
+) -> tuple[Model, dict[str, str]]:
+    """The model of a generator's file, and in words where each of its networks comes from.
+
+    Args:
+        file: of a generator, as above; read without running code.
+        size: side of the pictures in pixels.
+        dropout: whether a U-Net for pix2pix has it; its parameters do not tell.
+
+    Raises:
+        ValueError: a file cannot be read, is no such network or does not fit the others, the other
+            generator of a CycleGAN is missing, or the size does not fit. The message names the
+            file.
+    """
+    file = Path(file)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a positive whole number of pixels, got {size!r}")
+    named = re.fullmatch(r"(.*)net_(G|G_A|G_B)\.pth", file.name)
+    prefix, part = named.groups() if named else ("", "")
+    if part == "G_B":
+        raise ValueError(f"{file}: is for the way back; convert {prefix}net_G_A.pth beside it")
+    if part == "G_A":
+        sides = {s: file.with_name(f"{prefix}net_D_{s.upper()}.pth") for s in "ab"}
+        return _cyclegan(file, file.with_name(f"{prefix}net_G_B.pth"), sides, size)
+    return _pix2pix(file, file.with_name(f"{prefix}net_D.pth") if named else None, size, dropout)
+
+
+def _pix2pix(
+    file: Path, judge_file: Path | None, size: int, dropout: bool
+) -> tuple[Model, dict[str, str]]:
+    generator = _generator(file, dropout)
+    fields = _fields(generator, size) | {"dropout": generator.config.dropout}
+    channels = generator.config.in_channels + generator.config.out_channels
+    networks: dict[str, tuple[nn.Module, Path]] = {"generator": (generator, file)}
+    if judge_file is not None and judge_file.exists():
+        judge = _discriminator(judge_file, generator, channels)
+        networks["discriminator"] = judge, judge_file
+        fields |= {"patch": judge.config.patch, "discriminator_width": judge.config.width}
+    return _model(Pix2Pix, Pix2PixConfig, fields, networks)
+
+
+def _cyclegan(
+    file: Path, back_file: Path, judge_files: dict[str, Path], size: int
+) -> tuple[Model, dict[str, str]]:
+    if not back_file.exists():
+        raise ValueError(f"{back_file}: is missing: a CycleGAN has it beside {file.name}")
+    there, back = _generator(file, False), _generator(back_file, False)
+    for generator, of in ((there, file), (back, back_file)):
+        if generator.config.dropout:
+            raise ValueError(f"{of}: has dropout, which a CycleGAN has not here")
+    a, b = there.config.in_channels, there.config.out_channels
+    mirrored = dataclasses.replace(there.config, in_channels=b, out_channels=a)
+    if back.config != mirrored:
+        raise ValueError(f"{back_file}: must be {mirrored} to fit {file.name}, got {back.config}")
+    fields = _fields(there, size)
+    if a != b:
+        fields["identity_weight"] = 0.0  # no picture is of both kinds
+    networks: dict[str, tuple[nn.Module, Path]] = {
+        "generator_a": (there, file), "generator_b": (back, back_file)
+    }  # fmt: skip
+    judged = {"a": b, "b": a}
+    for side, judge_file in judge_files.items():
+        if not judge_file.exists():
+            continue
+        judge = _discriminator(judge_file, there, judged[side])
+        found = {"patch": judge.config.patch, "discriminator_width": judge.config.width}
+        if fields.keys() & found.keys() and fields != fields | found:
+            raise ValueError(f"{judge_file}: must be of the size of {judge_files['a'].name}")
+        fields |= found
+        networks[f"discriminator_{side}"] = judge, judge_file
+    return _model(CycleGAN, CycleGANConfig, fields, networks)
+
+
+def _model(
+    family: type[Model],
+    config_class: type[Any],
+    fields: dict[str, Any],
+    networks: dict[str, tuple[nn.Module, Path]],
+) -> tuple[Model, dict[str, str]]:
+    try:
+        config = config_class(**fields)
+    except ValueError as error:
+        raise ValueError(f"size must fit the network: {error}") from error
+    model = make_model(family, config)
+    sources = {}
+    for name, network in model.named_children():
+        if name in networks:
+            network.load_state_dict(networks[name][0].state_dict())
+            sources[name] = networks[name][1].name
+        elif isinstance(network, PatchDiscriminator):
+            sources[name] = "no file: initial weights"
+    return model.eval(), sources
+
+
+def _fields(generator: Generator, size: int) -> dict[str, Any]:
+    """Of the config of a model."""
+    config = generator.config
+    return {
+        "event_shape": (config.out_channels, size, size),
+        "cond_shape": (config.in_channels, size, size),
+        "width": config.width,
+        "norm": config.norm,
+        **(
+            {"generator": "unet", "depth": generator.config.downs}
+            if isinstance(generator, UNetGenerator)
+            else {"generator": "resnet", "depth": generator.config.blocks}
+        ),
+    }
+
+
+def _network(file: Path, dropout: bool) -> nn.Module:
+    state = load_published(file)
+    try:
+        return network_of(state, dropout=dropout)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _generator(file: Path, dropout: bool) -> Generator:
+    network = _network(file, dropout)
+    if not isinstance(network, Generator):
+        raise ValueError(f"{file}: must be of a generator, holds a {type(network).__name__}")
+    return network
+
+
+def _discriminator(file: Path, generator: Generator, channels: int) -> PatchDiscriminator:
+    """One that judges so many channels, normalised as the generator is."""
+    network = _network(file, False)
+    if not isinstance(network, PatchDiscriminator):
+        raise ValueError(f"{file}: must be of a discriminator, holds a {type(network).__name__}")
+    got, norm = network.config, generator.config.norm
+    if (got.in_channels, got.norm, got.spectral_norm) != (channels, norm, False):
+        spectral = ", spectral norm" if got.spectral_norm else ""
+        raise ValueError(
+            f"{file}: must be for {channels} channels with norm {norm} to fit the generator, "
+            f"is for {got.in_channels} with norm {got.norm}{spectral}; without this file the "
+            "discriminator gets initial weights"
+        )
+    return network

@@ -1,0 +1,209 @@
+"""CycleGAN: from pictures of one kind to pictures of another, from examples without partners.
+
+    generator:      L(D_y(F(x)), generator) + L(D_x(G(y)), generator)
+                    + lambda (|G(F(x)) - x|_1 + |F(G(y)) - y|_1)
+                    + lambda mu (|F(y) - y|_1 + |G(x) - x|_1)
+    discriminator:  (L(D_y(y), real) + L(D_y(F(x)), fake)) / 2 + the same of D_x, x and G(y)
+
+F makes y of the condition x, G makes x of y; L is the mean of `cgkernels.patch_loss` over patches,
+|.|_1 the mean over values. Discriminators are shown about half pictures of earlier steps.
+
+Source   Zhu et al., arXiv:1703.10593; least squares: Mao et al., arXiv:1611.04076; pool:
+         Shrivastava et al., arXiv:1612.07828.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from cgkernels.checks import check_shape
+from cgm.families.gan_losses import (
+    IMAGE_TO_IMAGE_TRAINING,
+    AdversarialModel,
+    ImagePool,
+    ImageToImageConfig,
+    Loss,
+    channels_last,
+    check_weights,
+    discriminator_loss,
+    image_generator,
+    once,
+    row_loss,
+)
+from cgm.model import numbered, solver_options
+from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+
+
+# Config -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CycleGANConfig(ImageToImageConfig):
+    """What is generated from what, the four networks, and the objective."""
+
+    # Generators: residual blocks, or a U-Net, for sides that are multiples of 2^depth.
+    generator: Literal["unet", "resnet"] = "resnet"
+    # Normalisation in all networks.
+    norm: Literal["batch", "instance", "none"] = "instance"
+    # Loss of a patch.
+    loss: Loss = "lsgan"
+    # Weight of what the discriminators say.
+    adversarial_weight: float = 1.0
+    # Weight lambda of the way there and back.
+    cycle_weight: float = 10.0
+    # Weight mu, a factor of lambda, of leaving alone what is of the wanted kind.
+    identity_weight: float = 0.5
+    # Pictures of earlier steps that are kept for each discriminator; 0: none.
+    pool: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weights(self, "adversarial_weight", "cycle_weight", "identity_weight", "pool")
+        if self.identity_weight and self.event_shape != self.cond_shape:
+            raise ValueError(
+                f"identity_weight must be 0 between pictures of different channels, "
+                f"{self.cond_shape} and {self.event_shape}"
+            )
+
+
+@dataclass(frozen=True)
+class CycleGANSampling:
+    """Which way."""
+
+    # forward makes y of conditions, back makes conditions of y.
+    way: Literal["forward", "back"] = "forward"
+
+
+# Model --------------------------------------------------------------------------------------------
+class CycleGAN(AdversarialModel):
+    """Pictures from pictures, learned from two unrelated sets; `loss` and `sample` of all families.
+
+    Names as published: generator_a makes y (kind B) of conditions (kind A) and discriminator_a
+    judges it; generator_b and discriminator_b are those of the way back.
+    """
+
+    family: ClassVar[str] = "cyclegan"
+    phases: ClassVar[tuple[str, ...]] = ("generator", "discriminator")
+    sampling_config: ClassVar[type[CycleGANSampling]] = CycleGANSampling
+    unpaired: ClassVar[bool] = True
+    training_defaults: ClassVar[dict[str, Any]] = IMAGE_TO_IMAGE_TRAINING
+
+    def __init__(self, config: CycleGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        a, b = config.cond_shape, config.event_shape
+        self.generator_a = image_generator(config, a[0], b[0], dropout=False)
+        self.generator_b = image_generator(config, b[0], a[0], dropout=False)
+
+        def discriminator(shape: tuple[int, ...]) -> PatchDiscriminator:
+            return PatchDiscriminator(
+                PatchDiscriminatorConfig(
+                    in_channels=shape[0],
+                    patch=config.patch,
+                    width=config.discriminator_width,
+                    norm=config.norm,
+                )
+            )
+
+        self.discriminator_a, self.discriminator_b = discriminator(b), discriminator(a)
+        self.pool_a, self.pool_b = ImagePool(config.pool, b), ImagePool(config.pool, a)
+        channels_last(self)
+
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "generator",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+        shared: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The objective of a phase, of each row; rows of y and cond need not belong together.
+
+        y and cond are pictures (B, C, H, W) in [-1, 1]. In training mode the discriminators see
+        pictures of the pool, drawn by (seed, index). Returns {"total", "adversarial_a",
+        "adversarial_b", "cycle_a", "cycle_b"} and "identity" of the generators, and {"total",
+        "real_a", "fake_a", "real_b", "fake_b"} of the discriminators.
+        """
+        self.check_phase(phase)
+        config, rows = self.config, y.shape[0]
+        check_shape("y", y, (rows, *config.event_shape))
+        self.check_cond(cond, rows, 0)
+        assert cond is not None  # check_cond wants one
+        cond, y = (t.contiguous(memory_format=torch.channels_last) for t in (cond, y))
+        fake_y = once("y", lambda: self.generator_a(cond), shared)
+        fake_cond = once("cond", lambda: self.generator_b(y), shared)
+        if phase == "generator":
+            return self._generator_loss(y, cond, fake_y, fake_cond)
+        if self.training:
+            index = torch.arange(rows, device=y.device) if index is None else index
+            fake_y = self.pool_a.exchange(fake_y, seed=seed, index=index, step=0)
+            fake_cond = self.pool_b.exchange(fake_cond, seed=seed, index=index, step=1)
+        a = discriminator_loss(self.discriminator_a, None, y, fake_y, config.loss)
+        b = discriminator_loss(self.discriminator_b, None, cond, fake_cond, config.loss)
+        total = a.pop("total") + b.pop("total")
+        return {
+            "total": total,
+            **{f"{name}_a": value for name, value in a.items()},
+            **{f"{name}_b": value for name, value in b.items()},
+        }
+
+    def _generator_loss(
+        self, y: Tensor, cond: Tensor, fake_y: Tensor, fake_cond: Tensor
+    ) -> dict[str, Tensor]:
+        config = self.config
+        parts = {
+            "adversarial_a": row_loss(self.discriminator_a, None, fake_y, config.loss, "generator"),
+            "adversarial_b": row_loss(
+                self.discriminator_b, None, fake_cond, config.loss, "generator"
+            ),
+            "cycle_a": _distance(self.generator_b(fake_y), cond),
+            "cycle_b": _distance(self.generator_a(fake_cond), y),
+        }
+        total = config.adversarial_weight * (parts["adversarial_a"] + parts["adversarial_b"])
+        total = total + config.cycle_weight * (parts["cycle_a"] + parts["cycle_b"])
+        if config.identity_weight:
+            same = _distance(self.generator_a(y), y) + _distance(self.generator_b(cond), cond)
+            parts["identity"] = same
+            total = total + config.cycle_weight * config.identity_weight * same
+        return {"total": total, **parts}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        cond: Tensor,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Pictures (B, C, H, W) in (-1, 1) of pictures (B, C', H, W); (n, B, C, H, W), n times one.
+
+        There is no noise: seed and index change nothing. solver: fields of `CycleGANSampling`; with
+        way="back" cond are pictures like y, of which conditions are made.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        options = solver_options(CycleGANSampling, solver)
+        if options.way not in ("forward", "back"):
+            raise ValueError(f"way must be forward or back, got {options.way!r}")
+        shapes = [self.config.cond_shape, self.config.event_shape]
+        made, given = shapes if options.way == "back" else reversed(shapes)
+        device = next(self.parameters()).device
+        rows, shape, index = numbered(n, cond, index, device)
+        check_shape("cond", cond, (rows, *given))
+        if not cond.is_floating_point():
+            raise TypeError(f"cond must be floating, got {cond.dtype}")
+        if index.numel() == 0:
+            return torch.empty((*shape, *made), device=device)
+        generator = self.generator_b if options.way == "back" else self.generator_a
+        y = generator(cond.contiguous(memory_format=torch.channels_last))
+        return y.repeat(len(index) // rows, 1, 1, 1).contiguous().view(*shape, *made)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of each row."""
+    return (a - b).abs().flatten(1).mean(1)

@@ -1,0 +1,440 @@
+"""Conditional diffusion: a denoiser p(y | cond), trained by noise prediction, sampled by solvers.
+
+    x_t = alpha_t y + sigma_t z       loss = weight_t mean((network(x_t, t, cond) - target)^2)
+
+Condition: class ids, a picture concatenated to the input, tokens by cross-attention, or none.
+Source   DDPM arXiv:2006.11239; v prediction arXiv:2202.00512; classifier-free guidance
+         arXiv:2207.12598; learned variance arXiv:2102.09672; min-SNR weights arXiv:2303.09556.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cgkernels
+from cgkernels.checks import as_seed, check_shape
+from cgkernels.random import (
+    STREAM_CONDITION_DROPOUT,
+    STREAM_INITIAL,
+    STREAM_TRAINING,
+    uniform,
+)
+from cgkernels.samplers import make_schedule, make_table, x0_coefficients
+from cgm.model import Model, numbered, solver_options
+from cgm.networks.unet import KeysValues, UNet
+from cgm.sampling.cuda_graph import captured
+
+
+# Config -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What is generated from what, the network, and what it learns."""
+
+    # Shape (C, H, W) of what is generated.
+    event_shape: tuple[int, int, int] = (1, 28, 28)
+    # Kind of condition.
+    cond_kind: Literal["none", "class", "image", "tokens"] = "none"
+    # Number of classes, or of different tokens.
+    num_classes: int = 0
+    # Shape of one condition: (C, H, W) of a picture, (M,) of tokens, else ().
+    cond_shape: tuple[int, ...] = ()
+
+    # Width of the U-Net at full resolution.
+    channels: int = 32
+    # Width of each level as a multiple of `channels`; each level halves the resolution.
+    multipliers: tuple[int, ...] = (1, 2)
+    # Residual blocks a level.
+    blocks: int = 2
+    # Self-attention (and cross-attention to tokens) in this many of the lowest levels.
+    attention_levels: int = 1
+    # Attention heads.
+    heads: int = 4
+    # Side of the squares of pixels that enter the U-Net as one.
+    patch: int = 2
+
+    # Timesteps of the noise schedule.
+    timesteps: int = 1000
+    # Noise schedule.
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "cosine"
+    # Shift the schedule so that its last timestep is noise alone.
+    zero_terminal_snr: bool = False
+    # What the network predicts.
+    prediction: Literal["epsilon", "x0", "v"] = "v"
+    # Weight of each timestep in the loss.
+    weighting: Literal["none", "min_snr"] = "min_snr"
+    # Predict the variance of the steps too, for the sampler ddpm.
+    learned_variance: bool = False
+    # Weight of the variational bound, from which the variance is learned.
+    bound_weight: float = 0.001
+    # Share of training examples whose condition is dropped, so that guidance has its other half.
+    cond_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.event_shape) != 3 or min(self.event_shape) < 1:
+            raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
+        for name in ("channels", "blocks", "heads", "patch", "timesteps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be positive, got {self.multipliers}")
+        if not 0 <= self.attention_levels <= len(self.multipliers):
+            raise ValueError(
+                f"attention_levels must be from 0 to {len(self.multipliers)}, the number of "
+                f"multipliers, got {self.attention_levels}"
+            )
+        if any(n % self.patch for n in self.event_shape[1:]):
+            raise ValueError(
+                f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
+            )
+        if self.cond_kind in ("class", "tokens") and self.num_classes < 1:
+            raise ValueError(f"num_classes must be positive for {self.cond_kind} conditions")
+        if self.cond_kind == "image" and self.cond_shape[1:] != self.event_shape[1:]:
+            raise ValueError(
+                f"cond_shape must have the height and width of event_shape {self.event_shape}, "
+                f"got {self.cond_shape}: a condition picture is concatenated to the input"
+            )
+        if self.cond_kind == "tokens" and len(self.cond_shape) != 1:
+            raise ValueError(f"cond_shape must be (M,) for tokens, got {self.cond_shape}")
+        if not 0 <= self.cond_dropout < 1:
+            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
+        if self.prediction == "epsilon" and self.zero_terminal_snr:
+            raise ValueError("prediction must be x0 or v with zero_terminal_snr, got epsilon")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How `ConditionalDiffusion.sample` solves."""
+
+    # Solver.
+    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m"] = "ddim"
+    # Number of steps, each one call of the network.
+    steps: int = 50
+    # Guidance scale s of u + s (c - u); 1 is the plain conditional model and half the work.
+    guidance: float = 1.0
+    # Which of the training timesteps are used.
+    spacing: Literal["leading", "linspace", "trailing"] = "trailing"
+    # Noise of ddim: 0 is deterministic, 1 as much as ddpm.
+    eta: float = 0.0
+    # Variance of ddpm; a model with a learned variance uses that one.
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    # Clip each prediction of y to the range of the data, [-1, 1].
+    clip: bool = True
+    # On a GPU, replay one captured step instead of launching every kernel.
+    graph: bool = True
+
+
+# Model --------------------------------------------------------------------------------------------
+class ConditionalDiffusion(Model):
+    """Diffusion model of p(y | cond); `loss` and `sample` follow the protocol of all families."""
+
+    family: ClassVar[str] = "diffusion"
+    sampling_config: ClassVar[type[SamplingConfig]] = SamplingConfig
+
+    noise_table: Tensor  # (T, 2): alpha_t, sigma_t
+    loss_weights: Tensor  # (T,)
+    bound_table: Tensor  # (T, 6), with a learned variance
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.event_shape[0]
+        tokens = config.cond_kind == "tokens"
+        self.unet = UNet(
+            in_channels=channels + (config.cond_shape[0] if config.cond_kind == "image" else 0),
+            out_channels=channels * (2 if config.learned_variance else 1),
+            channels=config.channels,
+            multipliers=tuple(config.multipliers),
+            blocks=config.blocks,
+            attention_levels=config.attention_levels,
+            heads=config.heads,
+            patch=config.patch,
+            num_classes=config.num_classes if config.cond_kind == "class" else 0,
+            vocabulary=config.num_classes if tokens else 0,
+            token_length=config.cond_shape[0] if tokens else 0,
+        )
+        self.schedule = make_schedule(
+            config.schedule, config.timesteps, zero_terminal_snr=config.zero_terminal_snr
+        )
+        weights = self.schedule.loss_weights(config.prediction, config.weighting)
+        self.register_buffer("noise_table", self.schedule.training_table(), persistent=False)
+        self.register_buffer("loss_weights", weights, persistent=False)
+        if config.learned_variance:
+            bound = _bound_table(self.schedule.alphas_cumprod, config.prediction)
+            self.register_buffer("bound_table", bound, persistent=False)
+
+    # Loss -----------------------------------------------------------------------------------------
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "model",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Denoising loss of each example at one random timestep.
+
+        y is (B, C, H, W) in [-1, 1]; noise, timestep and condition dropout of an example depend on
+        (seed, index) only. Returns {"total": (B,), "denoising": (B,)}, with a learned variance also
+        "bound", in bits per dimension.
+        """
+        self.check_phase(phase)
+        config = self.config
+        check_shape("y", y, (y.shape[0], *config.event_shape))
+        rows = y.shape[0]
+        self.check_cond(cond, rows, self._highest())
+        if index is None:
+            index = torch.arange(rows, device=y.device)
+        draws: dict[str, Any] = {"seed": seed, "index": index}
+        u = uniform((rows,), step=1, stream=STREAM_TRAINING, dtype=torch.float32, **draws)
+        t = (u * config.timesteps).long()
+        noise: dict[str, Any] = {
+            "table": self.noise_table, "t": t, "target": config.prediction, **draws
+        }  # fmt: skip
+        x_t, _ = cgkernels.add_noise(y, **noise)
+        null = self._null_cond(rows)
+        if cond is None:
+            cond = null
+        elif null is not None and config.cond_dropout > 0:
+            u = uniform((rows,), stream=STREAM_CONDITION_DROPOUT, **draws)
+            drop = (u < config.cond_dropout).view(-1, *(1,) * (cond.dim() - 1))
+            cond = torch.where(drop, null, cond)
+        film, picture, context = self._encode(cond)
+        film = self.unet.time_film(t) if film is None else self.unet.time_film(t) + film
+        out = self.unet(x_t if picture is None else torch.cat([x_t, picture], 1), film, context)
+        prediction = out[:, : y.shape[1]]
+        denoising = cgkernels.diffusion_loss(prediction, y, weight=self.loss_weights[t], **noise)
+        parts = {"total": denoising, "denoising": denoising}
+        if config.learned_variance:
+            bound = self._bound(y, x_t, prediction.detach(), out[:, y.shape[1] :], t)
+            parts["bound"] = bound
+            parts["total"] = denoising + config.bound_weight * config.timesteps * bound
+        return parts
+
+    def _bound(self, y: Tensor, x_t: Tensor, prediction: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """The term of timestep t of the variational bound, bits per dimension, (B,).
+
+        KL(q(x_{t-1} | x_t, y) || p(x_{t-1} | x_t)), at t = 0 the discretised -log p(y | x_0).
+        arXiv:2102.09672, section 3.1.
+        """
+        y, x_t, prediction, v = (a.float() for a in (y, x_t, prediction, v))
+        a0, a1, from_y, from_x, log_small, log_large = self.bound_table[t].T[..., None, None, None]
+        y_hat = (a0 * x_t + a1 * prediction).clamp(-1, 1)
+        log_variance = log_small + (v + 1) / 2 * (log_large - log_small)
+        distance = from_y * (y - y_hat)  # between the two means
+        mean = from_y * y_hat + from_x * x_t
+        kl = 0.5 * (
+            log_variance - log_small + (log_small - log_variance).exp() - 1
+            + distance.square() * (-log_variance).exp()
+        )  # fmt: skip
+        nll = -_log_discretised_normal(y, mean, log_variance)
+        terms = torch.where((t == 0)[:, None, None, None], nll, kl)
+        return terms.flatten(1).mean(1) / math.log(2)
+
+    # Sampling -------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Samples of p(y | cond), in [-1, 1].
+
+        Args:
+            n: draws for each condition; None: one, without the leading dimension.
+            cond: (B,) class ids, (B, C, H, W) pictures or (B, M) tokens; None for a model without
+                condition, or for p(y) where training dropped conditions.
+            seed: 64-bit int or one-element int64 tensor.
+            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
+                the number of each sample.
+            solver: fields of `SamplingConfig`.
+
+        Returns:
+            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
+            (seed, number of its condition, draw) and on nothing else.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        options = solver_options(SamplingConfig, solver)
+        if not math.isfinite(options.guidance):
+            raise ValueError(f"guidance must be finite, got {options.guidance}")
+        config, device = self.config, self.noise_table.device
+        rows, shape, index = numbered(n, cond, index, device)
+        self.check_sampling(cond, rows, self._highest(), options.guidance)
+        elements = (*shape, *config.event_shape)
+        if index.numel() == 0:
+            return torch.empty(elements, device=device)
+        run = _Run(self, cond, index, as_seed(seed, device)[0], options)
+        return run.solve().reshape(elements)
+
+    # Conditions -----------------------------------------------------------------------------------
+    def _null_cond(self, rows: int) -> Tensor | None:
+        """What stands for "no condition": the id after the last, or an empty picture."""
+        config, device = self.config, self.noise_table.device
+        if config.cond_kind == "none":
+            return None
+        if config.cond_kind == "image":
+            return torch.zeros(rows, *config.cond_shape, device=device)
+        return torch.full((rows, *config.cond_shape), config.num_classes, device=device)
+
+    def _encode(
+        self, cond: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, list[KeysValues] | None]:
+        """What the U-Net needs of a condition: FiLM part, picture, context of the tokens."""
+        if cond is None:
+            return None, None, None
+        if self.config.cond_kind == "class":
+            return self.unet.class_film(cond), None, None
+        if self.config.cond_kind == "image":
+            return None, cond, None
+        return None, None, self.unet.token_context(cond)
+
+    def _highest(self) -> int:
+        return self.config.num_classes - (self.config.cond_kind == "class")  # tokens may be padded
+
+
+class _Run:
+    """One run of a solver: tensors that stay where they are, so that a step can be a CUDA graph.
+
+    The network's input is one buffer: with guidance its first half is unconditional, its second
+    conditional; of its channels the first are the state, the rest a condition picture that stays.
+    """
+
+    def __init__(
+        self,
+        model: ConditionalDiffusion,
+        cond: Tensor | None,
+        index: Tensor,
+        seed: Tensor,
+        options: SamplingConfig,
+    ) -> None:
+        config, device, rows = model.config, index.device, index.shape[0]
+        learned = config.learned_variance and options.sampler == "ddpm"
+        plan = make_table(
+            options.sampler,
+            model.schedule,
+            steps=options.steps,
+            prediction=config.prediction,
+            spacing=options.spacing,
+            clip=(-1.0, 1.0) if options.clip else None,
+            eta=options.eta,
+            variance="learned_range" if learned else options.variance,
+        )
+        self.unet, self.options, self.learned = model.unet, options, learned
+        self.channels = config.event_shape[0]
+        self.guided = options.guidance != 1
+        # The state of a float64 model is float64, of any other float32.
+        dtype = torch.float64 if model.noise_table.dtype == torch.float64 else torch.float32
+        self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
+        self.index = index
+        self.seed = seed
+        self.table = plan.table.to(device, dtype)
+        self.noise_seed = self.seed if plan.stochastic else None
+        self.initial_scale = plan.initial_scale
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+
+        # Everything that does not change from step to step is made here, in one batch.
+        self.time = self.unet.time_film(plan.timesteps.to(device))
+        batch = model._null_cond(rows) if cond is None else cond.to(device)
+        conditions = 0 if batch is None else batch.shape[0]
+        order = torch.arange(rows, device=device) % max(1, conditions)  # one condition, many draws
+        null = model._null_cond(conditions)
+        if self.guided and batch is not None and null is not None:
+            batch = torch.cat([null, batch])
+            order = torch.cat([order, conditions + order])
+        film, picture, context = model._encode(batch)
+        film = None if film is None else film[order]
+        picture = None if picture is None else picture[order]
+        self.context = None if context is None else [(k[order], v[order]) for k, v in context]
+        total = rows * (1 + self.guided)
+        self.cond_film = self.time.new_zeros(1, self.time.shape[1]) if film is None else film
+        state = torch.empty(total, *config.event_shape, dtype=dtype, device=device)
+        self.input = state if picture is None else torch.cat([state, picture], 1)
+        self.x = self.input[:rows, : self.channels]
+        self.twin = self.input[rows:, : self.channels] if self.guided else None
+        self.history = torch.zeros_like(state[:rows]) if plan.history else None
+
+    def solve(self) -> Tensor:
+        """Run all steps and return the state."""
+        step: Callable[[], None] = self._step
+        if self.options.graph and self.index.is_cuda:
+            self._start()
+            step = captured(self._step)
+        self._start()
+        for _ in range(self.options.steps):
+            step()
+        return self.x.clone()
+
+    def _start(self) -> None:
+        z = cgkernels.philox_normal(
+            tuple(self.x.shape),
+            seed=self.seed,
+            index=self.index,
+            stream=STREAM_INITIAL,
+            dtype=self.x.dtype,
+        )
+        self.x.copy_(z * self.initial_scale)
+        if self.twin is not None:
+            self.twin.copy_(self.x)
+        if self.history is not None:
+            self.history.zero_()
+        self.counter.zero_()
+
+    def _step(self) -> None:
+        film = self.time.index_select(0, self.counter) + self.cond_film
+        out = self.unet(self.input, film.expand(self.input.shape[0], -1), self.context)
+        rows = self.x.shape[0]
+        cgkernels.guided_step_(
+            self.x,
+            out[:, : self.channels],
+            table=self.table,
+            step=self.counter[0],
+            scale=self.scale,
+            log_variance=out[-rows:, self.channels :] if self.learned else None,
+            h1=self.history,
+            seed=self.noise_seed,
+            index=self.index if self.noise_seed is not None else None,
+            twin=self.twin,
+        )
+        self.counter.add_(1)
+
+
+# Learned variance ---------------------------------------------------------------------------------
+def _bound_table(levels: np.ndarray, prediction: str) -> Tensor:
+    """(T, 6) float32: y = a0 x_t + a1 prediction; of q(x_{t-1} | x_t, y) factors and logarithms.
+
+    The last four are the factors of y and of x_t in its mean, log beta~ and log beta.
+    """
+    before = np.append(1.0, levels[:-1])
+    beta = 1 - levels / before
+    small = (1 - before) / (1 - levels) * beta
+    if len(small) > 1:
+        small[0] = small[1]  # it is 0, and its step is the discretised likelihood
+    columns = (
+        *x0_coefficients(prediction, np.sqrt(levels), np.sqrt(1 - levels)),
+        np.sqrt(before) * beta / (1 - levels),
+        np.sqrt(levels / before) * (1 - before) / (1 - levels),
+        np.log(small),
+        np.log(beta),
+    )
+    return torch.from_numpy(np.stack(columns, 1)).float()
+
+
+def _log_discretised_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Log probability of the bin of width 2 / 255 around y; the outermost bins are unbounded."""
+    scale = (-0.5 * log_variance).exp()
+    upper = torch.special.ndtr((y + 1 / 255 - mean) * scale)
+    lower = torch.special.ndtr((y - 1 / 255 - mean) * scale)
+    upper = torch.where(y > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(y < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()

@@ -1,0 +1,588 @@
+"""Conditional energy-based model: p(y | cond) up to a constant, sampled by Langevin steps.
+
+    p(y | cond) = exp(-E(y, cond)) / Z(cond)
+    E = f / T                f = network(y, cond) + T / (2 r^2) |y|^2
+    sampling                 y <- clamp(y - a df/dy, -bound, bound) + sqrt(2 a T) z
+    loss                     f(y + s z, cond) - f(y~, cond~)
+                             + w (f(y + s z, cond)^2 + f(y~, cond~)^2)
+
+The loss is contrastive divergence: its first two terms have the gradient of -T log p where y~ is a
+sample. y~ is where a chain of Langevin steps has come to which began at noise r z and has gone on
+from one training step to the next, with the condition that it began with: a buffer keeps the
+chains. The last term of f is the normal density of that noise: a network of 0 has it as its
+samples, directions that the network does not look at keep it, and there is a Z, whatever the
+network is.
+
+Nothing here is an exact likelihood. `energy` is -log p up to a constant of each condition, in which
+two candidates can be compared, `log_ratio`; `log_partition` estimates log Z of tiny cases.
+
+Source   contrastive divergence: Hinton, "Training products of experts by minimizing contrastive
+         divergence", 2002; chains that persist: Tieleman, ICML 2008; Langevin steps, buffer and
+         the weight w: Du, Mordatch, arXiv:1903.08689; noise on the data: Nijkamp et al.,
+         arXiv:1903.12370; annealed importance sampling: Neal, arXiv:physics/9803008; Metropolis's
+         correction of Langevin steps: Roberts, Tweedie, Bernoulli 2(4), 1996.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cgkernels
+from cgkernels.checks import as_index, as_seed, check_shape
+from cgkernels.random import (
+    STREAM_INITIAL,
+    STREAM_LANGEVIN,
+    STREAM_POOL,
+    STREAM_TRAINING,
+    normal,
+    uniform,
+)
+from cgm.model import Model, PictureConfig, numbered, solver_options
+from cgm.networks.layers import check_positive
+from cgm.networks.residual import ConditionPlanes
+from cgm.sampling.cuda_graph import captured
+
+Energy = Callable[[Tensor], Tensor]  # (B, *event) -> (B,)
+
+
+# Config -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class EnergyConfig(PictureConfig):
+    """What is generated from what, the network, and the chains that it learns from."""
+
+    # Channels at full resolution; twice as many at each level below.
+    width: int = 16
+    # Resolutions, each half of the one above, rounded up.
+    levels: int = 3
+    # Units of the layer that sees the whole picture.
+    hidden: int = 128
+    # Side of the squares of pixels that enter the network as one; 1 where sides are odd.
+    patch: int = 2
+
+    # Temperature T: the density is exp(-f / T). The more values a picture has, the less it should
+    # be: f does not grow with them.
+    temperature: float = 2e-4
+    # Length a of a Langevin step: a step adds noise of the variance 2 a T.
+    step_size: float = 5.0
+    # Langevin steps of the chains in a training step.
+    chain_steps: int = 10
+    # Standard deviation r of the noise that chains begin with.
+    start_std: float = 0.5
+    # What a step leads to is clamped to [-bound, bound].
+    bound: float = 2.0
+    # Chains that are kept from one training step to the next; 0: all begin anew.
+    chains: int = 512
+    # Share of them that begin anew when their turn comes.
+    renewal: float = 0.05
+    # Standard deviation s of the noise on the data.
+    data_noise: float = 0.1
+    # Weight w of the squares of f, which keep it near 0.
+    square_weight: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "width", "levels", "hidden", "patch", "chain_steps")
+        if any(n % self.patch for n in self.event_shape[1:]):
+            raise ValueError(
+                f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
+            )
+        for name in ("temperature", "step_size", "start_std", "bound"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("data_noise", "square_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.chains < 0:
+            raise ValueError(f"chains must not be negative, got {self.chains}")
+        if not 0 <= self.renewal <= 1:
+            raise ValueError(f"renewal must be in [0, 1], got {self.renewal}")
+
+
+@dataclass(frozen=True)
+class EnergySampling:
+    """How `ConditionalEBM.sample` draws."""
+
+    # Langevin steps. A chain of the training lives chain_steps / renewal of them on average, and of
+    # what comes later training knows less.
+    steps: int = 300
+    # Length of a step; 0: that of the training.
+    step_size: float = 0.0
+    # Temperature as a multiple of the model's: below 1 samples are more likely, and less varied.
+    temperature: float = 1.0
+    # On a GPU, replay one captured step instead of launching every kernel.
+    graph: bool = True
+
+
+# Langevin steps -----------------------------------------------------------------------------------
+@torch.inference_mode(False)
+def langevin(
+    energy: Energy,
+    start: Tensor,
+    *,
+    steps: int,
+    step_size: float,
+    temperature: float = 1.0,
+    bound: float = math.inf,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    graph: bool = False,
+) -> Tensor:
+    """y after so many steps y <- clamp(y - a dE/dy, -bound, bound) + sqrt(2 a T) z from `start`.
+
+    The chain has the density exp(-E / T) up to O(a): of E = y^T A y / 2 the covariance
+    T (A - a A^2 / 2)^-1, exactly. One launch of `cgkernels.guided_step_` makes a step of the
+    gradient; z is that of the samplers (stream 1), step s that of step s of the chain.
+
+    Args:
+        energy: E (B,) of y (B, *event), each row of its own row alone.
+        start: (B, *event), which stays as it is.
+        seed, index: of the noise, as in `cgkernels.guided_step`.
+        graph: on a GPU, replay one captured step.
+
+    Raises:
+        ValueError: steps, step_size, temperature or bound does not fit.
+    """
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
+    if not 0 < step_size < math.inf:
+        raise ValueError(f"step_size must be positive, got {step_size}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not bound > 0:
+        raise ValueError(f"bound must be positive, got {bound}")
+    y = start.detach().clone()
+    if steps == 0 or y.numel() == 0:
+        return y
+    table = langevin_table(steps, step_size, temperature, bound)
+    table = table.to(y.device, torch.promote_types(y.dtype, torch.float32))
+    noise: dict[str, Any] = {"seed": None, "index": None}
+    if temperature:
+        noise["seed"] = as_seed(seed, y.device)[0]
+        noise["index"] = as_index(index, len(y), y.device)
+    counter = torch.zeros(1, dtype=torch.int64, device=y.device)
+
+    def step() -> None:
+        _, force = with_gradient(energy, y)
+        cgkernels.guided_step_(y, force, table=table, step=counter[0], **noise)
+        counter.add_(1)
+
+    run: Callable[[], None] = step
+    if graph and y.is_cuda:
+        run = captured(step)
+        y.copy_(start)
+        counter.zero_()
+    for _ in range(steps):
+        run()
+    return y
+
+
+def langevin_table(steps: int, step_size: float, temperature: float, bound: float) -> Tensor:
+    """(steps, 12) float64, for `cgkernels.guided_step`: of x = y and the gradient in place of a
+    network's output, x0 = clamp(y - a dE/dy) and x' = x0 + sqrt(2 a T) z.
+
+    All rows are one: the number of a row is that of the noise.
+    """
+    table = torch.zeros(steps, 12, dtype=torch.float64)
+    a0, a1, _, b1, _, _, _, b5, clip_min, clip_max, _, _ = table.T
+    a0[:], a1[:], b1[:], b5[:] = 1, -step_size, 1, math.sqrt(2 * step_size * temperature)
+    clip_min[:], clip_max[:] = -bound, bound
+    return table
+
+
+def with_gradient(energy: Energy, y: Tensor) -> tuple[Tensor, Tensor]:
+    """E (B,) and dE/dy (B, *event) of y (B, *event); parameters get no gradients of it."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        values = energy(y)
+        return values.detach(), torch.autograd.grad(values.sum(), y)[0]
+
+
+# log Z --------------------------------------------------------------------------------------------
+def annealed_weights(
+    energy: Energy,
+    shape: tuple[int, ...],
+    *,
+    std: float = 1.0,
+    levels: int = 200,
+    steps: int = 1,
+    step_size: float,
+    seed: int | Tensor,
+    index: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Log-weights (B,) of chains whose exponentials have the mean Z = integral of exp(-E).
+
+    A chain goes from N(0, std^2) to exp(-E) through exp(-(1 - b) |y|^2 / (2 std^2) - b E) with
+    b = 1 / levels, 2 / levels, .. 1, and collects what the density gains by each change of b. At
+    each b it makes Langevin steps of length step_size, accepted or refused as Metropolis and
+    Hastings do, so that they keep the density of b. The mean is right however few they are; its
+    variance is small only where the chain can follow, which is to say in few dimensions.
+    arXiv:physics/9803008, equation 11.
+
+    energy: (B,) of y, in nats. shape: (B, *event). seed, index: of the noise, stream 5, the start
+    stream 0.
+    """
+    for name, count in (("levels", levels), ("steps", steps)):
+        if count < 1:
+            raise ValueError(f"{name} must be positive, got {count}")
+    for name, value in (("std", std), ("step_size", step_size)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+    seed, device = as_seed(seed, device)
+    index = as_index(index, shape[0], device)
+    draws: dict[str, Any] = {"seed": seed, "index": index, "device": device}
+
+    def of_start(y: Tensor) -> Tensor:
+        return y.flatten(1).square().sum(1) / (2 * std**2)
+
+    y = std * normal(shape, stream=STREAM_INITIAL, **draws)
+    log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
+    weights = torch.full((shape[0],), log_start, device=device)
+    for level in range(1, levels + 1):
+        b = level / levels
+        with torch.no_grad():
+            weights = weights + (of_start(y) - energy(y)) / levels
+        if level == levels:
+            break
+
+        def between(y: Tensor, b: float = b) -> Tensor:
+            return (1 - b) * of_start(y) + b * energy(y)
+
+        for number in range((level - 1) * steps, level * steps):
+            z = normal(shape, step=2 * number, stream=STREAM_LANGEVIN, **draws)
+            u = uniform((shape[0],), step=2 * number + 1, stream=STREAM_LANGEVIN, **draws)
+            y = _adjusted_step(between, y, step_size, z, u)
+    return weights
+
+
+def _adjusted_step(energy: Energy, y: Tensor, a: float, z: Tensor, u: Tensor) -> Tensor:
+    """A Langevin step that keeps exp(-E), by the rule of Metropolis and Hastings."""
+    before, force = with_gradient(energy, y)
+    there = y - a * force + math.sqrt(2 * a) * z
+    after, force_there = with_gradient(energy, there)
+    back = y - there + a * force_there  # the noise of the way back, times sqrt(2 a)
+    log_ways = z.square().flatten(1).sum(1) / 2 - back.square().flatten(1).sum(1) / (4 * a)
+    accepted = u.log() < before - after + log_ways
+    return torch.where(accepted.view(-1, *(1,) * (y.dim() - 1)), there, y)
+
+
+# Network ------------------------------------------------------------------------------------------
+class EnergyNetwork(nn.Module):
+    """One number of a picture: residual blocks, each after the first at half the resolution.
+
+    It is the sum of one number of each place of each resolution, divided by the root of the number
+    of places, and of one of all places of the last. So a value has its own part in the energy, and
+    a force of its own: through a layer that knows the whole picture alone it learns that slowly.
+    Without normalisation: a norm would take off what tells a picture from a stronger one, and of a
+    single pixel all there is. SiLU throughout, so that there is a gradient everywhere.
+
+    Args:
+        in_channels: of x.
+        sides: (H, W) of x.
+        width: channels at full resolution; twice as many at each level below.
+        levels: resolutions, each half of the one above, rounded up.
+        hidden: units of the layer that sees all of the last resolution.
+        patch: side of the squares of pixels that enter as one; must divide the sides.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        sides: tuple[int, int],
+        *,
+        width: int,
+        levels: int,
+        hidden: int,
+        patch: int,
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        widths = [width * 2**level for level in range(levels)]
+        self.conv_in = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+        self.down = nn.ModuleList(
+            _Block(widths[max(level - 1, 0)], widths[level]) for level in range(levels)
+        )
+        height, wide = (-(-side // patch // 2 ** (levels - 1)) for side in sides)
+        self.places = nn.ModuleList(nn.Conv2d(n, 1, 1) for n in [width, *widths])
+        self.dense = nn.Linear(widths[-1] * height * wide, hidden)
+        self.out = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,) of x (B, in_channels, H, W)."""
+        h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
+        levels = [self.conv_in(h)]
+        for level, block in enumerate(self.down):
+            h = levels[-1]
+            levels.append(block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h))
+        levels = [F.silu(h) for h in levels]
+        total = self.out(F.silu(self.dense(levels[-1].flatten(1))))[:, 0]
+        for place, h in zip(self.places, levels, strict=True):
+            total = total + place(h).flatten(1).sum(1) / math.sqrt(math.prod(h.shape[2:]))
+        return total
+
+
+class _Block(nn.Module):
+    """skip(x) + conv(silu(conv(silu(x))))."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class Chains(nn.Module):
+    """Chains that wait for their next training step, each with its condition, in turn.
+
+    A training step takes the B that have waited longest. What is kept is state of the training, in
+    its checkpoint and not in that of the model.
+    """
+
+    def __init__(self, config: EnergyConfig) -> None:
+        super().__init__()
+        self.size, self.renewal = config.chains, config.renewal
+        dtype = torch.int64 if config.cond_kind == "class" else torch.float32
+        cond = torch.zeros(self.size, *config.cond_shape, dtype=dtype)
+        self.y = nn.Buffer(torch.zeros(self.size, *config.event_shape), persistent=False)
+        self.cond = nn.Buffer(cond, persistent=False)
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def take(
+        self, start: Tensor, cond: Tensor | None, *, seed: int | Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Places (B,), y (B, *event) and conditions (B, ...) of the next chains.
+
+        Where there is no chain yet, and for a share of the others, it is a new one: `start` with
+        its condition. Which ones depends on (seed, index).
+        """
+        rows = len(start)
+        if rows > self.size:
+            raise ValueError(f"chains must be at least the batch of {rows}, got {self.size}")
+        turn = self.count + torch.arange(rows, device=start.device)
+        places = turn % self.size
+        u = uniform((rows,), seed=seed, index=index, stream=STREAM_POOL)
+        new = (turn < self.size) | (u < self.renewal)
+        y = torch.where(new.view(-1, 1, 1, 1), start, self.y[places].to(start.dtype))
+        if cond is not None:
+            which = new.view(-1, *(1,) * (cond.dim() - 1))
+            cond = torch.where(which, cond, self.cond[places].to(cond.dtype))
+        return places, y, cond
+
+    def put(self, places: Tensor, y: Tensor, cond: Tensor | None) -> None:
+        """Keeps the chains, and the conditions, of places from `take`."""
+        self.y.index_copy_(0, places, y.to(self.y.dtype))
+        if cond is not None:
+            self.cond.index_copy_(0, places, cond.to(self.cond.dtype))
+        self.count.add_(len(places))
+
+
+# Model --------------------------------------------------------------------------------------------
+class ConditionalEBM(Model):
+    """Energy-based model of p(y | cond); `loss` and `sample` as of all families."""
+
+    family: ClassVar[str] = "energy"
+    sampling_config: ClassVar[type[EnergySampling]] = EnergySampling
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "batch_size": 32, "beta1": 0.5, "beta2": 0.9, "warmup": 0, "ema_decay": 0.99,
+    }  # fmt: skip
+
+    def __init__(self, config: EnergyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.planes = ConditionPlanes(config)
+        self.network = EnergyNetwork(
+            config.event_shape[0] + self.planes.planes,
+            config.event_shape[1:],
+            width=config.width,
+            levels=config.levels,
+            hidden=config.hidden,
+            patch=config.patch,
+        )
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.chains = Chains(config)
+
+    # Energy ---------------------------------------------------------------------------------------
+    def energy(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """-log p(y | cond) in nats, up to a constant of each condition, (B,); differentiable.
+
+        y is (B, C, H, W).
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        self._check(y, cond)
+        return self._scaled(y, self.planes(cond, len(y))) / self.config.temperature
+
+    def log_ratio(self, y_a: Tensor, y_b: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """log p(y_a | cond) - log p(y_b | cond) of two candidates, exact, (B,) nats."""
+        check_shape("y_b", y_b, tuple(y_a.shape))
+        return self.energy(y_b, cond=cond) - self.energy(y_a, cond=cond)
+
+    @torch.no_grad()
+    def log_partition(
+        self,
+        *,
+        cond: Tensor | None = None,
+        chains: int = 256,
+        std: float = 1.0,
+        levels: int = 1000,
+        steps: int = 1,
+        step_size: float = 1e-3,
+        seed: int | Tensor = 0,
+    ) -> Tensor:
+        """Estimates of log Z in log p(y | cond) = -energy - log Z, (B,); (1,) without condition.
+
+        The mean of so many `annealed_weights` for each condition. Z itself has no bias, its
+        logarithm a small one. For tiny cases: beyond some ten numbers a picture, a handful of
+        chains has all the weight, and the estimate is too low.
+
+        step_size: of a density: a of `sample` corresponds to a T.
+        """
+        if chains < 1:
+            raise ValueError(f"chains must be positive, got {chains}")
+        rows = 1 if cond is None else len(cond)
+        self.check_cond(cond, rows, self.config.num_classes - 1)
+        planes = self.planes(cond, rows).repeat(chains, 1, 1, 1)
+        device = planes.device
+        index = torch.arange(rows, device=device)
+        index = (torch.arange(chains, device=device)[:, None] * 2**32 + index).flatten()
+        weights = annealed_weights(
+            lambda y: self._scaled(y, planes) / self.config.temperature,
+            (chains * rows, *self.config.event_shape),
+            std=std, levels=levels, steps=steps, step_size=step_size, seed=seed, index=index,
+            device=device,
+        )  # fmt: skip
+        return weights.view(chains, rows).logsumexp(0) - math.log(chains)
+
+    def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """NotImplementedError: Z is not known."""
+        raise NotImplementedError(
+            "ConditionalEBM has no exact log_prob; it has energy, which is -log p up to a "
+            "constant, log_ratio of two candidates, and log_partition, an estimate for tiny cases"
+        )
+
+    def _scaled(self, y: Tensor, planes: Tensor) -> Tensor:
+        """f (B,)."""
+        config = self.config
+        reference = y.flatten(1).square().sum(1) * (0.5 * config.temperature / config.start_std**2)
+        return self.network(torch.cat([y, planes.to(y.dtype)], 1)).to(y.dtype) + reference
+
+    def _check(self, y: Tensor, cond: Tensor | None) -> None:
+        check_shape("y", y, (len(y), *self.config.event_shape))
+        self.check_cond(cond, len(y), self.config.num_classes - 1)
+
+    # Loss -----------------------------------------------------------------------------------------
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "model",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Contrastive divergence of each row, against a chain that is moved on for it.
+
+        y is (B, C, H, W) in [-1, 1]; noise, and which chains begin anew, depend on (seed, index).
+        In training mode the chains are those of the buffer; in evaluation mode, or without one,
+        they begin at noise with the conditions of y. Returns {"total", "real", "drawn"}: "real" is
+        f of y with its noise, "drawn" f of where the chain has come to.
+        """
+        self.check_phase(phase)
+        self._check(y, cond)
+        config, rows = self.config, len(y)
+        index = torch.arange(rows, device=y.device) if index is None else index
+        draws: dict[str, Any] = {"seed": seed, "index": index, "dtype": y.dtype}
+        shape = tuple(y.shape)
+        noisy = y
+        if config.data_noise:
+            z = cgkernels.philox_normal(shape, stream=STREAM_TRAINING, **draws)
+            noisy = y + config.data_noise * z
+        with torch.no_grad():
+            start = cgkernels.philox_normal(shape, stream=STREAM_INITIAL, **draws)
+            start, chain_cond = config.start_std * start, cond
+            kept = self.training and self.chains.size > 0
+            if kept:
+                places, start, chain_cond = self.chains.take(start, cond, seed=seed, index=index)
+            planes = self.planes(chain_cond, rows)
+            drawn = langevin(
+                lambda y: self._scaled(y, planes), start, steps=config.chain_steps,
+                step_size=config.step_size, temperature=config.temperature, bound=config.bound,
+                seed=seed, index=index,
+            )  # fmt: skip
+            if kept:
+                self.chains.put(places, drawn, chain_cond)
+        planes = torch.cat([self.planes(cond, rows), self.planes(chain_cond, rows)])
+        real, fake = self._scaled(torch.cat([noisy, drawn]), planes).chunk(2)
+        total = real - fake + config.square_weight * (real.square() + fake.square())
+        return {"total": total, "real": real, "drawn": fake}
+
+    # Sampling -------------------------------------------------------------------------------------
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+        start: Tensor | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Samples of p(y | cond): where Langevin steps have come to, not clamped to [-1, 1].
+
+        Args:
+            n: draws for each condition; None: one, without the leading dimension.
+            cond: (B,) class ids or (B, C', H, W) pictures; None for a model without condition.
+            seed: 64-bit int or one-element int64 tensor.
+            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
+                the number of each sample.
+            start: (B, C, H, W), from where the chains of each condition begin, all its draws at the
+                same place; without cond (n, C, H, W). Default: at noise of the standard deviation
+                that training begins them with, of (seed, index) like all other noise.
+            solver: fields of `EnergySampling`.
+
+        Returns:
+            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
+            (seed, number of its condition, draw), and its start if given, and on nothing else.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        options = solver_options(EnergySampling, solver)
+        if not 0 <= options.step_size < math.inf:
+            raise ValueError(f"step_size must not be negative, got {options.step_size}")
+        config, parameter = self.config, next(self.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        rows, shape, index = numbered(n, cond, index, device)
+        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
+        seed = as_seed(seed, device)[0]
+        elements, total = (*shape, *config.event_shape), len(index)
+        if start is None:
+            z = cgkernels.philox_normal(
+                (total, *config.event_shape), seed=seed, index=index, stream=STREAM_INITIAL,
+                dtype=dtype,
+            )  # fmt: skip
+            start = config.start_std * z
+        else:
+            check_shape("start", start, (rows, *config.event_shape))
+            start = start.to(device, dtype).repeat(total // max(rows, 1), 1, 1, 1)
+        planes = self.planes(None if cond is None else cond.to(device), rows)
+        planes = planes.repeat(total // max(rows, 1), 1, 1, 1)
+        y = langevin(
+            lambda y: self._scaled(y, planes), start, steps=options.steps,
+            step_size=options.step_size or config.step_size,
+            temperature=options.temperature * config.temperature, bound=config.bound, seed=seed,
+            index=index, graph=options.graph,
+        )  # fmt: skip
+        return y.view(elements)

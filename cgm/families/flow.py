@@ -1,0 +1,506 @@
+"""Conditional normalizing flow: y is an invertible function of standard normal numbers z.
+
+    log p(y | cond) = sum of log N(z; 0, 1) + log |det dz/dy|,    z = f(y; cond)
+
+f goes down levels. A level halves the sides, four pixels becoming four channels; takes some steps,
+each a normalisation and a linear map of the channels of a pixel and a coupling, whose network sees
+the channels that stay and the condition; and gives half of its channels to z, after one coupling
+more that makes them standard normal given the others: their learned prior. The last gives all.
+
+Pictures have `values` grey values, and a density must not grow on them without bound: it is that of
+    x = 2 (v + u) / values - 1,   v = 0 .. values - 1 the value,  u uniform in [0, 1)
+in [-1, 1], and log P(v) >= E_u log p(x) - D log(values / 2) for the D numbers of a picture.
+
+Source   NICE arXiv:1410.8516; RealNVP arXiv:1605.08803 (levels, coupling); Glow arXiv:1807.03039
+         (ActNorm, 1x1 convolutions as P L U); dequantisation and its bound: Theis et al.,
+         arXiv:1511.01844; conditional coupling: Ardizzone et al., arXiv:1907.02392.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cgkernels
+from cgkernels.checks import as_seed, check_shape
+from cgkernels.library import using_reference
+from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, uniform
+from cgm.model import Model, PictureConfig, numbered, solver_options
+from cgm.networks.layers import ActNorm, check_positive
+from cgm.networks.residual import ConditionPlanes, ResidualUNet
+from cgm.sampling.cuda_graph import captured
+
+
+# Config -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class FlowConfig(PictureConfig):
+    """What is generated from what, the levels and their networks, and what is done to the data."""
+
+    # Steps of each level, the finest first; a level halves the sides where both are even.
+    steps: tuple[int, ...] = (2, 4)
+    # Channels of the network of a coupling, twice as many at each of its resolutions below.
+    width: int = 32
+    # Resolutions of the network of a coupling, as far as the sides allow.
+    depth: int = 2
+    # Residual blocks of a resolution, on the way down and again on the way up.
+    blocks: int = 1
+    # Couplings only shift, and the volume changes by the maps of the channels and by priors alone.
+    additive: bool = False
+    # Bound of |log s| of a coupling.
+    limit: float = 2.0
+    # Values that y can have, evenly spaced from -1 to 1; 0: any real number.
+    values: int = 256
+    # Standard deviation of normal noise on the data of real numbers; samples have it too.
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps must be positive, one number a level, got {self.steps}")
+        check_positive(self, "depth", "blocks")
+        if self.width < 4:
+            raise ValueError(f"width must be at least 4, got {self.width}")
+        if not 0 < self.limit <= 80:
+            raise ValueError(f"limit must be above 0 and at most 80, got {self.limit}")
+        if self.values and not 2 <= self.values <= 65536:
+            raise ValueError(f"values must be 0 or from 2 to 65536, got {self.values}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must not be negative, got {self.noise}")
+        if self.noise and self.values:
+            raise ValueError(
+                f"noise is for real numbers, values 0: those of pictures have noise of their own, "
+                f"got noise {self.noise} and values {self.values}"
+            )
+
+
+@dataclass(frozen=True)
+class FlowSampling:
+    """How a sample is drawn."""
+
+    # Factor of the latent numbers; less than 1 is nearer to the usual picture, and less varied.
+    temperature: float = 1.0
+    # On a GPU, replay a captured call instead of launching every kernel; one is kept for the last
+    # number of samples.
+    graph: bool = True
+
+
+# Layers -------------------------------------------------------------------------------------------
+class ChannelMap(nn.Module):
+    """W (scale (x + loc)) for the channels of each pixel: ActNorm and a 1x1 convolution.
+
+    W = P L (U + diag(s)) with a fixed permutation P, L and U triangular with diagonals of 1 and 0:
+    its determinant is the product of s. It begins as a rotation.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _FirstBatchNorm(channels)
+        rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
+        permutation, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.permutation, self.sign = nn.Buffer(permutation), nn.Buffer(diagonal.sign())
+        self.lower, self.upper = nn.Parameter(lower.tril(-1)), nn.Parameter(upper.triu(1))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of x (B, C, H, W), and the logarithm of its determinant, ()."""
+        with _full_precision(x):
+            lower, upper = self._factors()
+            weight = self.permutation @ lower @ upper
+            out = F.conv2d(self.norm(x), weight[:, :, None, None])
+            logdet = self.norm.scale.abs().log().sum() + self.log_diagonal.sum()
+            return out, x.shape[2] * x.shape[3] * logdet
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """What is mapped to x, by one convolution."""
+        with _full_precision(x):
+            lower, upper = self._factors()
+            weight = torch.linalg.solve_triangular(
+                lower, self.permutation.T, upper=False, unitriangular=True
+            )
+            weight = torch.linalg.solve_triangular(upper, weight, upper=True)
+            weight = weight[:, :, None, None] / self.norm.scale.view(-1, 1, 1, 1)
+            return F.conv2d(x, weight, -self.norm.loc.flatten())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        eye = torch.eye(len(self.sign), dtype=self.lower.dtype, device=self.lower.device)
+        diagonal = self.sign * self.log_diagonal.exp()
+        return self.lower.tril(-1) + eye, self.upper.triu(1) + diagonal.diag()
+
+
+class _FirstBatchNorm(ActNorm):
+    """ActNorm that stays the identity where its first batch has no standard deviation."""
+
+    def _initialise(self, x: Tensor) -> None:
+        if x.numel() >= 2 * x.shape[1]:
+            super()._initialise(x)
+
+
+class Coupling(nn.Module):
+    """`cgkernels.affine_coupling` by a network of what stays and of the condition.
+
+    Args:
+        channels, sides: of x.
+        planes: channels of the condition.
+        number: of the coupling in its level. Of one channel each turns to the other squares of a
+            checkerboard; of more the last half is transformed.
+        additive: shift only.
+    """
+
+    def __init__(
+        self,
+        config: FlowConfig,
+        channels: int,
+        sides: tuple[int, int],
+        planes: int,
+        *,
+        number: int = 0,
+        additive: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mask = "last" if channels > 1 else ("even", "odd")[number % 2]
+        self.stay = channels // 2 if channels > 1 else 1
+        touched = channels - self.stay if channels > 1 else 1
+        self.additive, self.limit = additive, config.limit
+        resolutions = max(1, min(config.depth, (min(sides) - 1).bit_length()))
+        self.network = ResidualUNet(
+            self.stay + planes, touched * (1 if additive else 2), width=config.width,
+            levels=resolutions, blocks=config.blocks,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, planes: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        """The coupling of x (B, C, H, W) or its inverse, and its log-determinant (B,)."""
+        seen = x[:, : self.stay]
+        if self.mask != "last":
+            rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
+            stays = (rows[:, None] + columns) % 2 == (1 if self.mask == "even" else 0)
+            seen = seen * stays
+        params = self.network(torch.cat([seen, planes], 1))
+        return cgkernels.affine_coupling(
+            x, params, mask=self.mask, limit=self.limit, additive=self.additive, inverse=inverse
+        )
+
+
+class Level(nn.Module):
+    """Steps at one resolution, and the prior of the channels that end here.
+
+    Args:
+        channels, sides, planes: before the sides are halved.
+        steps: their number.
+        last: no channel ends here; all do after it.
+    """
+
+    def __init__(
+        self,
+        config: FlowConfig,
+        channels: int,
+        sides: tuple[int, int],
+        planes: int,
+        steps: int,
+        *,
+        last: bool,
+    ) -> None:
+        super().__init__()
+        self.halves = not any(side % 2 for side in sides)
+        if self.halves:
+            channels, planes = 4 * channels, 4 * planes
+            sides = (sides[0] // 2, sides[1] // 2)
+        self.channels, self.sides, self.planes = channels, sides, planes
+        self.maps = nn.ModuleList(ChannelMap(channels) for _ in range(steps))
+        self.couplings = nn.ModuleList(
+            Coupling(config, channels, sides, planes, number=i, additive=config.additive)
+            for i in range(steps)
+        )
+        splits = not last and channels > 1
+        self.prior = Coupling(config, channels, sides, planes) if splits else None
+        self.kept = 0 if last else (channels // 2 if splits else channels)
+
+    def squeezed(self, x: Tensor) -> Tensor:
+        """x at the resolution of this level."""
+        return F.pixel_unshuffle(x, 2) if self.halves else x
+
+    def forward(self, x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What goes on to the next level, what ends here, and the log-determinant (B,)."""
+        x = self.squeezed(x)
+        logdet = x.new_zeros(len(x))
+        for channel_map, coupling in self._steps():
+            x, of_map = channel_map(x)
+            x, of_coupling = coupling(x, planes)
+            logdet = logdet + of_map + of_coupling
+        if self.prior is not None:
+            x, of_prior = self.prior(x, planes)
+            logdet = logdet + of_prior
+        return x[:, : self.kept], x[:, self.kept :], logdet
+
+    def inverse(self, x: Tensor, ended: Tensor, planes: Tensor) -> Tensor:
+        """What became x and ended."""
+        x = torch.cat([x, ended], 1) if self.kept else ended
+        if self.prior is not None:
+            x, _ = self.prior(x, planes, inverse=True)
+        for channel_map, coupling in reversed(self._steps()):
+            x = channel_map.inverse(coupling(x, planes, inverse=True)[0])
+        return F.pixel_shuffle(x, 2) if self.halves else x
+
+    def _steps(self) -> list[tuple[ChannelMap, Coupling]]:
+        return cast(list, list(zip(self.maps, self.couplings, strict=True)))
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: what rounds x is not invertible."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# Model --------------------------------------------------------------------------------------------
+class ConditionalFlow(Model):
+    """A flow of pictures, or of points, given a condition; `loss`, `log_prob` and `sample`."""
+
+    family: ClassVar[str] = "flow"
+    sampling_config: ClassVar[type[FlowSampling]] = FlowSampling
+    training_defaults: ClassVar[dict[str, Any]] = {"batch_size": 64}
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.planes = ConditionPlanes(config)
+        channels, *sides = config.event_shape
+        planes, shape = self.planes.planes, (channels, (sides[0], sides[1]))
+        self.levels = nn.ModuleList()
+        for number, steps in enumerate(config.steps, 1):
+            level = Level(config, *shape, planes, steps, last=number == len(config.steps))
+            self.levels.append(level)
+            planes, shape = level.planes, (level.kept, level.sides)
+        self.dimensions = math.prod(config.event_shape)
+
+    def compile_networks(self, mode: str) -> None:
+        """Puts the network of each coupling under torch.compile."""
+        for module in self.modules():
+            if isinstance(module, Coupling):
+                module.network.compile(mode=mode, dynamic=False)
+
+    # Likelihood -----------------------------------------------------------------------------------
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "model",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Minus the logarithm of the likelihood of y (B, C, H, W) in [-1, 1], with its noise.
+
+        Returns {"total": (B,) nats per dimension, "bits": (B,) bits per dimension}: bounds of those
+        of the picture, or, of real numbers, those of the density of y with its noise.
+        """
+        self.check_phase(phase)
+        total = -self._noisy_log_prob(y, cond, seed, index) / self.dimensions
+        return {"total": total, "bits": total / math.log(2)}
+
+    @torch.no_grad()
+    def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """Exact log p(y | cond) in nats, (B,): the density of the flow at y itself.
+
+        It is a density over [-1, 1], in the units of y, of what pictures become with their noise,
+        and no probability; `elbo` bounds that of a picture.
+        """
+        self._check(y, cond)
+        return self._log_density(y, cond)
+
+    @torch.no_grad()
+    def elbo(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """A bound below log P(y | cond) of pictures of `values` values in nats, (B,).
+
+        It is an unbiased estimate of the bound, by the noise of (seed, index).
+        """
+        if not self.config.values:
+            raise NotImplementedError("a flow of real numbers has a density: see log_prob")
+        return self._noisy_log_prob(y, cond, seed, index)
+
+    def bits_per_dimension(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+    ) -> Tensor:
+        """(B,): -elbo / (C H W ln 2); of real numbers -log_prob / (C H W ln 2), of any sign."""
+        if self.config.values:
+            nats = self.elbo(y, cond=cond, seed=seed, index=index)
+        else:
+            nats = self.log_prob(y, cond=cond)
+        return -nats / (self.dimensions * math.log(2))
+
+    def _noisy_log_prob(
+        self, y: Tensor, cond: Tensor | None, seed: int | Tensor, index: Tensor | None
+    ) -> Tensor:
+        """Of y with its noise: the bound of a picture, the density of real numbers."""
+        self._check(y, cond)
+        config = self.config
+        draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
+        constant = 0.0
+        if config.values:
+            v = ((y + 1) * ((config.values - 1) / 2)).round().clamp(0, config.values - 1)
+            u = uniform(tuple(y.shape), dtype=y.dtype, device=y.device, **draws)
+            y = (v + u) * (2 / config.values) - 1
+            constant = self.dimensions * math.log(config.values / 2)
+        elif config.noise:
+            z = cgkernels.philox_normal(tuple(y.shape), dtype=y.dtype, device=y.device, **draws)
+            y = y + config.noise * z
+        return self._log_density(y, cond) - constant
+
+    def _log_density(self, y: Tensor, cond: Tensor | None) -> Tensor:
+        z, logdet = self._encode(y, self._planes(cond, len(y)))
+        return logdet - (z.square().sum(1) + self.dimensions * math.log(2 * math.pi)) / 2
+
+    # Both ways ------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def encode(self, y: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The latent numbers z (B, C H W) of y (B, C, H, W), and log |det dz/dy| (B,)."""
+        self._check(y, cond)
+        return self._encode(y, self._planes(cond, len(y)))
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
+        """The y (B, C, H, W) that has these latent numbers, (B, C H W)."""
+        check_shape("z", z, (len(z), self.dimensions))
+        self.check_cond(cond, len(z), self.config.num_classes - 1)
+        return self._decode(z, self._planes(cond, len(z)))
+
+    def _encode(self, y: Tensor, planes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        parts, total = [], y.new_zeros(len(y))
+        for level, seen in zip(self._levels(), planes, strict=True):
+            y, ended, logdet = level(y, seen)
+            parts.append(ended.flatten(1))
+            total = total + logdet
+        return torch.cat(parts, 1), total
+
+    def _decode(self, z: Tensor, planes: list[Tensor]) -> Tensor:
+        shapes = [(level.channels - level.kept, *level.sides) for level in self._levels()]
+        parts = z.split([math.prod(shape) for shape in shapes], 1)
+        x = z
+        for level, part, shape, seen in reversed(
+            list(zip(self._levels(), parts, shapes, planes, strict=True))
+        ):
+            x = level.inverse(x, part.unflatten(1, shape), seen)
+        return x
+
+    def _planes(self, cond: Tensor | None, rows: int) -> list[Tensor]:
+        """The planes of the conditions at the resolution of each level."""
+        planes, found = self.planes(cond, rows), []
+        for level in self._levels():
+            planes = level.squeezed(planes)
+            found.append(planes)
+        return found
+
+    def _levels(self) -> list[Level]:
+        return cast(list[Level], list(self.levels))
+
+    def _check(self, y: Tensor, cond: Tensor | None) -> None:
+        check_shape("y", y, (len(y), *self.config.event_shape))
+        if not y.is_floating_point():
+            raise TypeError(f"y must be floating, got {y.dtype}")
+        self.check_cond(cond, len(y), self.config.num_classes - 1)
+
+    # Sampling -------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Samples of p(y | cond), of pictures within [-1, 1] and with their noise.
+
+        Args:
+            n: draws for each condition; None: one, without the leading dimension.
+            cond: (B,) class ids or (B, C, H, W) pictures; None for a model without condition.
+            seed: 64-bit int or one-element int64 tensor.
+            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
+                the number of each sample.
+            solver: fields of `FlowSampling`.
+
+        Returns:
+            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
+            (seed, number of its condition, draw) and on nothing else.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        options = solver_options(FlowSampling, solver)
+        if not 0 <= options.temperature < math.inf:
+            raise ValueError(f"temperature must not be negative, got {options.temperature}")
+        config, device = self.config, next(self.parameters()).device
+        rows, shape, index = numbered(n, cond, index, device)
+        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
+        if index.numel() == 0:
+            return torch.empty((*shape, *config.event_shape), device=device)
+        dtype = next(self.parameters()).dtype
+        temperature = torch.full((), float(options.temperature), dtype=dtype, device=device)
+        inputs = [as_seed(seed, device)[0], index, temperature]
+        inputs += [] if cond is None else [cond.to(device)]
+        draw = self._replayed if options.graph and device.type == "cuda" else self._draw
+        return draw(*inputs).view(*shape, *config.event_shape)
+
+    def _draw(
+        self, seed: Tensor, index: Tensor, temperature: Tensor, cond: Tensor | None = None
+    ) -> Tensor:
+        """A sample for each index: those of one draw stand together, in the order of cond."""
+        rows = 1 if cond is None else len(cond)
+        planes = self._planes(cond, rows)
+        z = temperature * cgkernels.philox_normal(
+            (len(index), self.dimensions), seed=seed, index=index, stream=STREAM_LATENTS,
+            dtype=temperature.dtype, device=index.device,
+        )  # fmt: skip
+        y = self._decode(z, [p.repeat(len(index) // rows, 1, 1, 1) for p in planes])
+        return y.clamp(-1, 1) if self.config.values else y
+
+    def _replayed(self, *inputs: Tensor) -> Tensor:
+        """`_draw` as a CUDA graph, kept for calls of the same sizes on the same weights."""
+        key = (
+            [(t.shape, t.dtype) for t in inputs],
+            [t.data_ptr() for t in (*self.parameters(), *self.buffers())],
+            torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), using_reference(),
+        )  # fmt: skip
+        kept = _GRAPHS.get(self)
+        if kept is None or kept.key != key:
+            _GRAPHS.pop(self, None)  # its memory is free before more is taken
+            kept = _GRAPHS[self] = _Graph(self, key, inputs)
+        return kept.run(inputs)
+
+
+class _Graph:
+    """One captured `_draw`, on tensors of its own."""
+
+    def __init__(self, model: ConditionalFlow, key: Any, inputs: tuple[Tensor, ...]) -> None:
+        self.key, self.inputs = key, [t.clone() for t in inputs]
+        self.out = inputs[2].new_empty(len(inputs[1]), *model.config.event_shape)
+
+        def draw() -> None:
+            self.out.copy_(model._draw(*self.inputs))
+
+        self.replay = captured(draw)
+
+    def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.replay()
+        return self.out.clone()
+
+
+# Beside the models, of which there can be copies; of a graph there can be none.
+_GRAPHS: WeakKeyDictionary[ConditionalFlow, _Graph] = WeakKeyDictionary()

@@ -1,0 +1,364 @@
+"""Conditional GANs: pix2pix, from a picture to a picture; and one that draws latent vectors.
+
+    discriminator:  (L(D(x, y), real) + L(D(x, G(x, z)), fake)) / 2  [+ R1 / 2 |dD / dy|^2]
+    generator:      L(D(x, G(x, z)), generator)  [+ lambda |y - G(x, z)|_1]
+
+L is the mean of `cgkernels.patch_loss` over the patches of a picture, |.|_1 the mean over its
+values, x the condition. Neither the discriminator nor its gradient is averaged over rows.
+
+Source   Goodfellow et al., arXiv:1406.2661; Mirza, Osindero, arXiv:1411.1784; pix2pix: Isola et
+         al., arXiv:1611.07004; R1: Mescheder et al., arXiv:1801.04406; hinge: Lim, Ye,
+         arXiv:1705.02894.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cgkernels.checks import as_seed, check_shape
+from cgkernels.random import STREAM_LATENTS, normal
+from cgm.families.gan_losses import (
+    IMAGE_TO_IMAGE_TRAINING,
+    LOSSES,
+    AdversarialModel,
+    ImageToImageConfig,
+    Loss,
+    channels_last,
+    check_weights,
+    discriminator_loss,
+    image_generator,
+    once,
+    row_loss,
+)
+from cgm.model import PictureConfig, numbered, solver_options
+from cgm.networks.layers import check_choice, check_positive
+from cgm.networks.patch_discriminator import (
+    PATCHES,
+    PatchDiscriminator,
+    PatchDiscriminatorConfig,
+)
+from cgm.networks.residual import ConditionPlanes, ResidualUNet
+
+
+# pix2pix ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Pix2PixConfig(ImageToImageConfig):
+    """What is generated from what, the two networks, and the objective."""
+
+    # Dropout in the generator, its only noise: without it a condition has one picture. A U-Net has
+    # it from 6 levels on.
+    dropout: bool = True
+    # Weight lambda of the distance to the true picture.
+    l1_weight: float = 100.0
+    # Weight of the R1 penalty on the discriminator, which excludes batch norm; 0: none.
+    r1_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weights(self, "l1_weight", "r1_weight")
+        if self.r1_weight and self.norm == "batch":
+            raise ValueError("norm must not be batch with r1_weight: rows would depend on another")
+
+
+@dataclass(frozen=True)
+class Pix2PixSampling:
+    """How a picture is drawn."""
+
+    # Keep the dropout on: without it all draws of a condition are one.
+    dropout: bool = True
+
+
+class Pix2Pix(AdversarialModel):
+    """Pictures from pictures; `loss` and `sample` of all families."""
+
+    family: ClassVar[str] = "pix2pix"
+    phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
+    sampling_config: ClassVar[type[Pix2PixSampling]] = Pix2PixSampling
+    training_defaults: ClassVar[dict[str, Any]] = IMAGE_TO_IMAGE_TRAINING
+
+    def __init__(self, config: Pix2PixConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.generator = image_generator(
+            config, config.cond_shape[0], config.event_shape[0], dropout=config.dropout
+        )
+        self.discriminator = PatchDiscriminator(
+            PatchDiscriminatorConfig(
+                in_channels=config.cond_shape[0] + config.event_shape[0],
+                patch=config.patch,
+                width=config.discriminator_width,
+                norm=config.norm,
+            )
+        )
+        channels_last(self)
+
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "discriminator",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+        shared: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The objective of a phase, of each row.
+
+        y and cond are pictures (B, C, H, W) in [-1, 1]; the dropout depends on (seed, index).
+        Returns {"total", "real", "fake"} of the discriminator, with a penalty also "r1"; and
+        {"total", "adversarial", "l1"} of the generator.
+        """
+        self.check_phase(phase)
+        check_shape("y", y, (y.shape[0], *self.config.event_shape))
+        self.check_cond(cond, y.shape[0], 0)
+        assert cond is not None  # check_cond wants one
+        cond, y = (t.contiguous(memory_format=torch.channels_last) for t in (cond, y))
+        config = self.config
+
+        def draw() -> Tensor:
+            return self.generator(cond, seed=seed if config.dropout else None, index=index)
+
+        fake = once("fake", draw, shared)
+        if phase == "generator":
+            adversarial = row_loss(self.discriminator, cond, fake, config.loss, "generator")
+            l1 = (fake - y).abs().flatten(1).mean(1)
+            total = adversarial + config.l1_weight * l1
+            return {"total": total, "adversarial": adversarial, "l1": l1}
+        return discriminator_loss(self.discriminator, cond, y, fake, config.loss, config.r1_weight)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        cond: Tensor,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Pictures (B, C, H, W) in (-1, 1) of conditions (B, C', H, W); (n, B, C, H, W) of n draws.
+
+        index: (B,) int64 numbers of the conditions, default 0 .. B - 1. solver: fields of
+        `Pix2PixSampling`. Call it on a model in evaluation mode: batch norm in training mode looks
+        at the whole batch.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        options = solver_options(Pix2PixSampling, solver)
+        device = next(self.parameters()).device
+        rows, shape, index = numbered(n, cond, index, device)
+        self.check_cond(cond, rows, 0)
+        if index.numel() == 0:
+            return torch.empty((*shape, *self.config.event_shape), device=device)
+        noisy = options.dropout and self.config.dropout
+        cond = cond.contiguous(memory_format=torch.channels_last)
+        if noisy:
+            cond = cond.repeat(len(index) // rows, 1, 1, 1)
+            y = self.generator(cond, seed=as_seed(seed, device)[0], index=index)
+        else:  # all draws are one
+            y = self.generator(cond).repeat(len(index) // rows, 1, 1, 1)
+        return y.contiguous().view(*shape, *self.config.event_shape)
+
+
+# With latent vectors ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class GANConfig(PictureConfig):
+    """What is generated from what, the two networks, and the objective."""
+
+    # Numbers of the latent vector z.
+    latents: int = 64
+    # Channels of the last hidden layer of the generator.
+    width: int = 32
+    # Resolutions of a generator from pictures, or of sides that are no multiples of 4.
+    levels: int = 3
+    # Side of the patches that the discriminator judges.
+    patch: Literal[1, 16, 34, 70, 142, 286] = 34
+    # Channels of its first layer.
+    discriminator_width: int = 32
+    # Loss of a patch.
+    loss: Loss = "nonsaturating"
+    # Weight of the R1 penalty on the discriminator; 0: none.
+    r1_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "latents", "width", "levels", "discriminator_width")
+        check_choice(self, "patch", tuple(PATCHES))
+        check_choice(self, "loss", LOSSES)
+        check_weights(self, "r1_weight")
+
+
+@dataclass(frozen=True)
+class GANSampling:
+    """How a picture is drawn."""
+
+    # Factor of the latent vector; less than 1 is nearer to the usual picture, and less varied.
+    truncation: float = 1.0
+
+
+class LatentGenerator(nn.Module):
+    """A picture from a vector: a linear layer, then twice a doubling of the sides.
+
+    (B, D) -> (B, 4 width, H / 4, W / 4) -> (B, 2 width, H / 2, W / 2) -> (B, width, H, W) -> y
+    """
+
+    def __init__(self, features: int, event_shape: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        channels, height, wide = event_shape
+        self.start = (4 * width, height // 4, wide // 4)
+        self.linear = nn.Linear(features, 4 * width * (height // 4) * (wide // 4))
+        sizes = (4 * width, 2 * width, width)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.GroupNorm(8 if n % 8 == 0 else 1, n) for n in sizes)
+        self.last = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """y (B, C, H, W) in (-1, 1) of z (B, D)."""
+        h = self.linear(z).unflatten(1, self.start)
+        h = h.contiguous(memory_format=torch.channels_last)
+        for norm, conv in zip(self.norms, self.convs, strict=False):
+            h = conv(F.interpolate(F.relu(norm(h)), scale_factor=2.0))
+        return torch.tanh(self.last(F.relu(self.norms[-1](h))))
+
+
+class TranslatingGenerator(nn.Module):
+    """A picture from planes of a condition and a vector, which modulates a U-Net."""
+
+    def __init__(self, config: GANConfig) -> None:
+        super().__init__()
+        self.planes = ConditionPlanes(config)
+        self.unet = ResidualUNet(
+            self.planes.planes,
+            config.event_shape[0],
+            width=config.width,
+            levels=config.levels,
+            features=config.latents,
+            start_at_zero=False,
+        )
+
+    def forward(self, z: Tensor, cond: Tensor | None) -> Tensor:
+        """y (B, C, H, W) in (-1, 1) of z (B, D) and a condition."""
+        return torch.tanh(self.unet(self.planes(cond, len(z)), z))
+
+
+class ConditionalGAN(AdversarialModel):
+    """Pictures from any condition, or from none; `loss` and `sample` of all families.
+
+    From pictures, and where the sides are no multiples of 4, a `TranslatingGenerator` makes them,
+    else a `LatentGenerator`.
+    """
+
+    family: ClassVar[str] = "gan"
+    phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
+    sampling_config: ClassVar[type[GANSampling]] = GANSampling
+    training_defaults: ClassVar[dict[str, Any]] = {
+        "batch_size": 64, "learning_rate": 2e-4, "beta1": 0.0, "beta2": 0.99, "warmup": 0,
+        "decay": "late_linear", "gradient_clip": float("inf"),
+    }  # fmt: skip
+
+    def __init__(self, config: GANConfig) -> None:
+        super().__init__()
+        self.config = config
+        features, channels = config.latents + config.num_classes, config.event_shape[0]
+        self.generator: TranslatingGenerator | LatentGenerator
+        if config.cond_kind == "image" or any(side % 4 for side in config.event_shape[1:]):
+            self.generator = TranslatingGenerator(config)
+        else:
+            self.generator = LatentGenerator(features, config.event_shape, config.width)
+        planes = config.cond_shape[0] if config.cond_kind == "image" else config.num_classes
+        self.discriminator = PatchDiscriminator(
+            PatchDiscriminatorConfig(
+                in_channels=channels + planes,
+                patch=config.patch,
+                width=config.discriminator_width,
+                norm="none",
+            )
+        )
+        channels_last(self)
+
+    def loss(
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        phase: str = "discriminator",
+        seed: int | Tensor,
+        index: Tensor | None = None,
+        shared: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The objective of a phase, of each row.
+
+        y is (B, C, H, W) in [-1, 1]; the latent vectors depend on (seed, index) only. Returns
+        {"total", "real", "fake"} of the discriminator, with a penalty also "r1"; {"total"} of the
+        generator.
+        """
+        self.check_phase(phase)
+        config, rows = self.config, y.shape[0]
+        check_shape("y", y, (rows, *config.event_shape))
+        self.check_cond(cond, rows, config.num_classes - 1)
+        y = y.contiguous(memory_format=torch.channels_last)
+        index = torch.arange(rows, device=y.device) if index is None else index
+        planes = self._planes(cond)
+        fake = once("fake", lambda: self._draw(cond, seed, index, 1.0), shared)
+        if phase == "generator":
+            return {"total": row_loss(self.discriminator, planes, fake, config.loss, "generator")}
+        return discriminator_loss(
+            self.discriminator, planes, y, fake, config.loss, config.r1_weight
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
+        **solver: Any,
+    ) -> Tensor:
+        """Pictures in (-1, 1): (B, C, H, W) of cond; (n, B, C, H, W); (n, C, H, W) of none.
+
+        index: (B,) int64 numbers of the conditions, default 0 .. B - 1; without cond of the draws.
+        solver: fields of `GANSampling`.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, by name.
+        """
+        options = solver_options(GANSampling, solver)
+        if not 0 <= options.truncation < float("inf"):
+            raise ValueError(f"truncation must not be negative, got {options.truncation}")
+        config, device = self.config, next(self.parameters()).device
+        rows, shape, index = numbered(n, cond, index, device)
+        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
+        if index.numel() == 0:
+            return torch.empty((*shape, *config.event_shape), device=device)
+        if cond is not None:
+            cond = cond.repeat(len(index) // rows, *[1] * (cond.dim() - 1))
+        y = self._draw(cond, as_seed(seed, device)[0], index, options.truncation)
+        return y.contiguous().view(*shape, *config.event_shape)
+
+    def _draw(
+        self, cond: Tensor | None, seed: int | Tensor, index: Tensor, truncation: float
+    ) -> Tensor:
+        config = self.config
+        z = truncation * normal(
+            (len(index), config.latents), seed=seed, index=index, stream=STREAM_LATENTS,
+            device=index.device,
+        )  # fmt: skip
+        if isinstance(self.generator, TranslatingGenerator):
+            return self.generator(z, cond)
+        if cond is not None:
+            z = torch.cat([z, F.one_hot(cond, config.num_classes).to(z.dtype)], 1)
+        return self.generator(z)
+
+    def _planes(self, cond: Tensor | None) -> Tensor | None:
+        """A picture itself; a class as pictures, one of ones and the others of zeros."""
+        if cond is None or self.config.cond_kind == "image":
+            return cond
+        hot = F.one_hot(cond, self.config.num_classes).float()
+        return hot[:, :, None, None].expand(-1, -1, *self.config.event_shape[1:])

@@ -1,0 +1,235 @@
+"""What families with a discriminator share: objectives of rows, penalties, the image pool.
+
+Source   penalties: Gulrajani et al., arXiv:1704.00028 (WGAN-GP); Mescheder et al., arXiv:1801.04406
+         (R1). Pool: Shrivastava et al., arXiv:1612.07828.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cgkernels.random import STREAM_POOL, uniform
+from cgm.model import Model
+from cgm.networks.layers import check_choice, check_positive
+from cgm.networks.patch_discriminator import PATCHES
+from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
+from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
+
+LOSSES = ("lsgan", "vanilla", "hinge", "nonsaturating", "wgan")
+Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
+Target = Literal["real", "fake", "generator"]
+
+
+# The training that is published for both.
+IMAGE_TO_IMAGE_TRAINING: dict[str, Any] = {
+    "batch_size": 1, "learning_rate": 2e-4, "beta1": 0.5, "warmup": 0, "decay": "late_linear",
+    "gradient_clip": float("inf"), "ema_decay": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageToImageConfig:
+    """What models from pictures to pictures share: what is made of what, and the networks."""
+
+    # Shape (C, H, W) of what is generated.
+    event_shape: tuple[int, int, int] = (3, 256, 256)
+    # Shape (C, H, W) of one condition, with the sides of event_shape.
+    cond_shape: tuple[int, int, int] = (3, 256, 256)
+    # Kind of condition: pictures.
+    cond_kind: Literal["image"] = "image"
+
+    # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
+    generator: Literal["unet", "resnet"] = "unet"
+    # Levels of the U-Net, or residual blocks; 0: as many levels as the sides allow, up to 8 for 256
+    # pixels, or 9 blocks for 256 pixels and 6 for fewer.
+    depth: int = 0
+    # Channels of the first layer of a generator.
+    width: int = 64
+    # Normalisation in all networks.
+    norm: Literal["batch", "instance", "none"] = "batch"
+    # Side of the patches that a discriminator judges.
+    patch: Literal[1, 16, 34, 70, 142, 286] = 70
+    # Channels of the first layer of a discriminator.
+    discriminator_width: int = 64
+    # Loss of a patch.
+    loss: Loss = "vanilla"
+
+    def __post_init__(self) -> None:
+        for name in ("event_shape", "cond_shape"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be (C, H, W), got {getattr(self, name)}")
+        if self.cond_kind != "image":
+            raise ValueError(f"cond_kind must be image: from pictures, got {self.cond_kind!r}")
+        sides = self.event_shape[1:]
+        if sides != self.cond_shape[1:]:
+            raise ValueError(
+                f"cond_shape must have the sides of event_shape {self.event_shape}, "
+                f"got {self.cond_shape}"
+            )
+        check_choice(self, "generator", ("unet", "resnet"))
+        check_choice(self, "norm", ("batch", "instance", "none"))
+        check_choice(self, "patch", tuple(PATCHES))
+        check_choice(self, "loss", LOSSES)
+        check_positive(self, "width", "discriminator_width")
+        if self.depth < 0:
+            raise ValueError(f"depth must not be negative, got {self.depth}")
+        unit = 2 ** max(self.depth, 2) if self.generator == "unet" else 4
+        if any(side % unit for side in sides):
+            raise ValueError(
+                f"event_shape must have sides that are multiples of {unit} for this generator and "
+                f"depth, got {self.event_shape}"
+            )
+
+    @property
+    def cond_dropout(self) -> float:
+        """Share of conditions dropped in training: none."""
+        return 0.0
+
+
+class AdversarialModel(Model):
+    """A model whose parts are named after the phase that trains them."""
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        """Of the discriminators or of the generators."""
+        self.check_phase(phase)
+        parts = [part for name, part in self.named_children() if name.startswith(phase)]
+        return [parameter for part in parts for parameter in part.parameters()]
+
+
+def discriminator_loss(
+    discriminator: nn.Module,
+    x: Tensor | None,
+    real: Tensor,
+    fake: Tensor,
+    loss: Loss,
+    r1_weight: float = 0.0,
+) -> dict[str, Tensor]:
+    """{"total", "real", "fake"}, with a penalty also "r1": (B,) each, of pictures (B, C, H, W)."""
+    parts = {
+        "real": row_loss(discriminator, x, real, loss, "real"),
+        "fake": row_loss(discriminator, x, fake.detach(), loss, "fake"),
+    }
+    total = (parts["real"] + parts["fake"]) / 2
+    if r1_weight:
+        parts["r1"] = gradient_square(lambda y: discriminator(*_pair(x, y)), real)
+        total = total + r1_weight / 2 * parts["r1"]
+    return {"total": total, **parts}
+
+
+def row_loss(
+    discriminator: nn.Module, x: Tensor | None, y: Tensor, loss: Loss, target: Target
+) -> Tensor:
+    """What the discriminator says of pictures y, beside their conditions x if there are: (B,)."""
+    losses: Any = discriminator.row_losses
+    return losses(*_pair(x, y), loss=loss, target=target)
+
+
+def _pair(x: Tensor | None, y: Tensor) -> tuple[Tensor, ...]:
+    return (y,) if x is None else (x, y)
+
+
+def once(name: str, draw: Callable[[], Tensor], shared: dict[str, Tensor] | None) -> Tensor:
+    """What the phases of one step draw in common; without `shared` each draws for itself."""
+    if shared is None:
+        return draw()
+    if name not in shared:
+        shared[name] = draw()
+    return shared[name]
+
+
+def image_generator(config: Any, channels: int, out: int, *, dropout: bool) -> nn.Module:
+    """The network from pictures of so many channels to pictures that a config asks for."""
+    kind: dict[str, Any] = {"width": config.width, "norm": config.norm}
+    depth = config.depth or _usual_depth(config)
+    if config.generator == "unet":  # which has dropout from 6 levels on
+        kind["dropout"] = dropout and depth >= 6
+        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
+    kind["dropout"] = dropout
+    return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=depth, **kind))
+
+
+def _usual_depth(config: Any) -> int:
+    """Levels of a U-Net: as many as the sides allow, 8 at most; or residual blocks as published."""
+    sides = config.event_shape[1:]
+    if config.generator == "unet":
+        return next(depth for depth in range(8, 0, -1) if not any(n % 2**depth for n in sides))
+    return 9 if min(sides) >= 256 else 6
+
+
+def channels_last(model: nn.Module) -> None:
+    """Convolutions in the format in which they, and the norms between them, are fastest."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_weights(config: object, *names: str) -> None:
+    """ValueError unless these fields of a config are finite and not negative."""
+    for name in names:
+        if not 0 <= getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
+
+
+# Penalties ----------------------------------------------------------------------------------------
+def gradient_square(discriminator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """|d D(y) / dy|^2 of each row, D the mean score of its patches: (B, C, H, W) -> (B,).
+
+    Rows must not depend on each other: no batch statistics in the discriminator.
+    """
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        score = discriminator(y).flatten(1).mean(1).sum()
+        (gradient,) = torch.autograd.grad(score, y, create_graph=True)
+    return gradient.square().flatten(1).sum(1)
+
+
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    *,
+    share: Tensor,
+) -> Tensor:
+    """WGAN-GP, (|d D / dy| - 1)^2 of each row, at share real + (1 - share) fake, share (B,)."""
+    share = share[:, None, None, None]
+    square = gradient_square(discriminator, fake + share * (real - fake))
+    return ((square + 1e-16).sqrt() - 1).square()
+
+
+# Pool ---------------------------------------------------------------------------------------------
+class ImagePool(nn.Module):
+    """The last pictures of a generator, for its discriminator: about half of them from before.
+
+    Each picture first fills the pool; then it is either used itself, or takes the place of one of
+    the pool, which is used instead, with probability 1/2 each. What is drawn depends on (seed,
+    index) of the picture. The pool is state of the training, kept in its checkpoint.
+    """
+
+    def __init__(self, size: int, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.size = size
+        self.pictures = nn.Buffer(torch.zeros(size, *event_shape), persistent=False)
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def exchange(self, fake: Tensor, *, seed: int | Tensor, index: Tensor, step: int = 0) -> Tensor:
+        """Pictures (B, *event) to judge, of fake (B, *event); nothing waits for the device.
+
+        step: of the noise, which tells several pools of a model apart.
+        """
+        if self.size == 0:
+            return fake
+        u = uniform((len(fake), 2), seed=seed, index=index, step=step, stream=STREAM_POOL)
+        out = fake.clone()
+        for row, picture in enumerate(fake):
+            full = self.count >= self.size
+            place = (u[row, 0] * self.size).long().clamp(max=self.size - 1)
+            place = torch.where(full, place, self.count.clamp(max=self.size - 1))[None]
+            swap = full & (u[row, 1] < 0.5)
+            old = self.pictures.index_select(0, place)[0]
+            out[row] = torch.where(swap, old, picture)
+            stored = torch.where(swap | ~full, picture, old)
+            self.pictures.index_copy_(0, place, stored[None].to(self.pictures.dtype))
+            self.count.add_(~full)
+        return out

@@ -1,0 +1,1 @@
+"""Loops that draw: token decoding, captured steps, patch scoring."""

@@ -1,0 +1,282 @@
+"""`cgm demo`: pictures of clothes from the shipped models, and how fast and how good they come.
+
+Diffusion draws clothes of each class. Every picture that is timed is also judged: the draws are
+made in batches, each numbered on from the one before; the first batches are drawn twice, in plain
+PyTorch and by this library. Then an autoregressive model completes upper halves in several ways,
+and a GAN makes pictures of edges. A second sheet has every family on one question with two right
+answers: is this garment teal or pink?
+"""
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import cgkernels
+from cgm.checkpoints import drawable_names, load_model, shipped
+from cgm.data import load_task, to_float
+from cgm.data.fashion import CLASS_NAMES
+from cgm.data.tasks import edge_map
+from cgm.evaluation import ground_truth as truth
+from cgm.evaluation.likelihood import class_accuracy, held_out_accuracy
+from cgm.studies.compare import CONTESTS
+from cgm.viz.plots import as_pictures, picture_grid
+
+CHECKPOINT, COMPLETING = "class_to_image_diffusion", "complete_autoregressive"
+TRANSLATING = "edges_to_image_pix2pix"
+SOLVER: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}
+PLAIN, LIBRARY = "plain PyTorch", "this library"
+_SEED = 0
+_DRAWS = 2  # of each class in a batch
+_SHOWN = 8  # of each class in the picture
+_WAYS_ON = 4  # completions of each upper half
+_OF_EDGES = 2  # pictures of each edge map
+COLOURING = "colorize_"  # what the names of the models of the second sheet begin with
+_GARMENTS, _COLOURED = 6, 4  # of that sheet, and draws of each garment
+# Half a level of a picture with 256 of them: what is below cannot be seen or saved.
+_VISIBLE = 1 / 255
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Samples (draws, classes, C, H, W) in [-1, 1], and what drawing them showed."""
+
+    samples: Tensor
+    rates: dict[str, list[float]]  # samples per second, of each batch in each way
+    difference: float  # largest between the two ways
+    completed: Tensor  # (draws, classes, C, H, W) in [-1, 1]
+    completions: float  # a second
+    translated: Tensor  # (draws, classes, C, H, W) in [-1, 1], made of edges
+    coloured: dict[str, Tensor]  # of each family, (draws, garments, 2, H, W)
+    threads: int  # of PyTorch on the CPU
+
+
+def demo(
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    seconds: float = 30.0,
+    samples: int = 500,
+    timed: int = 6,
+    console: Console | None = None,
+) -> Measured:
+    """Writes out/demo.png and out/families.png, and prints what they show as numbers.
+
+    seconds: time for drawing; no batch is begun that might not end in it, except for those that
+    the picture needs, of which two are drawn in both ways. samples: to draw and judge, at most.
+    timed: batches to draw in both ways.
+
+    Raises RuntimeError if the two ways draw visibly different pictures.
+    """
+    console = console or Console()
+    file, sheet = out / "demo.png", out / "families.png"
+    if not out.is_dir():
+        raise ValueError(f"out must be a folder, got {out}")
+    model = load_model(shipped(CHECKPOINT), device, expected_family="diffusion")
+    completing = load_model(shipped(COMPLETING), device, expected_family="autoregressive")
+    translating: Any = load_model(shipped(TRANSLATING), device, expected_family="pix2pix")
+    held_out = load_task("class_to_image", "test")
+    assert held_out.cond is not None
+    classes = range(len(CLASS_NAMES))
+    pixels = torch.stack([held_out.y[held_out.cond == label][0] for label in classes])
+    real, edges = to_float(pixels), to_float(edge_map(pixels))
+    threads = torch.get_num_threads()
+    try:
+        with console.status("drawing") as status:
+            drawn, rates, difference = _draw(model, seconds, samples, timed, status.update)
+            status.update("completing upper halves")
+            completed, completions = _complete(completing, real)
+            translated = translating.sample(_OF_EDGES, cond=edges.to(device), seed=_SEED).cpu()
+            garments = load_task("colorize", "test").batch(torch.arange(_GARMENTS))
+            assert garments["cond"] is not None
+            coloured = _colour(garments["cond"], device, status.update)
+        measured = Measured(
+            drawn, rates, difference, completed, completions, translated, coloured,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    if measured.difference > _VISIBLE:
+        raise RuntimeError(f"{PLAIN} and {LIBRARY} differ by {measured.difference:.3g} of [-1, 1]")
+    options = ", ".join(f"{name} {value}" for name, value in SOLVER.items())
+    upper = real.clone()
+    upper[:, :, upper.shape[2] // 2 :] = 1  # white
+    picture_grid(
+        file,
+        [
+            (f"diffusion: {options}", measured.samples[:_SHOWN]),
+            ("given", upper[None]),
+            ("autoregressive: completed", measured.completed),
+            ("edges", edges[None]),
+            ("pix2pix", measured.translated),
+            ("real", real[None]),
+        ],
+        row_labels=CLASS_NAMES,
+    )
+    luminance = garments["cond"]
+    picture_grid(
+        sheet,
+        [
+            ("given", luminance[None]),
+            *((name, as_pictures(ab, luminance)) for name, ab in coloured.items()),
+        ],
+    )
+    _print(console, measured, torch.device(device))
+    _print_colours(console, coloured, luminance)
+    console.print(
+        f"{file}: clothes that diffusion drew; upper halves of pictures that no model ever saw, "
+        f"each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; the "
+        "real ones.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{sheet}: garments coloured {_COLOURED} times by each family; each is teal or pink, as "
+        "likely the one as the other.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return measured
+
+
+def _colour(
+    luminance: Tensor, device: torch.device | str, say: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Colours of garments (garments, 1, H, W) by the shipped model of each family."""
+    coloured, known = {}, drawable_names()
+    for entry in CONTESTS["colorize"].entries:
+        if (name := COLOURING + entry.family) not in known:
+            continue
+        say(f"colouring garments: {entry.family}")
+        model: Any = load_model(shipped(name), device, expected_family=entry.family)
+        with warnings.catch_warnings():  # that all draws of least squares are equal is to be seen
+            warnings.simplefilter("ignore", UserWarning)
+            drawn = model.sample(_COLOURED, cond=luminance.to(device), seed=_SEED, **entry.solver)
+        coloured[entry.family] = drawn.cpu()
+    return coloured
+
+
+def _print_colours(console: Console, coloured: dict[str, Tensor], luminance: Tensor) -> None:
+    table = Table(
+        "family",
+        title=f"{len(luminance)} garments, {_COLOURED} draws each: teal or pink, not both",
+    )
+    shown = ("chroma", "consistency", "teal", "pink", "background")
+    for name in shown:
+        table.add_column(name, justify="right")
+    for family, ab in coloured.items():
+        scores = truth.colour_scores(ab, luminance)
+        table.add_row(family, *(f"{scores[name]:.2f}" for name in shown))
+    console.print(table)
+
+
+def _complete(model: Any, real: Tensor) -> tuple[Tensor, float]:
+    """Upper halves of real (classes, C, H, W) with lower halves drawn, and how many a second."""
+    upper = real[:, :, : real.shape[2] // 2].to(next(model.parameters()).device)
+    start = time.perf_counter()
+    lower = model.sample(_WAYS_ON, cond=upper, seed=_SEED).cpu()  # waits for the device
+    rate = lower.shape[0] * lower.shape[1] / (time.perf_counter() - start)
+    return as_pictures(lower, upper.cpu(), stacked=True), rate
+
+
+def _draw(
+    model: Any, seconds: float, samples: int, timed: int, say: Callable[[str], None]
+) -> tuple[Tensor, dict[str, list[float]], float]:
+    """Samples, samples a second of each batch in each way, and the difference of the ways.
+
+    Batches in the order plain, library, library, plain, ...; then the library's alone.
+    """
+    cond = torch.arange(len(CLASS_NAMES), device=next(model.parameters()).device)
+
+    def draw(way: str, batch: int, **changed: Any) -> tuple[Tensor, float]:
+        index = cond + batch * _DRAWS * 2**32  # the batch continues the numbers of the draws
+        with cgkernels.reference() if way == PLAIN else contextlib.nullcontext():
+            start = time.perf_counter()
+            drawn = model.sample(
+                _DRAWS, cond=cond, seed=_SEED, index=index, **{**SOLVER, **changed}
+            )
+            drawn = drawn.cpu()  # waits for the device
+        return drawn, len(drawn) * len(cond) / (time.perf_counter() - start)
+
+    for way in (PLAIN, LIBRARY):
+        draw(way, 0, steps=2)  # warm-up: memory, threads, kernels
+    # One thread or PyTorch's own number, whichever is faster here: threads that share their cores
+    # with other work wait for one another most of the time.
+    threads = {}
+    for count in {1, torch.get_num_threads()}:
+        torch.set_num_threads(count)
+        threads[draw(LIBRARY, 0, steps=2)[1]] = count
+    torch.set_num_threads(threads[max(threads)])
+    begin = last = time.perf_counter()
+    longest = 0.0
+    parts: list[Tensor] = []
+    rates: dict[str, list[float]] = {PLAIN: [], LIBRARY: []}
+    difference = 0.0
+    total = -(-samples // (_DRAWS * len(cond)))
+    while len(parts) < total:
+        number = len(parts)
+        late = last + longest - begin > seconds
+        if late and number * _DRAWS >= _SHOWN:
+            break
+        say(f"drawing, {number * _DRAWS * len(cond)} of {samples} pictures")
+        ways = (PLAIN, LIBRARY) if number % 2 == 0 else (LIBRARY, PLAIN)
+        drawn = {}
+        for way in ways if number < (2 if late else timed) else (LIBRARY,):
+            drawn[way], rate = draw(way, number)
+            rates[way].append(rate)
+        if PLAIN in drawn:
+            differs = (drawn[PLAIN] - drawn[LIBRARY]).abs().max().item()
+            difference = max(difference, differs)
+        parts.append(drawn[LIBRARY])
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return torch.cat(parts), rates, difference
+
+
+def _print(console: Console, measured: Measured, device: torch.device) -> None:
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"the CPU (threads: {measured.threads})"
+    )
+    table = Table(title=f"Samples per second on {where}")
+    for column in ("", "median", "lowest", "highest", f"batches of {_DRAWS * len(CLASS_NAMES)}"):
+        table.add_column(column, justify="right" if column else "left")
+    compared = len(measured.rates[PLAIN])
+    for way in (PLAIN, LIBRARY):
+        rates = measured.rates[way][:compared]
+        cells = (statistics.median(rates), min(rates), max(rates))
+        table.add_row(way, *(f"{rate:.3g}" for rate in cells), str(len(rates)))
+    console.print(table)
+    pairs = zip(measured.rates[LIBRARY], measured.rates[PLAIN], strict=False)
+    ratio = statistics.median(mine / plain for mine, plain in pairs)
+    why = (
+        "on a CPU both run the same plain PyTorch operations, so it is about 1"
+        if device.type == "cpu"
+        else "the network is the same, and what differs are the ops around it"
+    )
+    shares, counts = [], []
+    for pictures in (measured.samples, measured.completed, measured.translated):
+        labels = torch.arange(pictures.shape[1]).repeat(len(pictures))
+        shares.append(class_accuracy(pictures.flatten(0, 1), labels))
+        counts.append(len(labels))
+    lines = (
+        f"This library to plain PyTorch, batch by batch: {ratio:.2f}; {why}.",
+        f"Same weights, seed and numbers: largest difference {measured.difference:.1e} of [-1, 1].",
+        f"The shipped classifier puts {shares[0]:.1%} of {counts[0]} drawn pictures in the asked "
+        f"class, {shares[1]:.1%} of {counts[1]} completed ones in that of their upper half, "
+        f"{shares[2]:.1%} of {counts[2]} made of edges in theirs, and {held_out_accuracy():.1%} of "
+        "1000 real ones.",
+        f"{counts[1]} upper halves completed, {measured.completions:.3g} a second.",
+    )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

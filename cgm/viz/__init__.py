@@ -1,0 +1,1 @@
+"""Images for people: grids, plots, sample pages."""
