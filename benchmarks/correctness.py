@@ -1,6 +1,6 @@
 """Whether kernels are right on a GPU: every launch of an op, alone and in a CUDA graph; the models.
 
-What is judged is `cgkernels.library.LAUNCHES`, whose meta arguments are made real. Functions raise
+What is judged is `benchmarks.ops.LAUNCHES`, whose meta arguments are made real. Functions raise
 AssertionError where something is wrong, `Skipped` where it cannot be told here, and return what is
 worth knowing in words. Those of the ops run on any device.
 """

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from cgkernels import random
-from cgkernels._offline import KernelReport, compile_launch, problems
+from cgkernels._offline import KernelReport, Launch, compile_launch, problems
 
 __all__ = [
     "KernelReport",
+    "Launch",
     "assert_within_budget",
     "compile_launch",
     "float32_normals",

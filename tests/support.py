@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_map_only
 
 import tests.ops
 from cgkernels import random
-from cgkernels.library import OPS, Launch
-from cgkernels.testing import assert_within_budget, float32_normals, guarded
+from cgkernels.library import OPS
+from cgkernels.testing import Launch, assert_within_budget, float32_normals, guarded
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)

@@ -70,7 +70,7 @@ def test_recipe_gives_the_same_bytes_each_time(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_command_line_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cgm.evaluation.likelihood"])
-    with pytest.raises(SystemExit, match=r"^usage: python -m cgm\.evaluation FOLDER$"):
+    with pytest.raises(SystemExit, match=r"^usage: python -m cgm\.evaluation\.likelihood FOLDER$"):
         runpy.run_module("cgm.evaluation.likelihood", run_name="__main__")
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cgkernels.library import LAUNCHES, OPS, reference
+from benchmarks.ops import LAUNCHES
+from cgkernels.library import OPS, reference
 from cgkernels.ops import norm_linear as op
 from cgkernels.ops.norm_linear import norm_linear, pack_weight
 from cgkernels.testing import assert_within_budget, compile_launch, values
