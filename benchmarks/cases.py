@@ -96,9 +96,7 @@ def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
         for given in sets:
             ours = _outputs(op, op.ours, _fresh(given))
             with float32_normals():
-                plain, modelled = plain_and_modelled(
-                    lambda given=given: _outputs(op, _plainly(op.ours), _fresh(given))
-                )
+                plain, modelled = plain_and_modelled(partial(_plain_outputs, op, given))
             exact = _outputs(op, _plainly(op.exact or op.ours), _fresh(given, torch.float64))
             results.append((ours, plain, exact, modelled))
         fewest = min(sum(r[0][i].numel() for r in results) for i in range(len(results[0][0])))
@@ -124,6 +122,10 @@ def _assert_equal(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
 def _outputs(op: OpCase, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     result = op.finish(function(**inputs), inputs)
     return [t.detach() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+def _plain_outputs(op: OpCase, inputs: Inputs) -> list[Tensor]:
+    return _outputs(op, _plainly(op.ours), _fresh(inputs))
 
 
 def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -80,9 +80,8 @@ _COMPOSED = {
     _aten.native_layer_norm, _aten.native_layer_norm_backward, _aten.native_group_norm,
     _aten.native_group_norm_backward, _aten.native_batch_norm, _aten.native_batch_norm_backward,
     _aten._native_batch_norm_legit, _aten._fused_rms_norm, _aten._fused_rms_norm_backward,
-    _aten._softmax, _aten._softmax_backward_data, _aten._log_softmax,
-    _aten._log_softmax_backward_data, _aten._safe_softmax, _aten.logsumexp, _aten.var,
-    _aten.var_mean, _aten.std, _aten.mse_loss, _aten.linalg_vector_norm,
+    _aten._softmax_backward_data, _aten._log_softmax, _aten._log_softmax_backward_data,
+    _aten._safe_softmax, _aten.logsumexp, _aten.mse_loss, _aten.linalg_vector_norm,
     _aten.binary_cross_entropy_with_logits, _aten.nll_loss_forward,
 }  # fmt: skip
 
@@ -131,6 +130,9 @@ class _Modelled(TorchDispatchMode):
                     return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
             return func(*args, **kwargs)
         kind = func.overloadpacket
+        if kind in _REWRITTEN and _is_narrow(args[0]) and not func._schema.is_mutable:
+            with self:
+                return _REWRITTEN[kind](*args, **kwargs)
         if kind in _COMPOSED and func in decomposition_table:
             with self:
                 return decomposition_table[func](*args, **kwargs)
@@ -199,6 +201,46 @@ def _squared(tensor: Tensor) -> Tensor:
 
 def _filled(tensor: Tensor) -> Tensor:
     return (tensor != 0).double()
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    """By the logarithm of the sum, as attention computes it that keeps no scores.
+
+    That logarithm is rounded: an error of every weight, which a quotient has not.
+    """
+    wide = x.float()
+    total = wide.logsumexp(dim, keepdim=True)
+    weights = (wide - total.where(total.isfinite(), 0)).exp()
+    weights = weights.where(total != -math.inf, math.nan)  # of no score at all
+    return weights if half_to_float else weights.to(x.dtype)
+
+
+def _var_mean(
+    x: Tensor,
+    dim: list[int] | bool | None = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All overloads: of dim and unbiased, of unbiased alone, of dim and correction."""
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    dim, wide = dim or list(range(x.dim())), x.float()
+    mean = wide.mean(dim, keepdim=True)
+    variance = (wide - mean).square().mean(dim, keepdim=keepdim)
+    count = x.numel() // max(1, mean.numel())
+    free = max(0, count - (int(unbiased) if correction is None else correction))
+    variance = variance * (count / free if free else math.nan)
+    return variance.to(x.dtype), mean.view(variance.shape).to(x.dtype)
+
+
+_REWRITTEN: dict[Any, Callable[..., Any]] = {
+    _aten._softmax: _softmax,
+    _aten.var_mean: _var_mean,
+    _aten.var: lambda *args, **kwargs: _var_mean(*args, **kwargs)[0],
+    _aten.std: lambda *args, **kwargs: _var_mean(*args, **kwargs)[0].sqrt(),
+}
 
 
 def _is_narrow(value: Any) -> bool:

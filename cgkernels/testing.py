@@ -4,6 +4,7 @@ Nothing here needs a GPU; only the offline compilation (`compile_launch`) needs 
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cgkernels import random
 from cgkernels._offline import KernelReport, compile_launch, problems
@@ -32,6 +34,8 @@ __all__ = [
 
 _T = TypeVar("_T")
 
+_MANY = 256  # values, from which on their root mean square is a judgement
+
 
 # Error budget -------------------------------------------------------------------------------------
 def assert_within_budget(
@@ -47,6 +51,8 @@ def assert_within_budget(
 
         rms e <= f rms m,  or  rms e <= rms b
         max |e| <= 2 max(max |m|, max |b|) + 2 eps max |float64_reference|
+
+    (of fewer than 256 values, f is larger by what few may exceed: `_few`).
 
     m is derived from the lengths of sums and the sizes of their terms (`modelled_rounding`), and so
     the same on every processor; b is that of the library that this processor gets, and counts where
@@ -64,8 +70,9 @@ def assert_within_budget(
         actual: result of the kernel; several tensors of one dtype are judged as one population.
         same_dtype_reference: the definition in plain PyTorch on the same inputs; dtypes equal.
         float64_reference: the definition in float64, on the inputs as rounded to the tested dtype.
-        modelled_reference: as same_dtype_reference, within `modelled_rounding`; both come from
-            `plain_and_modelled`. For whatever a library sums, multiplies or convolves.
+        modelled_reference: draws of same_dtype_reference within `modelled_rounding`, with one
+            dimension more; both come from `plain_and_modelled`. Needed wherever a library sums,
+            multiplies or convolves.
 
     The rule is statistical: give it some 256 values or more, pooled over seeds where one result is
     small. It suits no float64 result, which has no wider reference.
@@ -74,53 +81,55 @@ def assert_within_budget(
         AssertionError: with both ratios and the worst element, or a wrong shape, dtype or NaN.
         TypeError: dtypes with which no budget exists.
     """
-    if modelled_reference is None:
-        references = [same_dtype_reference]
-    else:
-        references = [same_dtype_reference, modelled_reference]
-    got, exact, *plain = (
-        [t] if isinstance(t, Tensor) else list(t) for t in (actual, float64_reference, *references)
-    )
-    if not all(len(ts) == len(got) > 0 for ts in (exact, *plain)):
-        counts = " and ".join(str(len(ts)) for ts in (*plain, exact))
+    groups = [actual, same_dtype_reference, float64_reference]
+    if modelled_reference is not None:
+        groups.append(modelled_reference)
+    got, same, exact, *model = ([t] if isinstance(t, Tensor) else list(t) for t in groups)
+    if not all(len(ts) == len(got) > 0 for ts in (same, exact, *model)):
+        counts = " and ".join(str(len(ts)) for ts in (same, exact, *model))
         raise AssertionError(f"{len(got)} results, {counts} references")
     dtype = got[0].dtype
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"actual must be float32, float16 or bfloat16, got {dtype}")
-    for i, (g, x, *same) in enumerate(zip(got, exact, *plain, strict=True)):
+    for i, (g, s, x, *ms) in enumerate(zip(got, same, exact, *model, strict=True)):
         if x.dtype != torch.float64:
             raise TypeError(f"float64_reference must be float64, got {x.dtype}")
-        for s in same:
-            if not g.dtype == s.dtype == dtype:
-                message = f"result {i} is {g.dtype}, its reference {s.dtype}, not {dtype}"
-                raise AssertionError(message)
-            if not g.shape == s.shape == x.shape:
-                shapes = f"references {tuple(s.shape)} and {tuple(x.shape)}"
+        for reference, shape in ((s, s.shape), *((m, m.shape[1:]) for m in ms)):
+            if not g.dtype == reference.dtype == dtype:
+                what = f"its reference {reference.dtype}, not {dtype}"
+                raise AssertionError(f"result {i} is {g.dtype}, {what}")
+            if not g.shape == shape == x.shape:
+                shapes = f"references {tuple(shape)} and {tuple(x.shape)}"
                 raise AssertionError(f"result {i} has shape {tuple(g.shape)}, {shapes}")
     device = exact[0].device
-    g, x, *same = (
-        torch.cat([t.detach().to(device).flatten() for t in ts]) for ts in (got, exact, *plain)
+    modelled = [m.detach().to(device).flatten(1) for ms in model for m in ms]
+    g, s, x = (
+        torch.cat([t.detach().to(device).flatten() for t in ts]) for ts in (got, same, exact)
     )
-    for s in same:
-        _check_special("the two references", s, x.to(dtype))
-        _check_special("result and reference", g, s)
-    finite = same[0].isfinite()
-    g, x, *same = (t[finite].double() for t in (g, x, *same))
-    if x.numel() == 0:
+    _check_special("the two references", s, x.to(dtype))
+    _check_special("result and reference", g, s)
+    finite = s.isfinite()
+    g, s, true = (t[finite].double() for t in (g, s, x))
+    if true.numel() == 0:
         return
-    error = (g - x).abs()
-    budget = _budget(dtype, x, *((s - x).abs() for s in same))
+    error, of_plain = (g - true).abs(), (s - true).abs()
+    of_model = None
+    if modelled:
+        parts = zip(modelled, x.split([m.shape[1] for m in modelled]), strict=True)
+        of_model = torch.cat([(m.double() - part).abs().flatten() for m, part in parts])
+        of_model = of_model[of_model.isfinite()]
+    budget = _budget(dtype, true, of_plain, of_model)
     if _rms(error) <= budget.rms and error.max().item() <= budget.max:
         return
     at = int(error.argmax())
     raise AssertionError(
-        f"less accurate than plain PyTorch in {dtype}, {x.numel()} finite values:\n"
+        f"less accurate than plain PyTorch in {dtype}, {true.numel()} finite values:\n"
         f"  rms error {_rms(error):.3e} is {_ratio(_rms(error), budget.base)} times {budget.of} "
         f"{budget.base:.3e}, at most {budget.factor:.3g} allowed\n"
         f"  max error {error.max().item():.3e} is "
         f"{_ratio(error.max().item(), budget.worst)} times {budget.of} {budget.worst:.3e}, "
         f"at most 2 allowed, and {budget.band:.3e} more\n"
-        f"  worst: got {g[at].item()!r}, float64 {x[at].item()!r}, plain {same[0][at].item()!r}"
+        f"  worst: got {g[at].item()!r}, float64 {true[at].item()!r}, plain {s[at].item()!r}"
     )
 
 
@@ -143,18 +152,28 @@ class _Budget:
         return 2 * self.worst + self.band
 
 
-def _budget(
-    dtype: torch.dtype, exact: Tensor, plain: Tensor, model: Tensor | None = None
-) -> _Budget:
-    """Of the errors of plain PyTorch and, where it is given, of the model."""
+def _budget(dtype: torch.dtype, exact: Tensor, plain: Tensor, model: Tensor | None) -> _Budget:
+    """Of the errors of plain PyTorch and, where there is one, of the model."""
     factor = 2.0 if dtype == torch.float32 else 1.5
     band = 2 * torch.finfo(dtype).eps * exact.abs().max().item()
     if model is None:
         return _Budget("its", _rms(plain), factor, plain.max().item(), band)
     worst = max(plain.max().item(), model.max().item())
+    factor *= _few(exact.numel())
     if factor * _rms(model) >= _rms(plain):
         return _Budget("the model's", _rms(model), factor, worst, band)
     return _Budget("its", _rms(plain), 1.0, worst, band)
+
+
+def _few(count: int) -> float:
+    """How much more the root mean square of few errors may be than that which is expected.
+
+    The mean square of n normal errors exceeds 1 + 2 sqrt(t / n) + 2 t / n times its expectation
+    with a probability of at most exp(-t): B. Laurent and P. Massart, Ann. Stat. 28 (2000), lemma 1.
+    One in ten thousand is allowed; from 256 values on it is left to the margin of the budget.
+    """
+    t = math.log(1e4)
+    return math.sqrt(1 + 2 * math.sqrt(t / count) + 2 * t / count) if count < _MANY else 1.0
 
 
 def _rms(error: Tensor) -> float:
@@ -162,10 +181,18 @@ def _rms(error: Tensor) -> float:
 
 
 def plain_and_modelled(run: Callable[[], _T]) -> tuple[_T, _T]:
-    """What plain PyTorch gives in the dtype under test: here, and with errors as derived."""
+    """What plain PyTorch gives in the dtype under test: here, and with errors as derived.
+
+    run returns a tensor or several; it is called more than once. What is modelled has one dimension
+    more, the first, of draws: several of small results, whose errors are few.
+    """
     plain = run()
-    with modelled_rounding():
-        return plain, run()
+    size = sum(t.numel() for t in tree_leaves(plain) if isinstance(t, Tensor))
+    drawn = []
+    for seed in range(8 if size < 16 * _MANY else 1):
+        with modelled_rounding(seed):
+            drawn.append(run())
+    return plain, tree_map(lambda *each: torch.stack(each), *drawn)
 
 
 def _check_special(what: str, left: Tensor, right: Tensor) -> None:
