@@ -225,10 +225,10 @@ def _var_mean(
 ) -> tuple[Tensor, Tensor]:
     """All overloads: of dim and unbiased, of unbiased alone, of dim and correction."""
     if isinstance(dim, bool):
-        dim, unbiased = None, dim
-    dim, wide = dim or list(range(x.dim())), x.float()
-    mean = wide.mean(dim, keepdim=True)
-    variance = (wide - mean).square().mean(dim, keepdim=keepdim)
+        unbiased, dim = dim, None
+    over, wide = dim or list(range(x.dim())), x.float()
+    mean = wide.mean(over, keepdim=True)
+    variance = (wide - mean).square().mean(over, keepdim=keepdim)
     count = x.numel() // max(1, mean.numel())
     free = max(0, count - (int(unbiased) if correction is None else correction))
     variance = variance * (count / free if free else math.nan)
