@@ -59,7 +59,7 @@ class TrainOptions(Generic[_Model, _Training]):
     crop: int = 0
     # Mirror half of them left to right, others in each epoch.
     flip: tyro.conf.FlagCreatePairsOff[bool] = False
-    # 3 to read its pictures in colour, 1 in grey.
+    # 3 to read its pictures in color, 1 in gray.
     channels: int = 3
     # AtoB makes B from A, BtoA makes A from B.
     direction: str = "AtoB"
@@ -188,7 +188,7 @@ def _load_data(options: TrainOptions) -> "Dataset":
 # cgm sample ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SampleOptions(Generic[_Solver]):
-    """Draws from a trained model and writes one labelled picture.
+    """Draws from a trained model and writes one labeled picture.
 
     A sample depends on the seed, on the number of its condition and of its draw, and on nothing
     else: fewer draws are the first of more.
@@ -440,7 +440,7 @@ class EvaluateOptions(Generic[_Solver]):
 
     solver: Annotated[_Solver, tyro.conf.arg(name="")]
     # What to measure: task (what the model was trained for), inception_score, fd, kid,
-    # precision_recall, birthday, memorisation, conditions.
+    # precision_recall, birthday, memorization, conditions.
     measures: Annotated[
         tuple[str, ...],
         tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all that fit)"),
@@ -542,7 +542,7 @@ def _evaluate(argv: Sequence[str]) -> None:
 _WHAT_IT_SAYS = (
     "held out: the same of real pictures that the model never saw, as many as the last column "
     "says. Features of {name}, fingerprint {fingerprint}: only figures of Inception can be "
-    "compared with published ones. memorisation z far below 0: closer to the training pictures "
+    "compared with published ones. memorization z far below 0: closer to the training pictures "
     "than unseen ones are, as copies are, and pictures smoother than real ones."
 )
 

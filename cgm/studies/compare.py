@@ -32,8 +32,8 @@ from torch import Tensor
 from cgm.checkpoints import load_model, read_tensors, replacing, write_tensors
 from cgm.data import PINK, TEAL, Batch, Dataset, epoch_order, load_task, synthetic
 from cgm.evaluation import ground_truth as truth
+from cgm.evaluation.classifier import class_accuracy
 from cgm.evaluation.features import ClassifierFeatures
-from cgm.evaluation.likelihood import class_accuracy
 from cgm.evaluation.metrics import Moments, best_of_n, frechet_distance
 from cgm.evaluation.out_of_distribution import anomaly_scores, has_density
 from cgm.model import config_class, family_class, make_model
@@ -69,9 +69,9 @@ class Contest:
     judge: Callable[[Any, Batch], truth.Scores] | None = None
 
 
-def _colours(samples: Tensor, held_out: Batch) -> truth.Scores:
+def _colors(samples: Tensor, held_out: Batch) -> truth.Scores:
     assert held_out["cond"] is not None
-    return truth.colour_scores(samples, held_out["cond"])
+    return truth.color_scores(samples, held_out["cond"])
 
 
 def _gaussians(samples: Tensor, held_out: Batch) -> truth.Scores:
@@ -143,7 +143,7 @@ _TRANSFORMER: dict[str, Any] = {
 }  # fmt: skip
 # Many steps of few pictures: each is some hundred values to predict.
 _SEQUENCES: dict[str, Any] = {**_BATCH, "batch_size": 4, "learning_rate": 3e-3}
-_COLOURS = (TEAL, PINK, (0.0, 0.0))
+_COLORS = (TEAL, PINK, (0.0, 0.0))
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
 _POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
 _POINT_TRANSFORMER: dict[str, Any] = {
@@ -197,12 +197,12 @@ CONTESTS = {
     "colorize": Contest(
         rows=50,
         draws=8,
-        score=_colours,
+        score=_colors,
         entries=(
             Entry("least_squares", _SMALL, _BATCH),
             Entry("gaussian_regression", _SMALL, _BATCH),
             Entry("mixture_density", _SMALL, _BATCH),
-            Entry("quantized_classifier", {**_SMALL, "palette": _COLOURS}, _BATCH),
+            Entry("quantized_classifier", {**_SMALL, "palette": _COLORS}, _BATCH),
             Entry(
                 "vae",
                 {**_SMALL, "levels": 2, "latents": 1, "pooled": True, "scale": 0.3},
@@ -211,7 +211,7 @@ CONTESTS = {
             Entry(
                 "autoregressive",
                 # All levels of the luminance: what is garment begins within one of 16.
-                {**_TRANSFORMER, "palette": _COLOURS, "levels": 256, "cond_dropout": 0.0},
+                {**_TRANSFORMER, "palette": _COLORS, "levels": 256, "cond_dropout": 0.0},
                 _SEQUENCES,
             ),
             Entry("flow", {"steps": (1, 4), "width": 24, "values": 0, "noise": 0.05}, _BATCH),

@@ -27,7 +27,7 @@ from cgm.data import load_task, to_float
 from cgm.data.fashion import CLASS_NAMES
 from cgm.data.tasks import edge_map
 from cgm.evaluation import ground_truth as truth
-from cgm.evaluation.likelihood import class_accuracy, held_out_accuracy
+from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
 from cgm.studies.compare import CONTESTS
 from cgm.viz.plots import as_pictures, picture_grid
 
@@ -40,8 +40,8 @@ _DRAWS = 2  # of each class in a batch
 _SHOWN = 8  # of each class in the picture
 _WAYS_ON = 4  # completions of each upper half
 _OF_EDGES = 2  # pictures of each edge map
-COLOURING = "colorize_"  # what the names of the models of the second sheet begin with
-_GARMENTS, _COLOURED = 6, 4  # of that sheet, and draws of each garment
+COLORING = "colorize_"  # what the names of the models of the second sheet begin with
+_GARMENTS, _COLORED = 6, 4  # of that sheet, and draws of each garment
 # Half a level of a picture with 256 of them: what is below cannot be seen or saved.
 _VISIBLE = 1 / 255
 
@@ -56,7 +56,7 @@ class Measured:
     completed: Tensor  # (draws, classes, C, H, W) in [-1, 1]
     completions: float  # a second
     translated: Tensor  # (draws, classes, C, H, W) in [-1, 1], made of edges
-    coloured: dict[str, Tensor]  # of each family, (draws, garments, 2, H, W)
+    colored: dict[str, Tensor]  # of each family, (draws, garments, 2, H, W)
     threads: int  # of PyTorch on the CPU
 
 
@@ -98,9 +98,9 @@ def demo(
             translated = translating.sample(_OF_EDGES, cond=edges.to(device), seed=_SEED).cpu()
             garments = load_task("colorize", "test").batch(torch.arange(_GARMENTS))
             assert garments["cond"] is not None
-            coloured = _colour(garments["cond"], device, status.update)
+            colored = _color(garments["cond"], device, status.update)
         measured = Measured(
-            drawn, rates, difference, completed, completions, translated, coloured,
+            drawn, rates, difference, completed, completions, translated, colored,
             torch.get_num_threads(),
         )  # fmt: skip
     finally:
@@ -127,11 +127,11 @@ def demo(
         sheet,
         [
             ("given", luminance[None]),
-            *((name, as_pictures(ab, luminance)) for name, ab in coloured.items()),
+            *((name, as_pictures(ab, luminance)) for name, ab in colored.items()),
         ],
     )
     _print(console, measured, torch.device(device))
-    _print_colours(console, coloured, luminance)
+    _print_colors(console, colored, luminance)
     console.print(
         f"{file}: clothes that diffusion drew; upper halves of pictures that no model ever saw, "
         f"each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; the "
@@ -140,7 +140,7 @@ def demo(
         soft_wrap=True,
     )
     console.print(
-        f"{sheet}: garments coloured {_COLOURED} times by each family; each is teal or pink, as "
+        f"{sheet}: garments colored {_COLORED} times by each family; each is teal or pink, as "
         "likely the one as the other.",
         highlight=False,
         soft_wrap=True,
@@ -148,33 +148,33 @@ def demo(
     return measured
 
 
-def _colour(
+def _color(
     luminance: Tensor, device: torch.device | str, say: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Colours of garments (garments, 1, H, W) by the shipped model of each family."""
-    coloured, known = {}, drawable_names()
+    """Colors of garments (garments, 1, H, W) by the shipped model of each family."""
+    colored, known = {}, drawable_names()
     for entry in CONTESTS["colorize"].entries:
-        if (name := COLOURING + entry.family) not in known:
+        if (name := COLORING + entry.family) not in known:
             continue
-        say(f"colouring garments: {entry.family}")
+        say(f"coloring garments: {entry.family}")
         model: Any = load_model(shipped(name), device, expected_family=entry.family)
         with warnings.catch_warnings():  # that all draws of least squares are equal is to be seen
             warnings.simplefilter("ignore", UserWarning)
-            drawn = model.sample(_COLOURED, cond=luminance.to(device), seed=_SEED, **entry.solver)
-        coloured[entry.family] = drawn.cpu()
-    return coloured
+            drawn = model.sample(_COLORED, cond=luminance.to(device), seed=_SEED, **entry.solver)
+        colored[entry.family] = drawn.cpu()
+    return colored
 
 
-def _print_colours(console: Console, coloured: dict[str, Tensor], luminance: Tensor) -> None:
+def _print_colors(console: Console, colored: dict[str, Tensor], luminance: Tensor) -> None:
     table = Table(
         "family",
-        title=f"{len(luminance)} garments, {_COLOURED} draws each: teal or pink, not both",
+        title=f"{len(luminance)} garments, {_COLORED} draws each: teal or pink, not both",
     )
     shown = ("chroma", "consistency", "teal", "pink", "background")
     for name in shown:
         table.add_column(name, justify="right")
-    for family, ab in coloured.items():
-        scores = truth.colour_scores(ab, luminance)
+    for family, ab in colored.items():
+        scores = truth.color_scores(ab, luminance)
         table.add_row(family, *(f"{scores[name]:.2f}" for name in shown))
     console.print(table)
 

@@ -27,13 +27,13 @@ import cgkernels
 from cgkernels.timing import Timing, measure
 from cgm.checkpoints import drawable_names, load_model, replacing, shipped
 from cgm.studies.compare import CONTESTS
-from cgm.studies.demo import CHECKPOINT, COLOURING, SOLVER
+from cgm.studies.demo import CHECKPOINT, COLORING, SOLVER
 
 WAYS = ("fused", "plain", "compiled")
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 # Of `sample`, where the defaults are not what one would use.
 SOLVERS: dict[str, dict[str, Any]] = {CHECKPOINT: SOLVER} | {
-    COLOURING + entry.family: dict(entry.solver) for entry in CONTESTS["colorize"].entries
+    COLORING + entry.family: dict(entry.solver) for entry in CONTESTS["colorize"].entries
 }
 _VISIBLE = 1 / 255  # half a level of a picture with 256 of them
 

@@ -177,7 +177,7 @@ def test_evaluate_compares_samples_with_real_pictures(cgm, trained, tmp_path):
     words = " ".join(out.split())
     assert "Features of pixels, fingerprint pixels: only figures of Inception can" in words
     assert re.search(r"FD-pixels\s*│\s*[\d.]+ │\s*20 │\s*9000 │\s*[\d.]+ │\s*20 │", out)
-    assert "memorisation z, pixels" in out and "IS-" not in out
+    assert "memorization z, pixels" in out and "IS-" not in out
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["features"] == {"name": "pixels", "fingerprint": "pixels"}
     assert (found["task"], found["samples"], found["seed"], found["steps"]) == (
@@ -190,7 +190,7 @@ def test_evaluate_compares_samples_with_real_pictures(cgm, trained, tmp_path):
     assert len(measures) == len(found["measures"])
     assert measures["FD-pixels"]["reference"] == 9000 and measures["FD-pixels"]["floor_rows"] == 20
     assert measures["mean absolute error, of another's"]["error"] > 0
-    assert measures["memorisation z, pixels, below 1 % quantile"]["floor"] == 0.01
+    assert measures["memorization z, pixels, below 1 % quantile"]["floor"] == 0.01
     assert Image.open(tmp_path / "nearest.png").height > 8 * 28
     samples = load_model(trained["complete"]).sample(
         cond=load_task("complete", "test").batch(torch.arange(20))["cond"], seed=3, steps=1
@@ -283,8 +283,8 @@ def test_pictures_as_conditions_are_held_out_ones(cgm, trained, tmp_path, task, 
     assert torch.equal(tensors["cond"], batch["cond"])
     assert tensors["samples"].shape == (2, *batch["y"].shape)
     shown = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
-    coloured = (shown.max(2) - shown.min(2)).max() > 50
-    assert coloured == (task == "colorize")
+    colored = (shown.max(2) - shown.min(2)).max() > 50
+    assert colored == (task == "colorize")
 
 
 def test_no_condition(cgm, tmp_path):
