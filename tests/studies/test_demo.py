@@ -11,7 +11,7 @@ from rich.console import Console
 
 import cgm.evaluation.classifier
 from cgkernels.library import using_reference
-from cgm.checkpoints import load_model, save_model
+from cgm.checkpoints import load_model, sampling_preset, save_model, shipped
 from cgm.cli import main
 from cgm.data import load_task, to_float
 from cgm.evaluation.ground_truth import color_scores
@@ -21,7 +21,7 @@ from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.families.regression import LeastSquares, LeastSquaresConfig
 from cgm.model import make_model
 from cgm.studies import demo as study
-from cgm.studies.demo import LIBRARY, PLAIN, SOLVER, demo
+from cgm.studies.demo import CHECKPOINT, LIBRARY, PLAIN, demo
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def tiny(tmp_path, monkeypatch):
     config = DiffusionConfig(
         cond_kind="class", num_classes=10, channels=8, heads=2, multipliers=(1,), blocks=1, patch=4
     )
-    monkeypatch.setitem(study.SOLVER, "steps", 3)
-    save_model(tmp_path / "tiny", make_model(ConditionalDiffusion, config))
+    preset = {"sampling": {**sampling_preset(shipped(CHECKPOINT)), "steps": 3}}
+    save_model(tmp_path / "tiny", make_model(ConditionalDiffusion, config), preset)
     lower = AutoregressiveConfig(
         event_shape=(1, 14, 28), cond_kind="image", cond_shape=(1, 14, 28), levels=2, layers=1,
         width=8, heads=1, hidden=8,
@@ -86,7 +86,8 @@ def test_draws_are_measured_in_turn_and_numbered_on(tiny, ways, tmp_path):
     assert {way for way, _ in ways[:-5]} == {PLAIN, LIBRARY}
     assert len(measured.rates[PLAIN]) == 2 and len(measured.rates[LIBRARY]) == 3
     assert measured.difference == 0  # on a CPU they are the same operations
-    expected = tiny.sample(6, cond=torch.arange(10), seed=0, **SOLVER)
+    solver = {"sampler": "dpmpp_2m", "steps": 3, "guidance": 2.0}
+    expected = tiny.sample(6, cond=torch.arange(10), seed=0, **solver)
     # Round-off: the network saw other batches.
     torch.testing.assert_close(measured.samples, expected, rtol=0, atol=1e-3)
     drawn = ("25.0% of 60 drawn", "25.0% of 40 completed", "25.0% of 20 made of edges")
