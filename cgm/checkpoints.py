@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import cgkernels
 from cgm.model import FAMILIES, Model, config_class, config_from_dict, family_class, make_model
 
 FORMAT = 1
@@ -69,7 +70,8 @@ def save_model(
         **(metadata or {}),
         "versions": {
             "python": platform.python_version(),
-            **{name: packages.version(name) for name in ("cgkernels", "torch", "safetensors")},
+            "cgkernels": cgkernels.__version__,
+            **{name: packages.version(name) for name in ("torch", "safetensors")},
         },
     }
     text = json.dumps(info, indent=2) + "\n"

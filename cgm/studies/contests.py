@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cgm.data import PINK, TEAL, Batch, Dataset, epoch_order, load_task, synthetic
+from cgm.data import DATA_FIELDS, PINK, TEAL, Batch, Dataset, epoch_order, load_task, synthetic
 from cgm.evaluation.classifier import class_accuracy
 from cgm.evaluation.features import ClassifierFeatures
 from cgm.evaluation.ground_truth import (
@@ -54,9 +54,8 @@ class Contest:
 def entry_config(entry: Entry, dataset: Dataset) -> Any:
     """The config of the family's model on these data."""
     cls = config_class(family_class(entry.family))
-    of_data = ("event_shape", "cond_kind", "cond_shape", "num_classes")
     names = {field.name for field in dataclasses.fields(cls)}
-    given = {name: getattr(dataset, name) for name in of_data if name in names}
+    given = {name: getattr(dataset, name) for name in DATA_FIELDS if name in names}
     return cls(**(given | dict(entry.model)))
 
 

@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 
 from cgkernels.library import OPS
-from cgm import cli
 from cgm.checkpoints import load_model, read_tensors, save_model
-from cgm.cli import main
-from cgm.data import LAYOUTS, TASKS, load_task
+from cgm.cli import bench, compare, convert, demo, evaluate, main, sample, train
+from cgm.data import DATA_FIELDS, LAYOUTS, TASKS, load_task
 from cgm.data.folders import DIRECTIONS
 from cgm.evaluation.classifier import Classifier, ClassifierConfig
 from cgm.families.cyclegan import CycleGANConfig
@@ -111,7 +110,7 @@ def comments(options):
 @pytest.mark.parametrize(
     "line, prefix, options",
     [
-        ("train diffusion --help", "", cli.TrainOptions),
+        ("train diffusion --help", "", train.TrainOptions),
         ("train diffusion --help", "model.", DiffusionConfig),
         ("train diffusion --help", "training.", TrainingConfig),
         ("train pix2pix --help", "model.", Pix2PixConfig),
@@ -119,14 +118,14 @@ def comments(options):
         ("train cyclegan --help", "model.", CycleGANConfig),
         ("train gan --help", "model.", GANConfig),
         ("train vae --help", "model.", VAEConfig),
-        ("sample CHECKPOINT --help", "", cli.SampleOptions),
+        ("sample CHECKPOINT --help", "", sample.SampleOptions),
         ("sample CHECKPOINT --help", "", SamplingConfig),
-        ("evaluate CHECKPOINT --help", "", cli.EvaluateOptions),
+        ("evaluate CHECKPOINT --help", "", evaluate.EvaluateOptions),
         ("evaluate CHECKPOINT --help", "", SamplingConfig),
-        ("convert --help", "", cli.ConvertOptions),
-        ("demo --help", "", cli.DemoOptions),
-        ("bench --help", "", cli.BenchOptions),
-        ("compare --help", "", cli.CompareOptions),
+        ("convert --help", "", convert.ConvertOptions),
+        ("demo --help", "", demo.DemoOptions),
+        ("bench --help", "", bench.BenchOptions),
+        ("compare --help", "", compare.CompareOptions),
     ],
 )
 def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, options):
@@ -137,9 +136,9 @@ def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, opti
     assert helps.keys() == options.__dataclass_fields__.keys() - nested and code == 0
     for name, comment in helps.items():
         flag = f"--{prefix}{name.replace('_', '-')}"
-        if name in cli.DATA_FIELDS:
+        if name in DATA_FIELDS:
             assert flag not in text
-        elif options is cli.ConvertOptions and name in ("file", "out"):
+        elif options is convert.ConvertOptions and name in ("file", "out"):
             assert f" {name.upper()} {comment} (required)" in " ".join(text.split())
         else:
             told = rf"{re.escape(flag)}[ ,](.*? )?{re.escape(comment)} \(default"
@@ -251,7 +250,7 @@ def test_the_command_that_train_prints_draws(cgm, tmp_path, monkeypatch):
 
 def test_samples_are_the_model_s(cgm, trained, tmp_path, monkeypatch):
     """--index, --seed, --classes and the solver's flags reach the model, in any batches."""
-    monkeypatch.setattr(cli, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(sample, "_ROWS_AT_ONCE", 4)
     out, array = tmp_path / "a.png", tmp_path / "a.safetensors"
     flags = "--classes dress 9 --n 5 --seed 3 --index 7 --sampler ddpm --steps 3 --guidance 1.5"
     code, printed, err = cgm(
@@ -370,7 +369,7 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_data", interrupt)
+    monkeypatch.setattr(train, "_load_data", interrupt)
     assert cgm("train diffusion --task complete") == (130, "", "cgm: interrupted\n")
 
 
@@ -575,7 +574,7 @@ def test_user_errors(cgm, tmp_path, trained, line, words):
 
 
 def test_errors_of_ours_keep_their_traceback(cgm, monkeypatch):
-    monkeypatch.setattr(cli, "_load_data", lambda options: options.nothing)
+    monkeypatch.setattr(train, "_load_data", lambda options: options.nothing)
     with pytest.raises(AttributeError):
         cgm("train diffusion --task complete")
 
