@@ -150,7 +150,7 @@ def train(
         TrainingInterrupted: Ctrl-C. A second one, while the step finishes, is a KeyboardInterrupt.
     """
     out = Path(out)
-    run = _Run(model.to(device).train(), dataset, config, torch.device(device), sampling or {})
+    run = _Run(model.to(device).train(), dataset, config, torch.device(device), sampling)
     names = run.rehearse()
     sheets = None
     if config.sheet_every:
@@ -228,11 +228,12 @@ class _Run:
         dataset: Dataset,
         config: TrainingConfig,
         device: torch.device,
-        sampling: Mapping[str, Any],
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.dataset, self.config, self.device = model, dataset, config, device
         # Of a model that draws nothing no preset: its absence is what says so.
-        self.preset = {"sampling": dict(sampling)} if hasattr(model, "sampling_config") else {}
+        draws = hasattr(model, "sampling_config")
+        self.preset = {"sampling": dict(sampling or {})} if draws else {}
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.parameters = {phase: model.phase_parameters(phase) for phase in model.phases}
         self.optimizers = {

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import cgkernels
 from cgkernels.library import OPS
 from cgm.checkpoints import load_model, read_tensors, save_model
 from cgm.cli import bench, compare, convert, demo, evaluate, main, sample, train
@@ -88,6 +88,35 @@ def test_help_lists_the_commands_without_torch():
         "info",
     ):
         assert f"cgm {command} " in out.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train diffusion",
+        "sample class_to_image_diffusion",
+        "evaluate colorize_energy",
+        "convert",
+        "demo",
+        "compare",
+        "bench",
+        "info",
+    ],
+)
+def test_help_draws_nothing(line):
+    script = (
+        f"import sys; from cgm.cli import main; main({line.split()} + ['--help']); "
+        "print([m for m in sys.modules if m in ('matplotlib', 'cgm.studies.demo')])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert f"usage: cgm {line}" in out.stdout and out.stdout.strip().endswith("[]")
+
+
+def test_version(cgm):
+    assert cgm("--version") == (0, f"cgm {cgkernels.__version__}\n", "")
+    script = [sys.executable, "-m", "cgm", "--help"]
+    out = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("usage: cgm COMMAND ...")
 
 
 def test_usage(cgm):
@@ -228,6 +257,7 @@ def test_an_autoencoder_is_trained_and_draws_nothing(cgm, tmp_path):
     line = f"train autoencoder --task class_to_image {sizes} {batch} --out {tmp_path}/run"
     code, out, err = cgm(line)
     assert code == 0 and err == "" and "draw" not in out
+    assert "sampling" not in json.loads((tmp_path / "run" / "config.json").read_text())
     code, _, err = cgm(f"sample {tmp_path}/run --out {tmp_path}/a.png")
     assert code == 2 and "a model of the family autoencoder, which draws nothing" in err
 
@@ -246,6 +276,44 @@ def test_the_command_that_train_prints_draws(cgm, tmp_path, monkeypatch):
     code, out, err = cgm(shlex.join(command[1:]) + " --steps 2 --n 2")
     assert code == 0 and "samples.png" in out and err == ""
     assert Image.open("samples.png").format == "PNG"
+
+
+def test_a_preset_is_the_default_of_the_flags(cgm, trained, tmp_path):
+    """Of a task it is what the family has in the contest; what is asked for goes before it."""
+    folder, array = trained["class_to_image"], tmp_path / "a.safetensors"
+    preset = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}
+    assert json.loads((folder / "config.json").read_text())["sampling"] == preset
+    _, out, _ = cgm(f"sample {folder} --help")
+    text = " ".join(out.replace("│", " ").split())
+    for default in (
+        "Solver. (default: dpmpp_2m)",
+        "network. (default: 12)",
+        "work. (default: 2.0)",
+    ):
+        assert default in text
+    line = f"sample {folder} --classes 2 --n 1 --steps 3 --out {tmp_path / 'a.png'}"
+    assert cgm(line, "--save-array", array)[0] == 0
+    tensors, info = read_tensors(array)
+    assert {name: info[name] for name in preset} == preset | {"steps": 3}
+    expected = load_model(folder).sample(
+        1, cond=tensors["cond"], sampler="dpmpp_2m", steps=3, guidance=2.0
+    )
+    assert torch.equal(tensors["samples"], expected)
+
+
+def test_no_guidance_without_dropout_of_the_condition(cgm, tmp_path):
+    line = f"train diffusion --task class_to_image --training.steps 1 --out {tmp_path / 'run'}"
+    assert cgm(line, "--model.cond-dropout", 0, *TINY)[0] == 0
+    info = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert info["sampling"] == {"sampler": "dpmpp_2m", "steps": 12}
+
+
+def test_a_preset_that_does_not_fit(cgm, trained, tmp_path):
+    shutil.copytree(trained["class_to_image"], tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace('"dpmpp_2m"', '"heun"'))
+    code, _, err = cgm(f"sample {tmp_path / 'run'} --out {tmp_path / 'a.png'}")
+    assert code == 2 and f"{file}: sampling.sampler must be one of ddpm" in err
 
 
 def test_samples_are_the_model_s(cgm, trained, tmp_path, monkeypatch):
@@ -583,7 +651,7 @@ def test_errors_of_ours_keep_their_traceback(cgm, monkeypatch):
 def test_info(cgm):
     code, out, err = cgm("info")
     assert code == 0 and err == ""
-    for word in (torch.__version__, metadata.version("cgkernels"), "triton", "GPU", *OPS):
+    for word in (torch.__version__, cgkernels.__version__, "triton", "GPU", *OPS):
         assert word in out
     fused = "Triton kernel" if torch.cuda.is_available() else "no GPU"
     assert out.count("plain PyTorch") == out.count(fused) == len(OPS)
