@@ -42,6 +42,7 @@ from cgm.evaluation.metrics import (
     nearest,
     standardize,
 )
+from cgm.model import Model
 from cgm.viz.plots import as_pictures, picture_grid
 
 LEAST = 20  # fewest samples
@@ -105,7 +106,7 @@ class _Real:
 
 
 def against_real(
-    model: Any,
+    model: Model,
     training: Dataset,
     held_out: Dataset,
     extractor: Extractor,
@@ -203,7 +204,7 @@ def _part(rows: Tensor, y: Tensor, extractor: Extractor) -> _Part:
 
 
 def _drawn(
-    model: Any,
+    model: Model,
     held_out: Dataset,
     samples: int,
     seed: int,
@@ -441,7 +442,7 @@ class _WithinClasses:
 
 
 def _several(
-    model: Any, held_out: Dataset, extractor: Extractor, seed: int, solver: dict[str, Any]
+    model: Model, held_out: Dataset, extractor: Extractor, seed: int, solver: dict[str, Any]
 ) -> list[Measure]:
     """Distances of features: of some draws to the real y of their condition, and to each other."""
     rows = torch.arange(min(_CONDITIONS, len(held_out)))
