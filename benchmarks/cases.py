@@ -42,11 +42,11 @@ from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, 
 from benchmarks.records import OURS
 from benchmarks.timing import Call, name_of
 from cgkernels.testing import assert_within_budget, float32_normals, plain_and_modelled
-from cgm.checkpoints import drawable_names, load_model, read_config, shipped
+from cgm.checkpoints import drawable_names, load_model, read_config, sampling_preset, shipped
+from cgm.evaluation.execution import compiled_copy, conditions, difference_of, model_call
 from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.model import Model, make_model
-from cgm.studies.throughput import SOLVERS, compiled_copy, conditions, difference_of, model_call
 
 _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index alone
 
@@ -326,7 +326,7 @@ def _growth_cases(device: torch.device) -> Iterator[Case]:
                 size = f"{sweep.extent}{value}"
                 yield _op_case("growth", name, op, size, shape, str(shape), dtype, 0, extent)
     for name in drawable_names():
-        make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
+        make, solver = partial(_shipped_model, name), sampling_preset(shipped(name))
         if read_config(shipped(name))["family"] == "autoregressive":
             continue  # a smaller one is below
         iterated = "steps" in solver
@@ -408,7 +408,7 @@ def _looked_at_first(named: tuple[str, Size]) -> bool:
 def _model_cases(device: torch.device) -> Iterator[Case]:
     sizes = [name for name, batch in BATCHES.items() if device.type == "cuda" or batch.cpu]
     for name in drawable_names():
-        make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
+        make, solver = partial(_shipped_model, name), sampling_preset(shipped(name))
         if device.type == "cpu" and make(device).discrete:
             continue  # a call takes seconds; `cgm bench` times it, and here a decoder's tokens are
         for rank, size in enumerate(sizes):

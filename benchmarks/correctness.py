@@ -244,11 +244,11 @@ class ModelChecks:
     """What a shipped model must hold to on a GPU."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        from cgm.checkpoints import load_model, shipped
-        from cgm.studies.throughput import SOLVERS, conditions
+        from cgm.checkpoints import load_model, sampling_preset, shipped
+        from cgm.evaluation.execution import conditions
 
         self.model: Any = load_model(shipped(name), device)
-        self.solver = SOLVERS.get(name, {})
+        self.solver = sampling_preset(shipped(name))
         self.options = {f.name for f in dataclasses.fields(self.model.sampling_config)}
         self.cond = conditions(self.model, _ROWS)
         self.index = torch.arange(_ROWS, device=device) * (2**32 if self.cond is None else 1)
@@ -272,7 +272,7 @@ class ModelChecks:
 
         (Its convolutions of one picture err otherwise than those of several.)
         """
-        from cgm.studies.throughput import model_call
+        from cgm.evaluation.execution import model_call
 
         def one_by_one(**options: Any) -> Tensor:
             return torch.cat([self.draw(slice(i, i + 1), **options) for i in range(_ROWS)])
