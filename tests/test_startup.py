@@ -49,7 +49,7 @@ def test_a_model_loads_no_plots_and_no_command_line():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["benchmarks.opcase", "benchmarks.cases", "benchmarks.run"])
+@pytest.mark.parametrize("module", ["benchmarks.run", "benchmarks.report"])
 def test_benchmarks_load_neither_studies_nor_plots(module):
     found = loaded("import torch", f"import {module}")
     assert not {name for name in found if name.startswith("cgm.studies")} | (

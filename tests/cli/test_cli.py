@@ -103,7 +103,7 @@ def test_help_lists_the_commands_without_torch():
         "info",
     ],
 )
-def test_help_draws_nothing(line):
+def test_help_of_a_command_loads_no_plots(line):
     script = (
         f"import sys; from cgm.cli import main; main({line.split()} + ['--help']); "
         "print([m for m in sys.modules if m in ('matplotlib', 'cgm.studies.demo')])"
