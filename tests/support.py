@@ -42,6 +42,20 @@ KERNEL_DEVICES = [
 """Where kernels run: on CPU tensors by their launchers, interpreted; on a GPU as users run them."""
 
 
+# Other libraries ----------------------------------------------------------------------------------
+class Peer:
+    """A module of another library (`pytest.mark.peers`), imported when first used.
+
+    So its tests can be collected, and counted, where it is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
 # Samples ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sample:
