@@ -29,8 +29,14 @@ from torch.utils._pytree import tree_map_only
 
 import tests.ops
 from cgkernels import random
-from cgkernels.library import OPS, Launch
-from cgkernels.testing import assert_within_budget, float32_normals, guarded
+from cgkernels.library import OPS
+from cgkernels.testing import (
+    Launch,
+    assert_within_budget,
+    float32_normals,
+    guarded,
+    plain_and_modelled,
+)
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
@@ -313,8 +319,8 @@ def assert_kernels_agree(call: OpCall, actual: Sequence[Tensor]) -> None:
         assert result.stride() == fake.stride() or result.numel() == 0
     on_cpu = call.map(Tensor.cpu)
     with float32_normals():
-        plain = on_cpu.run()
-    assert_accurate(actual, plain, on_cpu.wide().run())
+        plain, modelled = plain_and_modelled(on_cpu.run)
+    assert_accurate(actual, plain, on_cpu.wide().run(), modelled)
 
 
 def assert_kernels_are_accurate(sample: Sample, device: str) -> None:
@@ -323,12 +329,15 @@ def assert_kernels_are_accurate(sample: Sample, device: str) -> None:
         actual = sample.run()
     on_cpu = sample.map(Tensor.cpu)
     with float32_normals():
-        plain = on_cpu.run()
-    assert_accurate(actual, plain, on_cpu.map(_wide).run())
+        plain, modelled = plain_and_modelled(on_cpu.run)
+    assert_accurate(actual, plain, on_cpu.map(_wide).run(), modelled)
 
 
 def assert_accurate(
-    actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]
+    actual: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    modelled: Sequence[Tensor],
 ) -> None:
     """The error budget, for each result; of any size.
 
@@ -336,20 +345,20 @@ def assert_accurate(
     equal. Half types must be rounded once, from float32: all but a few values then are those of
     plain PyTorch, to the bit.
     """
-    for got, same, true in zip(actual, plain, exact, strict=True):
+    for got, same, true, model in zip(actual, plain, exact, modelled, strict=True):
         if not true.is_floating_point():
             assert_equal((got.cpu(), same), (true, true))
             continue
         if true.numel() >= 256:
-            assert_within_budget(got, same, true)
+            assert_within_budget(got, same, true, model)
             if got.dtype in HALVES:
                 assert (got.cpu() != same).float().mean() < 0.01
             continue
         assert got.shape == same.shape == true.shape and got.dtype == same.dtype
         if true.numel():
             band = 2 * torch.finfo(got.dtype).eps * true.abs().max()
-            error, budget = ((t.cpu().double() - true).abs().max() for t in (got, same))
-            assert error <= 2 * budget + band
+            error, *budgets = ((t.cpu().double() - true).abs().max() for t in (got, same, model))
+            assert error <= 2 * max(budgets) + band
 
 
 def fake_results(call: OpCall) -> tuple[Tensor, ...]:

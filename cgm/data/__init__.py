@@ -7,7 +7,7 @@ folders.py    pairs, two_folders, unpaired, classes
 fashion.py    the 10,000 shipped pictures; pack.py makes their file
 """
 
-from cgm.data.dataset import Batch, Dataset, epoch_order, to_float
+from cgm.data.dataset import DATA_FIELDS, Batch, Dataset, epoch_order, to_float
 from cgm.data.folders import LAYOUTS, load_folder
 from cgm.data.tasks import (
     PINK,
@@ -20,6 +20,7 @@ from cgm.data.tasks import (
 )
 
 __all__ = [
+    "DATA_FIELDS",
     "LAYOUTS",
     "PINK",
     "TASKS",

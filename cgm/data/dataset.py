@@ -11,6 +11,9 @@ from cgkernels.random import STREAM_DATA, uniform
 # What the data draw, one step number of their stream each.
 STEP_ORDER, STEP_PARTNER, STEP_AUGMENT, STEP_AUGMENT_PARTNER = 0, 1, 2, 3
 
+# What a data set says of itself that the config of a model for it says too.
+DATA_FIELDS = ("event_shape", "cond_kind", "cond_shape", "num_classes")
+
 CondKind = Literal["none", "class", "image", "tokens"]
 
 

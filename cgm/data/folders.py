@@ -11,7 +11,7 @@ path/A and path/B; if there is no folder path, they are pathA and pathB: "horse2
 horse2zebra/trainA and horse2zebra/trainB.
 
 A picture is what a viewer shows: turned as its EXIF orientation says, transparent parts over white,
-16-bit grey scaled to 8 bits, CMYK and palettes as RGB. Colour profiles are not applied. It is
+16-bit gray scaled to 8 bits, CMYK and palettes as RGB. Color profiles are not applied. It is
 resized to size x size without regard to its proportions (bicubic, antialiased). All are read before
 the data set is returned and are held in memory as uint8: N x channels x size x size bytes for each
 side. Names that begin with a dot, other extensions and deeper folders are passed over. Random crops
@@ -50,7 +50,7 @@ def load_folder(
 ) -> Dataset:
     """The pictures of a folder as a data set; layouts and reading as described above.
 
-    size: side of the pictures in pixels. channels: 3 for RGB, 1 for grey. direction: "AtoB" or
+    size: side of the pictures in pixels. channels: 3 for RGB, 1 for gray. direction: "AtoB" or
     "BtoA"; classes have none. crop: side of the square, at most size, that is taken somewhere out
     of a picture; 0: none. flip: mirror half of the pictures. Every file is decoded here: one that
     cannot be read, an empty or missing folder, a picture without its partner, a pair of two sizes
@@ -187,7 +187,7 @@ def read_picture(file: Path, channels: int) -> Image.Image:
 
 
 def _to_eight_bits(picture: Image.Image) -> Image.Image:
-    """Without transparency and without 16-bit grey, which Pillow's convert would cut off at 255."""
+    """Without transparency and without 16-bit gray, which Pillow's convert would cut off at 255."""
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64)
         return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))

@@ -1,11 +1,11 @@
-"""Values in [-1, 1] as whole numbers: bins of the range, or the colours of a palette."""
+"""Values in [-1, 1] as whole numbers: bins of the range, or the colors of a palette."""
 
 import math
 
 import torch
 from torch import Tensor
 
-Palette = tuple[tuple[float, float], ...]  # colours of two channels
+Palette = tuple[tuple[float, float], ...]  # colors of two channels
 
 
 def to_bins(y: Tensor, bins: int) -> Tensor:
@@ -25,9 +25,9 @@ def from_bins(numbers: Tensor, bins: int) -> Tensor:
 
 
 def to_palette(y: Tensor, palette: Tensor) -> Tensor:
-    """The number (B, H, W) of the colour of palette (K, C) nearest to each pixel of y (B, C, H, W).
+    """The number (B, H, W) of the color of palette (K, C) nearest to each pixel of y (B, C, H, W).
 
-    Of colours equally near, one of them.
+    Of colors equally near, one of them.
     """
     pixels = y.movedim(1, 3)
     distances = torch.cdist(
@@ -42,8 +42,8 @@ def check_palette(palette: Palette, event_shape: tuple[int, int, int]) -> None:
         return
     if event_shape[0] != 2:
         raise ValueError(f"palette must be () but for two channels, got event_shape {event_shape}")
-    values = [value for colour in palette for value in colour]
-    if any(len(colour) != 2 for colour in palette) or not all(map(math.isfinite, values)):
-        raise ValueError(f"palette must have two finite numbers a colour, got {palette}")
+    values = [value for color in palette for value in color]
+    if any(len(color) != 2 for color in palette) or not all(map(math.isfinite, values)):
+        raise ValueError(f"palette must have two finite numbers a color, got {palette}")
     if len(set(palette)) != len(palette) or len(palette) < 2:
-        raise ValueError(f"palette must have two colours or more, all different, got {palette}")
+        raise ValueError(f"palette must have two colors or more, all different, got {palette}")

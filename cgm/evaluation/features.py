@@ -1,6 +1,6 @@
 """What pictures are compared by: functions of y (B, *event) in [-1, 1] that give features (B, d).
 
-classifier   what the last layer of the shipped classifier sees, 648 numbers; 28 x 28, grey. It was
+classifier   what the last layer of the shipped classifier sees, 648 numbers; 28 x 28, gray. It was
              trained on the shipped training pictures: real pictures that it never saw are a little
              apart from those for this reason alone.
 pixels       the values of y themselves, of any shape
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cgm.evaluation.likelihood import load_classifier
+from cgm.evaluation.classifier import load_classifier
 
 FEATURES = ("classifier", "pixels", "inception")
 
@@ -92,7 +92,7 @@ class ClassifierFeatures:
 class InceptionFeatures:
     """Of the Inception v3 that published figures of FID are made with, as torchmetrics has it.
 
-    Pictures are rounded to 256 levels; grey ones are given to all three channels. Class
+    Pictures are rounded to 256 levels; gray ones are given to all three channels. Class
     probabilities are those without the last layer's bias, as the Inception score takes them.
     """
 

@@ -1,84 +1,28 @@
-"""Measures of models and of generated pictures: the first part of what `cgm evaluate` prints.
+"""Measures of models and of generated images: the first part of what `cgm evaluate` prints.
 
-bits_per_dimension   -log2 p(y | cond) of a picture, divided by the number of its values
-class_accuracy       share of pictures that a classifier, trained on real ones, puts in the asked
-                     class
+bits_per_dimension   -log2 p(y | cond) of an image, divided by the number of its values
+class accuracy       share of images that `cgm.evaluation.classifier` puts in the asked class
 
-`cgm.evaluation.sample_quality` has the second part, how samples compare with real pictures.
-
-`python -m cgm.evaluation.likelihood FOLDER` makes that classifier: it trains for some minutes on
-one core and writes the checkpoint that ships as cgm/data/checkpoints/fashion_classifier.
+`cgm.evaluation.sample_quality` has the second part, how samples compare with real images.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cgkernels.checks import check_shape
-from cgm.checkpoints import load_model, save_model, shipped
-from cgm.data import Dataset, load_task
-from cgm.data.dataset import to_float
-from cgm.evaluation.classifier import Classifier, ClassifierConfig
-from cgm.model import make_model
-from cgm.training import TrainingConfig, describe_data, train
+from cgm.data import Dataset
+from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
 
-CHECKPOINT = "fashion_classifier"
 _ROWS_AT_ONCE = 50
-RECIPE = TrainingConfig(
-    steps=3000,
-    batch_size=64,
-    learning_rate=3e-3,
-    warmup=100,
-    weight_decay=0.05,
-    ema_decay=0.995,
-    save_every=3000,
-    log_every=100,
-    threads=1,
-)
 
 
-@functools.cache
-def load_classifier() -> Classifier:
-    """The shipped classifier of the ten classes of clothes, on the CPU."""
-    model = load_model(shipped(CHECKPOINT), expected_family=Classifier.family)
-    assert isinstance(model, Classifier)
-    return model
-
-
-@torch.no_grad()
-def class_accuracy(pictures: Tensor, labels: Tensor) -> float:
-    """Share of pictures (N, 1, 28, 28), uint8 or in [-1, 1], that are put in class labels (N,)."""
-    model = load_classifier()
-    shape = (len(labels), *model.config.event_shape)
-    if pictures.shape != shape or len(labels) == 0:
-        raise ValueError(f"pictures must be {shape} with N > 0, got {tuple(pictures.shape)}")
-    pictures = to_float(pictures).to("cpu", torch.float32)
-    right = [
-        model(part).argmax(1) == truth
-        for part, truth in zip(pictures.split(500), labels.cpu().split(500), strict=True)
-    ]
-    return torch.cat(right).double().mean().item()
-
-
-@functools.cache
-def held_out_accuracy() -> float:
-    """`class_accuracy` of the 1,000 real pictures that no model is trained on, to compare with."""
-    dataset = load_task("class_to_image", "test")
-    assert dataset.cond is not None
-    return class_accuracy(dataset.y, dataset.cond)
-
-
-# Likelihood ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Measure:
     """A number that says something of a model: the mean of `rows` values, and its standard error.
@@ -212,20 +156,3 @@ def mean_measure(name: str, values: Tensor) -> Measure:
     """Mean of values (N,) and, of more than one, its standard error."""
     error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
     return Measure(name, values.mean().item(), error, len(values))
-
-
-# The classifier -----------------------------------------------------------------------------------
-def train_classifier(out: str | Path, config: TrainingConfig = RECIPE) -> None:
-    """Trains the classifier on the 9,000 training pictures; writes its checkpoint in float16."""
-    dataset = load_task("class_to_image")
-    model = make_model(Classifier, ClassifierConfig(), seed=config.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        average = train(model, dataset, config, folder)
-    metadata = {"data": describe_data(dataset), "training": dataclasses.asdict(config)}
-    save_model(out, average, metadata, dtype=torch.float16)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m cgm.evaluation.likelihood FOLDER")
-    train_classifier(sys.argv[1])

@@ -66,7 +66,7 @@ def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def has_density(model: Any) -> bool:
-    """Whether `log_density` takes this model: it is tried with a grey picture."""
+    """Whether `log_density` takes this model: it is tried with a gray picture."""
     device = next(model.parameters()).device
     try:
         log_density(model, torch.zeros(1, *model.config.event_shape, device=device))

@@ -4,7 +4,7 @@ inception_score    how sure a classifier is of each sample, and how many classes
 fd                 Frechet distance to the training pictures: FD-classifier, FD-pixels; FID
 kid                kernel distance to them
 precision_recall   precision, recall, density, coverage, beside as many training pictures
-memorisation       are samples copies of training pictures? In pixels and in features
+memorization       are samples copies of training pictures? In pixels and in features
 birthday           how many different samples there are, from the duplicates among them
 conditions         how different the samples for one condition are; the best of several
 
@@ -31,7 +31,7 @@ from cgm.evaluation.metrics import (
     Birthday,
     InceptionScore,
     Kept,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     best_of_n,
@@ -40,8 +40,9 @@ from cgm.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     nearest,
-    standardise,
+    standardize,
 )
+from cgm.model import Model
 from cgm.viz.plots import as_pictures, picture_grid
 
 LEAST = 20  # fewest samples
@@ -51,11 +52,11 @@ _SUBSETS, _SUBSET = 20, 1000  # of the kernel distance: how many, and rows in ea
 _BATCH = 1000  # samples among which duplicates are looked for
 _CLASSED = 1000  # samples whose diversity within a class is measured
 _CONDITIONS, _DRAWS = 16, 4  # pictures as conditions, and samples drawn for each
-_SHOWN = 8  # rows of the picture of nearest neighbours
+_SHOWN = 8  # rows of the picture of nearest neighbors
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbours:
+class Neighbors:
     """Samples (k, *event) beside the training pictures nearest to them, by pixels."""
 
     samples: Tensor
@@ -69,8 +70,8 @@ class Comparison:
 
     measures: list[Measure]
     samples: Tensor  # the first ones, at most one for each held-out picture
-    first: Neighbours | None  # the first samples, and the closest of all, if memorisation
-    closest: Neighbours | None
+    first: Neighbors | None  # the first samples, and the closest of all, if memorization
+    closest: Neighbors | None
 
 
 class _Part(NamedTuple):
@@ -105,7 +106,7 @@ class _Real:
 
 
 def against_real(
-    model: Any,
+    model: Model,
     training: Dataset,
     held_out: Dataset,
     extractor: Extractor,
@@ -139,7 +140,7 @@ def against_real(
     if "conditions" in measures and held_out.cond_kind == "class":
         makers.append(_WithinClasses)
     meters, unseen = ([make(real) for make in makers] for _ in range(2))
-    copying = _Copies(real) if "memorisation" in measures else None
+    copying = _Copies(real) if "memorization" in measures else None
     for rows in torch.arange(min(samples, len(held_out))).split(_AT_ONCE):
         part = _part(rows, held_out.batch(rows)["y"], extractor)
         for meter in unseen:
@@ -203,7 +204,7 @@ def _part(rows: Tensor, y: Tensor, extractor: Extractor) -> _Part:
 
 
 def _drawn(
-    model: Any,
+    model: Model,
     held_out: Dataset,
     samples: int,
     seed: int,
@@ -268,7 +269,7 @@ class _Kernel:
         real, generated = self._real, self._kept
         pair, name = [real.features, generated.rows], "KID"
         if real.extractor.name != "inception":  # as published, at Inception's own scale
-            pair, name = [standardise(rows, real.moments) for rows in pair], real.named("KID")
+            pair, name = [standardize(rows, real.moments) for rows in pair], real.named("KID")
         size = min(_SUBSET, generated.n, len(real.features))
         mean, deviation = kernel_distance(*pair, subsets=_SUBSETS, size=size, seed=real.seed)
         n, against = generated.n, len(real.features)
@@ -294,12 +295,12 @@ class _PrecisionRecall:
 
 
 class _Duplicates:
-    """Duplicates are nearer than 1 % of training pictures are to their nearest neighbour."""
+    """Duplicates are nearer than 1 % of training pictures are to their nearest neighbor."""
 
     def __init__(self, real: _Real) -> None:
         some = real.features[choose(len(real.features), _BATCH, real.seed)]
         half = len(some) // 2
-        # Of two halves: a picture is no neighbour of its own.
+        # Of two halves: a picture is no neighbor of its own.
         threshold = nearest(some[:half], some[half:])[0].quantile(0.01).item()
         # Of equal training pictures; a difference that no picture shows.
         threshold = max(threshold, 1e-6)
@@ -317,9 +318,9 @@ class _Duplicates:
         return [share, Measure("... support, 1 / sum p^2", found.estimate, None, n)]
 
 
-# Memorisation -------------------------------------------------------------------------------------
+# Memorization -------------------------------------------------------------------------------------
 class _Copies:
-    """Memorisation in pixels and, if they are others, in features; and who is nearest to whom."""
+    """Memorization in pixels and, if they are others, in features; and who is nearest to whom."""
 
     def __init__(self, real: _Real) -> None:
         self._real, self._n = real, 0
@@ -327,22 +328,22 @@ class _Copies:
             data.batch(torch.arange(len(data)))["y"].flatten(1)
             for data in (real.training, real.held_out)
         )
-        self._pixels = Memorisation(training, unseen)
+        self._pixels = Memorization(training, unseen)
         self._features = None
         if not isinstance(real.extractor, Pixels):
             parts = torch.arange(len(unseen)).split(_AT_ONCE)
             held_out = [real.extractor(real.held_out.batch(rows)["y"]) for rows in parts]
-            self._features = Memorisation(real.features, torch.cat(held_out))
+            self._features = Memorization(real.features, torch.cat(held_out))
         self._distance = torch.zeros(0, dtype=torch.float64)
-        self.first: Neighbours | None = None
-        self.closest: Neighbours | None = None
+        self.first: Neighbors | None = None
+        self.closest: Neighbors | None = None
 
     def add(self, part: _Part) -> None:
         distance, row = self._pixels.add(part.y.flatten(1))
         if self._features:
             self._features.add(part.features)
         self._n += len(row)
-        new = Neighbours(part.y, part.rows, row)
+        new = Neighbors(part.y, part.rows, row)
         if self.first is None or self.closest is None:
             self.first = _take(new, torch.arange(min(_SHOWN, len(row))))
         else:
@@ -360,7 +361,7 @@ class _Copies:
         for name, meter in meters.items():
             copying = meter.result()
             rows = [
-                (f"memorisation z, {name}", copying.z, 0.0),
+                (f"memorization z, {name}", copying.z, 0.0),
                 ("... below 1 % quantile", copying.close, 0.01),
             ]
             if real.held_out.cond_kind != "image":  # samples are near the y of their condition
@@ -369,14 +370,12 @@ class _Copies:
         return found
 
 
-def _take(neighbours: Neighbours, rows: Tensor) -> Neighbours:
-    return Neighbours(
-        neighbours.samples[rows], neighbours.conditions[rows], neighbours.nearest[rows]
-    )
+def _take(neighbors: Neighbors, rows: Tensor) -> Neighbors:
+    return Neighbors(neighbors.samples[rows], neighbors.conditions[rows], neighbors.nearest[rows])
 
 
-def _join(one: Neighbours, other: Neighbours) -> Neighbours:
-    return Neighbours(
+def _join(one: Neighbors, other: Neighbors) -> Neighbors:
+    return Neighbors(
         torch.cat([one.samples, other.samples]),
         torch.cat([one.conditions, other.conditions]),
         torch.cat([one.nearest, other.nearest]),
@@ -443,7 +442,7 @@ class _WithinClasses:
 
 
 def _several(
-    model: Any, held_out: Dataset, extractor: Extractor, seed: int, solver: dict[str, Any]
+    model: Model, held_out: Dataset, extractor: Extractor, seed: int, solver: dict[str, Any]
 ) -> list[Measure]:
     """Distances of features: of some draws to the real y of their condition, and to each other."""
     rows = torch.arange(min(_CONDITIONS, len(held_out)))
@@ -472,4 +471,4 @@ _METERS: dict[str, Callable[[_Real], _Meter]] = {
     "precision_recall": _PrecisionRecall,
     "birthday": _Duplicates,
 }
-MEASURES = (*_METERS, "memorisation", "conditions")
+MEASURES = (*_METERS, "memorization", "conditions")

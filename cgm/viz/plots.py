@@ -1,4 +1,4 @@
-"""Pictures of pictures: labelled grids as PNG files.
+"""Pictures of pictures: labeled grids as PNG files.
 
 Nothing here touches pyplot or its settings; every pixel of a picture becomes a square of whole
 pixels.
@@ -35,7 +35,7 @@ def picture_grid(
 
     Args:
         groups: columns that belong together, from left to right: their header, and their pictures
-            (columns, rows, C, H, W) in [-1, 1] with C = 1 (grey) or 3 (RGB); values beyond are cut
+            (columns, rows, C, H, W) in [-1, 1] with C = 1 (gray) or 3 (RGB); values beyond are cut
             off, and NaN is black. All have the same number of rows.
         row_labels: one for each row, or none.
 
@@ -156,7 +156,7 @@ def point_map(points: Tensor) -> Tensor:
 def as_pictures(y: Tensor, cond: Tensor | None = None, *, stacked: bool = False) -> Tensor:
     """What to show of y (..., C, H, W): pictures with 1 or 3 channels.
 
-    Two channels are the colours ab of the luminance cond (..., 1, H, W) of `cgm.data.lab_to_rgb`.
+    Two channels are the colors ab of the luminance cond (..., 1, H, W) of `cgm.data.lab_to_rgb`.
     stacked: y is the part of a picture below cond. The leading dimensions of cond may be broadcast.
     """
     if stacked and cond is not None:

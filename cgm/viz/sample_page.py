@@ -66,14 +66,13 @@ class Sheets:
         """ValueError if the model draws nothing, or nothing that can be shown."""
         if not hasattr(model, "sampling_config"):
             raise ValueError(f"sheet_every must be 0: {model.family} draws nothing")
-        self.model: Any = model
-        self.shown, self.out = shown, out
+        self.model, self.shown, self.out = model, shown, out
         self.cond = shown.cond if shown.cond is not None and shown.cond.dim() == 4 else None
         of_cond = None if self.cond is None else self.cond.shape[1]
         of_y = shown.real.shape[1] if shown.real.dim() == 4 else 0
-        colours = (of_y, of_cond) == (2, 1)  # of the luminance cond
+        colors = (of_y, of_cond) == (2, 1)  # of the luminance cond
         points = shown.real.shape[1:] == POINT
-        if of_cond not in (None, 1, 3) or not (of_y in (1, 3) or colours or points):
+        if of_cond not in (None, 1, 3) or not (of_y in (1, 3) or colors or points):
             cond = "" if self.cond is None else f" and cond {tuple(self.cond.shape)}"
             raise ValueError(
                 "sheet_every must be 0: sheets show points, and pictures with 1 or 3 channels, "

@@ -10,18 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import cgkernels
 from cgkernels.library import OPS
-from cgm import cli
 from cgm.checkpoints import load_model, read_tensors, save_model
-from cgm.cli import main
-from cgm.data import LAYOUTS, TASKS, load_task
+from cgm.cli import bench, compare, convert, demo, evaluate, main, sample, train
+from cgm.data import DATA_FIELDS, LAYOUTS, TASKS, load_task
 from cgm.data.folders import DIRECTIONS
 from cgm.evaluation.classifier import Classifier, ClassifierConfig
 from cgm.families.cyclegan import CycleGANConfig
@@ -91,6 +90,35 @@ def test_help_lists_the_commands_without_torch():
         assert f"cgm {command} " in out.stdout
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train diffusion",
+        "sample class_to_image_diffusion",
+        "evaluate colorize_energy",
+        "convert",
+        "demo",
+        "compare",
+        "bench",
+        "info",
+    ],
+)
+def test_help_draws_nothing(line):
+    script = (
+        f"import sys; from cgm.cli import main; main({line.split()} + ['--help']); "
+        "print([m for m in sys.modules if m in ('matplotlib', 'cgm.studies.demo')])"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert f"usage: cgm {line}" in out.stdout and out.stdout.strip().endswith("[]")
+
+
+def test_version(cgm):
+    assert cgm("--version") == (0, f"cgm {cgkernels.__version__}\n", "")
+    script = [sys.executable, "-m", "cgm", "--help"]
+    out = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("usage: cgm COMMAND ...")
+
+
 def test_usage(cgm):
     assert cgm("")[0] == cgm("train")[0] == cgm("sample")[0] == cgm("train --task x")[0] == 2
     code, out, _ = cgm("train --help")
@@ -111,7 +139,7 @@ def comments(options):
 @pytest.mark.parametrize(
     "line, prefix, options",
     [
-        ("train diffusion --help", "", cli.TrainOptions),
+        ("train diffusion --help", "", train.TrainOptions),
         ("train diffusion --help", "model.", DiffusionConfig),
         ("train diffusion --help", "training.", TrainingConfig),
         ("train pix2pix --help", "model.", Pix2PixConfig),
@@ -119,14 +147,14 @@ def comments(options):
         ("train cyclegan --help", "model.", CycleGANConfig),
         ("train gan --help", "model.", GANConfig),
         ("train vae --help", "model.", VAEConfig),
-        ("sample CHECKPOINT --help", "", cli.SampleOptions),
+        ("sample CHECKPOINT --help", "", sample.SampleOptions),
         ("sample CHECKPOINT --help", "", SamplingConfig),
-        ("evaluate CHECKPOINT --help", "", cli.EvaluateOptions),
+        ("evaluate CHECKPOINT --help", "", evaluate.EvaluateOptions),
         ("evaluate CHECKPOINT --help", "", SamplingConfig),
-        ("convert --help", "", cli.ConvertOptions),
-        ("demo --help", "", cli.DemoOptions),
-        ("bench --help", "", cli.BenchOptions),
-        ("compare --help", "", cli.CompareOptions),
+        ("convert --help", "", convert.ConvertOptions),
+        ("demo --help", "", demo.DemoOptions),
+        ("bench --help", "", bench.BenchOptions),
+        ("compare --help", "", compare.CompareOptions),
     ],
 )
 def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, options):
@@ -137,9 +165,9 @@ def test_every_field_is_a_flag_with_its_comment(cgm, trained, line, prefix, opti
     assert helps.keys() == options.__dataclass_fields__.keys() - nested and code == 0
     for name, comment in helps.items():
         flag = f"--{prefix}{name.replace('_', '-')}"
-        if name in cli.DATA_FIELDS:
+        if name in DATA_FIELDS:
             assert flag not in text
-        elif options is cli.ConvertOptions and name in ("file", "out"):
+        elif options is convert.ConvertOptions and name in ("file", "out"):
             assert f" {name.upper()} {comment} (required)" in " ".join(text.split())
         else:
             told = rf"{re.escape(flag)}[ ,](.*? )?{re.escape(comment)} \(default"
@@ -177,7 +205,7 @@ def test_evaluate_compares_samples_with_real_pictures(cgm, trained, tmp_path):
     words = " ".join(out.split())
     assert "Features of pixels, fingerprint pixels: only figures of Inception can" in words
     assert re.search(r"FD-pixels\s*│\s*[\d.]+ │\s*20 │\s*9000 │\s*[\d.]+ │\s*20 │", out)
-    assert "memorisation z, pixels" in out and "IS-" not in out
+    assert "memorization z, pixels" in out and "IS-" not in out
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["features"] == {"name": "pixels", "fingerprint": "pixels"}
     assert (found["task"], found["samples"], found["seed"], found["steps"]) == (
@@ -190,7 +218,7 @@ def test_evaluate_compares_samples_with_real_pictures(cgm, trained, tmp_path):
     assert len(measures) == len(found["measures"])
     assert measures["FD-pixels"]["reference"] == 9000 and measures["FD-pixels"]["floor_rows"] == 20
     assert measures["mean absolute error, of another's"]["error"] > 0
-    assert measures["memorisation z, pixels, below 1 % quantile"]["floor"] == 0.01
+    assert measures["memorization z, pixels, below 1 % quantile"]["floor"] == 0.01
     assert Image.open(tmp_path / "nearest.png").height > 8 * 28
     samples = load_model(trained["complete"]).sample(
         cond=load_task("complete", "test").batch(torch.arange(20))["cond"], seed=3, steps=1
@@ -229,6 +257,7 @@ def test_an_autoencoder_is_trained_and_draws_nothing(cgm, tmp_path):
     line = f"train autoencoder --task class_to_image {sizes} {batch} --out {tmp_path}/run"
     code, out, err = cgm(line)
     assert code == 0 and err == "" and "draw" not in out
+    assert "sampling" not in json.loads((tmp_path / "run" / "config.json").read_text())
     code, _, err = cgm(f"sample {tmp_path}/run --out {tmp_path}/a.png")
     assert code == 2 and "a model of the family autoencoder, which draws nothing" in err
 
@@ -249,9 +278,47 @@ def test_the_command_that_train_prints_draws(cgm, tmp_path, monkeypatch):
     assert Image.open("samples.png").format == "PNG"
 
 
+def test_a_preset_is_the_default_of_the_flags(cgm, trained, tmp_path):
+    """Of a task it is what the family has in the contest; what is asked for goes before it."""
+    folder, array = trained["class_to_image"], tmp_path / "a.safetensors"
+    preset = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}
+    assert json.loads((folder / "config.json").read_text())["sampling"] == preset
+    _, out, _ = cgm(f"sample {folder} --help")
+    text = " ".join(out.replace("│", " ").split())
+    for default in (
+        "Solver. (default: dpmpp_2m)",
+        "network. (default: 12)",
+        "work. (default: 2.0)",
+    ):
+        assert default in text
+    line = f"sample {folder} --classes 2 --n 1 --steps 3 --out {tmp_path / 'a.png'}"
+    assert cgm(line, "--save-array", array)[0] == 0
+    tensors, info = read_tensors(array)
+    assert {name: info[name] for name in preset} == preset | {"steps": 3}
+    expected = load_model(folder).sample(
+        1, cond=tensors["cond"], sampler="dpmpp_2m", steps=3, guidance=2.0
+    )
+    assert torch.equal(tensors["samples"], expected)
+
+
+def test_no_guidance_without_dropout_of_the_condition(cgm, tmp_path):
+    line = f"train diffusion --task class_to_image --training.steps 1 --out {tmp_path / 'run'}"
+    assert cgm(line, "--model.cond-dropout", 0, *TINY)[0] == 0
+    info = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert info["sampling"] == {"sampler": "dpmpp_2m", "steps": 12}
+
+
+def test_a_preset_that_does_not_fit(cgm, trained, tmp_path):
+    shutil.copytree(trained["class_to_image"], tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace('"dpmpp_2m"', '"heun"'))
+    code, _, err = cgm(f"sample {tmp_path / 'run'} --out {tmp_path / 'a.png'}")
+    assert code == 2 and f"{file}: sampling.sampler must be one of ddpm" in err
+
+
 def test_samples_are_the_model_s(cgm, trained, tmp_path, monkeypatch):
     """--index, --seed, --classes and the solver's flags reach the model, in any batches."""
-    monkeypatch.setattr(cli, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(sample, "_ROWS_AT_ONCE", 4)
     out, array = tmp_path / "a.png", tmp_path / "a.safetensors"
     flags = "--classes dress 9 --n 5 --seed 3 --index 7 --sampler ddpm --steps 3 --guidance 1.5"
     code, printed, err = cgm(
@@ -283,8 +350,8 @@ def test_pictures_as_conditions_are_held_out_ones(cgm, trained, tmp_path, task, 
     assert torch.equal(tensors["cond"], batch["cond"])
     assert tensors["samples"].shape == (2, *batch["y"].shape)
     shown = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
-    coloured = (shown.max(2) - shown.min(2)).max() > 50
-    assert coloured == (task == "colorize")
+    colored = (shown.max(2) - shown.min(2)).max() > 50
+    assert colored == (task == "colorize")
 
 
 def test_no_condition(cgm, tmp_path):
@@ -370,7 +437,7 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_data", interrupt)
+    monkeypatch.setattr(train, "_load_data", interrupt)
     assert cgm("train diffusion --task complete") == (130, "", "cgm: interrupted\n")
 
 
@@ -575,7 +642,7 @@ def test_user_errors(cgm, tmp_path, trained, line, words):
 
 
 def test_errors_of_ours_keep_their_traceback(cgm, monkeypatch):
-    monkeypatch.setattr(cli, "_load_data", lambda options: options.nothing)
+    monkeypatch.setattr(train, "_load_data", lambda options: options.nothing)
     with pytest.raises(AttributeError):
         cgm("train diffusion --task complete")
 
@@ -584,7 +651,7 @@ def test_errors_of_ours_keep_their_traceback(cgm, monkeypatch):
 def test_info(cgm):
     code, out, err = cgm("info")
     assert code == 0 and err == ""
-    for word in (torch.__version__, metadata.version("cgkernels"), "triton", "GPU", *OPS):
+    for word in (torch.__version__, cgkernels.__version__, "triton", "GPU", *OPS):
         assert word in out
     fused = "Triton kernel" if torch.cuda.is_available() else "no GPU"
     assert out.count("plain PyTorch") == out.count(fused) == len(OPS)

@@ -44,7 +44,7 @@ def test_the_shipped_pictures_are_the_published_ones():
     assert hashlib.md5(idx).hexdigest() == "15d484375f8d13e6eb1aabb0c3f46965"
 
 
-def test_the_licence_lies_beside_the_pictures():
+def test_the_license_lies_beside_the_pictures():
     text = resources.files("cgm.data").joinpath("FASHION_MNIST_LICENSE.txt").read_text()
     assert "Copyright (c) 2017 Zalando SE" in text
     assert "Permission is hereby granted, free of charge" in text
@@ -137,41 +137,41 @@ def test_complete_puts_upper_and_lower_half_together():
     assert torch.cat([batch["cond"], batch["y"]], 2).equal(all_rows(whole)["y"])
 
 
-def test_colorize_gives_each_garment_both_colours():
+def test_colorize_gives_each_garment_both_colors():
     for split in ("train", "test"):
         batch = all_rows(load_task("colorize", split))
         y, mask = batch["y"], garment_mask(batch["cond"])
         shares = mask.float().mean((1, 2, 3))
         assert shares.min() > 0.2 and shares.max() < 0.95  # a garment, and something around it
-        for half, colour in zip(range(2), (TEAL, PINK), strict=True):
-            painted = mask.chunk(2)[half] * torch.tensor(colour)[:, None, None]
+        for half, color in zip(range(2), (TEAL, PINK), strict=True):
+            painted = mask.chunk(2)[half] * torch.tensor(color)[:, None, None]
             assert y.chunk(2)[half].equal(painted)
         assert batch["cond"].chunk(2)[0].equal(batch["cond"].chunk(2)[1])
 
 
-def test_garment_mask_cuts_between_two_grey_levels():
+def test_garment_mask_cuts_between_two_gray_levels():
     levels = to_float(torch.tensor([0, 12, 13, 255], dtype=torch.uint8))
     assert garment_mask(levels).tolist() == [False, False, True, True]
 
 
-def test_lab_to_rgb_knows_greys_primaries_teal_and_pink():
+def test_lab_to_rgb_knows_grays_primaries_teal_and_pink():
     light = torch.tensor([-1.0, 53.585 / 37.5 - 1]).view(2, 1, 1, 1)
-    black, grey = (lab_to_rgb(light, torch.zeros(2, 2, 1, 1)) + 1).flatten(1) * 127.5
+    black, gray = (lab_to_rgb(light, torch.zeros(2, 2, 1, 1)) + 1).flatten(1) * 127.5
     assert black.abs().max() == 0
-    assert (grey - 128).abs().max() < 0.2  # L* 53.585 is sRGB grey 128
+    assert (gray - 128).abs().max() < 0.2  # L* 53.585 is sRGB gray 128
     primaries = torch.tensor(  # CIELAB of sRGB's red, green and blue under D65
         [[53.2408, 80.0925, 67.2032], [87.7347, -86.1827, 83.1793], [32.297, 79.1875, -107.8602]]
     )[:, :, None, None]
     rgb = lab_to_rgb(primaries[:, :1] / 37.5 - 1, primaries[:, 1:] / 50)
     assert (rgb.flatten(1) - (2 * torch.eye(3) - 1)).abs().max() < 0.02
     for level in (0.0, 0.6):
-        colours = torch.tensor([TEAL, PINK])[:, :, None, None]
-        (r, g, b), (r2, g2, b2) = lab_to_rgb(torch.full((2, 1, 1, 1), level), colours).flatten(1)
+        colors = torch.tensor([TEAL, PINK])[:, :, None, None]
+        (r, g, b), (r2, g2, b2) = lab_to_rgb(torch.full((2, 1, 1, 1), level), colors).flatten(1)
         assert r + 0.5 < min(g, b)  # teal: hardly any red
         assert r2 > b2 + 0.1 and b2 > g2 + 0.1  # pink: red, then blue
 
 
-def test_edges_lie_where_grey_levels_step():
+def test_edges_lie_where_gray_levels_step():
     step = torch.zeros(1, 1, 6, 6, dtype=torch.uint8)
     step[..., 3:] = 61  # a step of s gives 4 s: just above the threshold of 240
     expected = torch.zeros_like(step)
@@ -383,8 +383,8 @@ def test_folders_are_cropped_and_flipped(tmp_path, layout):
 # Folders ------------------------------------------------------------------------------------------
 
 
-def flat(colour, size=(8, 8), mode="RGB"):
-    return Image.new(mode, size, colour)
+def flat(color, size=(8, 8), mode="RGB"):
+    return Image.new(mode, size, color)
 
 
 def save(picture, *parts, **options):
@@ -399,12 +399,12 @@ def good(root, layout):
     """The smallest right folder of a layout; returns one of its files."""
     if layout == "pairs":
         return save(flat("red", (16, 8)), root, "1.png")
-    sides = [save(flat(colour), root, side, "1.png") for side, colour in (("A", 0), ("B", 255))]
+    sides = [save(flat(color), root, side, "1.png") for side, color in (("A", 0), ("B", 255))]
     return sides[0]
 
 
 def level(pictures):
-    """Grey levels 0 .. 255 of float pictures of one colour, (B, C)."""
+    """Gray levels 0 .. 255 of float pictures of one color, (B, C)."""
     assert pictures.amax((2, 3)).sub(pictures.amin((2, 3))).max() < 0.05
     return ((pictures.mean((2, 3)) + 1) * 127.5).round().long().tolist()
 
@@ -476,7 +476,7 @@ def test_pictures_are_resized_with_antialiasing(tmp_path):
     lines = np.tile(np.array([0, 255], np.uint8), (64, 32))  # single columns, black and white
     save(Image.fromarray(lines), tmp_path, "a", "1.png")
     [picture] = all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"]
-    assert picture.shape == (1, 8, 8) and picture[:, :, 1:-1].abs().max() < 0.1  # even grey
+    assert picture.shape == (1, 8, 8) and picture[:, :, 1:-1].abs().max() < 0.1  # even gray
 
 
 def encodings():
@@ -497,7 +497,7 @@ def encodings():
         "keyed_rgb.png": (flat((1, 2, 3)), [255] * 3, {"transparency": (1, 2, 3)}),
         "sixteen_bit.png": (sixteen, [156] * 3, {}),  # 40000 / 257 = 155.6
         "one_bit.png": (Image.new("1", (8, 8), 1), [255] * 3, {}),
-        "grey.jpg": (flat(77, mode="L"), [77] * 3, {"quality": 100}),
+        "gray.jpg": (flat(77, mode="L"), [77] * 3, {"quality": 100}),
         "cmyk.jpg": (flat((0, 255, 255, 0), mode="CMYK"), [255, 0, 0], {"quality": 100}),
     }
 
@@ -508,12 +508,12 @@ def test_every_encoding_becomes_eight_bit_rgb(tmp_path, name):
     save(picture, tmp_path, "c", name, **options)
     [got] = level(all_rows(load_folder(tmp_path, "classes", size=8))["y"])
     assert np.abs(np.array(got) - expected).max() <= 2, got
-    [[grey]] = level(all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"])
-    assert abs(grey - np.dot(expected, [0.299, 0.587, 0.114])) <= 2
+    [[gray]] = level(all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"])
+    assert abs(gray - np.dot(expected, [0.299, 0.587, 0.114])) <= 2
 
 
 @pytest.mark.parametrize("name", ["1.jpg", "1.png"])
-def test_exif_orientation_is_honoured(tmp_path, name):
+def test_exif_orientation_is_honored(tmp_path, name):
     picture = flat("black", (16, 32))
     picture.paste("white", (0, 0, 16, 16))  # white above black
     exif = Image.Exif()

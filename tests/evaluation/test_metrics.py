@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from cgm.data import load_task
-from cgm.evaluation.likelihood import load_classifier
+from cgm.evaluation.classifier import load_classifier
 from cgm.evaluation.metrics import (
     Birthday,
     InceptionScore,
     Kept,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     best_of_n,
@@ -21,7 +21,7 @@ from cgm.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     nearest,
-    standardise,
+    standardize,
 )
 
 
@@ -145,12 +145,12 @@ def test_subsets_are_chosen_by_the_seed():
     assert kernel_distance(x, y, subsets=1, size=90) == kernel_distance(x, y, subsets=1, size=50)
 
 
-def test_standardise():
+def test_standardize():
     rows = normals(50, 4) * torch.tensor([1.0, 2, 3, 0]).double() + 5
-    other = standardise(rows * 10 + 3, moments(rows * 10 + 3))
-    torch.testing.assert_close(other, standardise(rows, moments(rows)))
+    other = standardize(rows * 10 + 3, moments(rows * 10 + 3))
+    torch.testing.assert_close(other, standardize(rows, moments(rows)))
     assert other.var(0).mean().item() == pytest.approx(1)
-    assert (standardise(torch.full((3, 2), 4.0), moments(torch.full((3, 2), 4.0))) == 0).all()
+    assert (standardize(torch.full((3, 2), 4.0), moments(torch.full((3, 2), 4.0))) == 0).all()
 
 
 def test_rows_are_kept_at_random_but_the_same():
@@ -244,11 +244,11 @@ def test_recall_of_a_fixed_number_of_samples():
     assert few._replace(recall=0) == every._replace(recall=0)
 
 
-# Memorisation -------------------------------------------------------------------------------------
+# Memorization -------------------------------------------------------------------------------------
 def test_mann_whitney_of_few_rows():
     """Distances to 0: samples 1, 4, 2; unseen rows 2, 3, 5, 6. U = 0 + 2 + 1/2."""
-    memorisation = Memorisation(column(0), column(2, 3, 5, -6))
-    found = result(memorisation, column(-1, 4, 2))
+    memorization = Memorization(column(0), column(2, 3, 5, -6))
+    found = result(memorization, column(-1, 4, 2))
     assert found.z == pytest.approx((2.5 - 6) / math.sqrt(12 * 8 / 12))
     assert found.close == pytest.approx(2 / 3)  # below 2.03
     assert found.nearer_training == pytest.approx(1 / 3) and found.expected == 1 / 5
@@ -256,7 +256,7 @@ def test_mann_whitney_of_few_rows():
 
 def test_copies_on_a_line():
     training, unseen = normals(200, 3), normals(50, 3, seed=1)
-    found = result(Memorisation(training, unseen), training[:100])
+    found = result(Memorization(training, unseen), training[:100])
     # Ties with nothing, below all: U = 0.
     assert found.z == pytest.approx(-math.sqrt(3 * 100 * 50 / 151))
     assert found.close == found.nearer_training == 1 and found.expected == 0.8
@@ -267,7 +267,7 @@ def test_unseen_rows_are_no_copies():
     z, nearer = [], []
     for seed in range(40):
         rows = normals(700, 4, seed=seed)
-        found = result(Memorisation(rows[:400], rows[400:500]), rows[500:])
+        found = result(Memorization(rows[:400], rows[400:500]), rows[500:])
         z.append(found.z)
         nearer.append(found.nearer_training)
     mean = sum(z) / 40
@@ -337,7 +337,7 @@ def test_diversity():
     [
         lambda: PrecisionRecall(normals(80, 6)),
         lambda: PrecisionRecall(normals(80, 6), held=50),
-        lambda: Memorisation(normals(80, 6), normals(30, 6, seed=2)),
+        lambda: Memorization(normals(80, 6), normals(30, 6, seed=2)),
         lambda: Birthday(20, 1.5),
         InceptionScore,
     ],
@@ -373,8 +373,8 @@ def test_parts_change_nothing(make):
         (lambda x: PrecisionRecall(x[:5]), "real must be at least 6 rows, got 5"),
         (lambda x: PrecisionRecall(x).add(x[:, 1:]), r"generated must be \(N, 4\)"),
         (lambda x: result(PrecisionRecall(x), x[:3]), "generated must be more than k = 3 rows"),
-        (lambda x: Memorisation(x, x[:1]), "unseen must be at least 2 rows, got 1"),
-        (lambda x: result(Memorisation(x, x)), "generated must be at least one row"),
+        (lambda x: Memorization(x, x[:1]), "unseen must be at least 2 rows, got 1"),
+        (lambda x: result(Memorization(x, x)), "generated must be at least one row"),
         (lambda x: nearest(x, x[:0]), "reference must be at least 1 rows, got 0"),
         (lambda x: Birthday(1, 1.0), "size and threshold must be at least 2 and positive"),
         (lambda x: Birthday(5, math.nan), "size and threshold must be at least 2 and positive"),
@@ -447,7 +447,7 @@ def test_orders_of_the_kernel_distance(features):
     samples, _, training = features
     real = moments(training)
     found = {
-        name: kernel_distance(standardise(training, real), standardise(rows, real), subsets=3)[0]
+        name: kernel_distance(standardize(training, real), standardize(rows, real), subsets=3)[0]
         for name, rows in samples.items()
     }
     assert abs(found["held out"]) < found["noise .1"] / 2 < found["noise .3"] / 4
@@ -480,12 +480,12 @@ def test_inception_scores(features):
 
 
 @pytest.mark.parametrize("space", ["pixels", "features"])
-def test_memorisation_catches_copies_and_passes_held_out_pictures(known, features, space):
+def test_memorization_catches_copies_and_passes_held_out_pictures(known, features, space):
     samples, rest, training = known if space == "pixels" else features
 
     def found(name):
         rows = samples[name].flatten(1)
-        return result(Memorisation(training.flatten(1), rest.flatten(1)), rows)
+        return result(Memorization(training.flatten(1), rest.flatten(1)), rows)
 
     held_out = found("held out")
     assert abs(held_out.z) < 3 and held_out.close < 0.05

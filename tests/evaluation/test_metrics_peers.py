@@ -9,7 +9,7 @@ from torch import nn
 
 from cgm.evaluation.metrics import (
     InceptionScore,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     best_of_n,
@@ -137,10 +137,10 @@ def test_precision_recall_density_coverage(features, k):
     assert ours._asdict() == pytest.approx(theirs, rel=1e-9)
 
 
-def test_memorisation(features):
+def test_memorization(features):
     """scipy's U and one-sided p; it corrects for ties, of which there are none."""
     training, unseen, generated = features[0][:150], features[0][150:], features[1]
-    z = result(Memorisation(training, unseen), generated).z
+    z = result(Memorization(training, unseen), generated).z
     far = [distance.cdist(rows.double(), training.double()).min(1) for rows in (generated, unseen)]
     theirs = stats.mannwhitneyu(*far, alternative="less", method="asymptotic", use_continuity=False)
     n, m = len(generated), len(unseen)

@@ -25,15 +25,15 @@ class Templates(Model):
             event_shape=(1, 28, 28), cond_kind="class" if classes else "none",
             num_classes=classes, values=256,
         )  # fmt: skip
-        self.centres = torch.nn.Parameter(torch.linspace(-1, 1, max(classes, 1)))
+        self.centers = torch.nn.Parameter(torch.linspace(-1, 1, max(classes, 1)))
         if kind == "elbo":
             self.elbo = lambda y, *, cond, seed: self.of(y, cond) - 1
         if kind == "energy":
             self.energy = lambda y, *, cond: -self.of(y, cond)
 
     def of(self, y, cond):
-        centre = self.centres[0] if cond is None else self.centres[cond][:, None, None, None]
-        return -(y - centre).square().sum((1, 2, 3)) / 2
+        center = self.centers[0] if cond is None else self.centers[cond][:, None, None, None]
+        return -(y - center).square().sum((1, 2, 3)) / 2
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -72,11 +72,11 @@ def test_an_exact_density_is_taken_first():
 def test_pictures_near_the_density_are_found_likelier():
     clothes = load_task("class_to_image", "test").batch(torch.arange(60))["y"]
     model = Templates("energy")
-    torch.nn.init.constant_(model.centres, clothes.mean().item())
+    torch.nn.init.constant_(model.centers, clothes.mean().item())
     scores = anomaly_scores(model, clothes)
     assert scores.keys() == {"digits", "noise"}
     # By this density what is brighter or darker than the mean everywhere is unlikely.
-    torch.nn.init.constant_(model.centres, -1.0)
+    torch.nn.init.constant_(model.centers, -1.0)
     dark = anomaly_scores(model, clothes)
     assert dark["noise"] > 0.7 and dark["digits"] < 0.4  # digits are darker than clothes
 

@@ -10,18 +10,19 @@ from PIL import Image
 from torch import nn
 
 from cgm.data import Dataset, load_task
-from cgm.evaluation import sample_quality as realism
+from cgm.evaluation import sample_quality
+from cgm.evaluation.classifier import load_classifier
 from cgm.evaluation.features import ClassifierFeatures, InceptionFeatures, Pixels, load_features
-from cgm.evaluation.likelihood import evaluate, load_classifier
+from cgm.evaluation.likelihood import evaluate
 from cgm.evaluation.metrics import (
     Kept,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     choose,
     frechet_distance,
     kernel_distance,
-    standardise,
+    standardize,
 )
 from cgm.evaluation.sample_quality import MEASURES, against_real, check_measures, write_nearest
 
@@ -69,10 +70,10 @@ def values(found):
 
 # What is measured ---------------------------------------------------------------------------------
 def test_held_out_pictures_and_copies(data):
-    """Copies win the Frechet distance; the memorisation test tells them, and passes the others."""
+    """Copies win the Frechet distance; the memorization test tells them, and passes the others."""
     training, held_out, rest = data
     copied = training.y[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
-    found, names = {}, ("fd", "precision_recall", "memorisation", "birthday")
+    found, names = {}, ("fd", "precision_recall", "memorization", "birthday")
     for name, pictures in (("real", rest), ("copies", copied)):
         result = against_real(
             Returns(pictures),
@@ -87,7 +88,7 @@ def test_held_out_pictures_and_copies(data):
     assert copies["FD-classifier"].value < real["FD-classifier"].value
     assert copies["precision"].value > 0.75 and copies["recall"].value > 0.75
     for space in ("pixels", "classifier"):
-        z = f"memorisation z, {space}"
+        z = f"memorization z, {space}"
         assert copies[z].value < -10 and abs(real[z].value) < 3
         assert copies[z + " ... below 1 % quantile"].value == 1
         nearer = z + " ... nearer to training"
@@ -124,7 +125,7 @@ def test_the_measures_are_those_of_the_features(data):
     assert fd.floor == pytest.approx(frechet_distance(meters[0], meters[2]))
     assert (fd.rows, fd.reference, fd.floor_rows) == (230, 600, 200)
     kid = kernel_distance(
-        standardise(real, meters[0]), standardise(ours, meters[0]), subsets=20, size=230, seed=5
+        standardize(real, meters[0]), standardize(ours, meters[0]), subsets=20, size=230, seed=5
     )
     assert found["KID-classifier"].value == pytest.approx(kid[0])
     assert found["KID-classifier ... sd over 20 subsets"].value == pytest.approx(kid[1])
@@ -132,9 +133,9 @@ def test_the_measures_are_those_of_the_features(data):
     balls.add(ours)
     for name, value in balls.result()._asdict().items():
         assert found[name].value == pytest.approx(value) and found[name].reference == 230
-    copying = Memorisation(training.y.flatten(1), held_out.y.flatten(1))
+    copying = Memorization(training.y.flatten(1), held_out.y.flatten(1))
     copying.add(rest[:230].flatten(1))
-    assert found["memorisation z, pixels"].value == pytest.approx(copying.result().z)
+    assert found["memorization z, pixels"].value == pytest.approx(copying.result().z)
     assert found["IS-classifier"].value < 10 and found["IS-classifier"].floor_rows == 200
 
 
@@ -182,16 +183,16 @@ def test_samples_for_one_condition():
 
 def test_parts_and_memory(data, monkeypatch):
     training, held_out, rest = data
-    names = "fd", "memorisation", "precision_recall"
+    names = "fd", "memorization", "precision_recall"
     once = against_real(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
-    monkeypatch.setattr(realism, "_AT_ONCE", 37)
+    monkeypatch.setattr(sample_quality, "_AT_ONCE", 37)
     parts = against_real(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
     for one, other in zip(once.measures, parts.measures, strict=True):
         assert one.value == pytest.approx(other.value, rel=1e-6) and one.name == other.name
     assert torch.equal(once.closest.nearest, parts.closest.nearest)
     assert torch.equal(once.first.samples, parts.first.samples)
     kept = []
-    monkeypatch.setattr(realism, "_HELD", 25)
+    monkeypatch.setattr(sample_quality, "_HELD", 25)
     add = Kept.add
     monkeypatch.setattr(Kept, "add", lambda self, rows: (add(self, rows), kept.append(self.rows)))
     against_real(Returns(rest), training, held_out, Pixels(), samples=700, measures=("kid",))
@@ -212,12 +213,12 @@ def test_samples_drawn_before_are_not_drawn_again(data):
 
 
 # The picture --------------------------------------------------------------------------------------
-def test_nearest_neighbours_as_a_picture(data, tmp_path):
+def test_nearest_neighbors_as_a_picture(data, tmp_path):
     training, held_out, rest = data
     pictures = rest.clone()
     pictures[150:153] = training.y[77:80]
     result = against_real(
-        Returns(pictures), training, held_out, Pixels(), samples=200, measures=("memorisation",)
+        Returns(pictures), training, held_out, Pixels(), samples=200, measures=("memorization",)
     )
     assert result.closest.nearest[:3].tolist() == [77, 78, 79]
     assert result.closest.conditions[:3].tolist() == [150, 151, 152]
@@ -230,12 +231,12 @@ def test_nearest_neighbours_as_a_picture(data, tmp_path):
 
 
 def test_pictures_of_the_tasks(tmp_path):
-    """Colours are shown on their luminance, lower halves below the upper ones."""
+    """Colors are shown on their luminance, lower halves below the upper ones."""
     sizes = {}
     for task in ("colorize", "complete"):
         parts = [of_rows(load_task(task, split), torch.arange(40)) for split in ("train", "test")]
         model = Returns(parts[1].y)
-        result = against_real(model, *parts, Pixels(), samples=20, measures=("memorisation",))
+        result = against_real(model, *parts, Pixels(), samples=20, measures=("memorization",))
         file = tmp_path / f"{task}.png"
         write_nearest(file, result, *parts, stacked=task == "complete")
         sizes[task] = Image.open(file).size

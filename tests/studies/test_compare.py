@@ -13,7 +13,8 @@ from cgm.checkpoints import load_model
 from cgm.data import TASKS, load_task
 from cgm.model import config_class, family_class
 from cgm.studies import compare as module
-from cgm.studies.compare import CONTESTS, Entry, compare, run_entry
+from cgm.studies.compare import compare, run_entry
+from cgm.studies.contests import CONTESTS, Entry, entry_config
 from cgm.training import TrainingConfig
 
 TINY = {
@@ -45,7 +46,7 @@ def test_every_entry_fits_its_task():
         assert len({entry.family for entry in contest.entries}) == len(contest.entries)
         for entry in contest.entries:
             model_class = family_class(entry.family)
-            config = module.entry_config(entry, dataset)
+            config = entry_config(entry, dataset)
             assert isinstance(config, config_class(model_class))
             TrainingConfig(**{**model_class.training_defaults, **entry.training})
             model_class.sampling_config(**entry.solver)

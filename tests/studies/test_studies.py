@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cgm.checkpoints import load_model, shipped
 from cgm.data import Dataset, load_task, synthetic, to_float
-from cgm.evaluation import ground_truth as truth
+from cgm.evaluation import ground_truth
 from cgm.evaluation.out_of_distribution import auroc
 from cgm.families.cyclegan import CycleGAN, CycleGANConfig
 from cgm.families.gan_losses import row_loss
@@ -131,20 +131,20 @@ def balls():
     drawn = synthetic.balls("test")
     free = ~drawn.bounced
     parts = {name: getattr(drawn, name)[free] for name in ("before", "after")}
-    return parts, {n: getattr(drawn, n)[free] for n in ("velocity", "position", "colour")}
+    return parts, {n: getattr(drawn, n)[free] for n in ("velocity", "position", "color")}
 
 
 def test_the_latent_vector_is_the_velocity_and_nothing_else(balls):
     frames, truths = balls
     model: Any = load_model(shipped("bouncing_ball_vae"))
     mean, _ = model.encode(frames["after"], cond=frames["before"])
-    found = {name: truth.r_squared(mean, value) for name, value in truths.items()}
-    assert found["velocity"] > 0.9 and found["position"] < 0.1 and found["colour"] < 0.1
+    found = {name: ground_truth.r_squared(mean, value) for name, value in truths.items()}
+    assert found["velocity"] > 0.9 and found["position"] < 0.1 and found["color"] < 0.1
     # The same regression finds each of these where it is.
-    where = truth.centroids(frames["before"])
-    assert truth.r_squared(where, truths["position"]) > 0.99
+    where = ground_truth.centroids(frames["before"])
+    assert ground_truth.r_squared(where, truths["position"]) > 0.99
     light = (frames["before"] + 1).amax((2, 3))
-    assert truth.r_squared(light / light.sum(1, keepdim=True), truths["colour"]) > 0.5
+    assert ground_truth.r_squared(light / light.sum(1, keepdim=True), truths["color"]) > 0.5
 
 
 def test_samples_of_the_next_frame_are_whole_balls_that_moved(balls):
@@ -152,7 +152,7 @@ def test_samples_of_the_next_frame_are_whole_balls_that_moved(balls):
     frames, truths = balls
     model = load_model(shipped("bouncing_ball_vae"))
     before, position = frames["before"][:200], truths["position"][:200]
-    scores = truth.ball_scores(model.sample(4, cond=before, seed=0), before, position)
+    scores = ground_truth.ball_scores(model.sample(4, cond=before, seed=0), before, position)
     assert scores["peak"] > 0.8 and scores["right speed"] > 0.6
 
 

@@ -10,18 +10,14 @@ from PIL import Image
 from rich.console import Console
 
 import cgkernels
+from cgm.evaluation.execution import compiled_copy, conditions, difference_of, model_call
 from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.model import make_model
 from cgm.studies import throughput as module
-from cgm.studies.throughput import (
-    CHECKPOINT,
-    bench,
-    compiled_copy,
-    conditions,
-    difference_of,
-    model_call,
-)
+from cgm.studies.throughput import bench
+
+CHECKPOINT = "class_to_image_diffusion"
 
 SMALL = {"event_shape": (1, 8, 8), "channels": 8, "multipliers": (1,), "blocks": 1, "heads": 2}
 CONDITIONS = {
