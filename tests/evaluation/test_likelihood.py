@@ -97,6 +97,7 @@ def test_distances_of_images_made_of_images(monkeypatch):
     assert (other.name, other.value) == ("... of another's", pytest.approx(0.75))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shipped_model_knows_lower_halves_by_their_upper_ones():
     model = load_model(shipped("complete_autoregressive"))

@@ -18,16 +18,17 @@ from cgm.evaluation.metrics import (
     kernel_distance,
     nearest,
 )
+from tests.support import Peer
 
-fid = pytest.importorskip("torchmetrics.image.fid")
-inception = pytest.importorskip("torchmetrics.image.inception")
-kid = pytest.importorskip("torchmetrics.image.kid")
-linalg = pytest.importorskip("scipy.linalg")
-distance = pytest.importorskip("scipy.spatial.distance")
-stats = pytest.importorskip("scipy.stats")
-prdc = pytest.importorskip("prdc")
+fid = Peer("torchmetrics.image.fid")
+inception = Peer("torchmetrics.image.inception")
+kid = Peer("torchmetrics.image.kid")
+linalg = Peer("scipy.linalg")
+distance = Peer("scipy.spatial.distance")
+stats = Peer("scipy.stats")
+prdc = Peer("prdc")
 pytestmark = [
-    pytest.mark.peers,
+    pytest.mark.peers("torchmetrics", "scipy", "prdc"),
     pytest.mark.filterwarnings("ignore:Metric `.*` will save all extracted:UserWarning"),
 ]
 

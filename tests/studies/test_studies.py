@@ -73,17 +73,21 @@ def told_apart(patch: int, block: int) -> float:
         return auroc(*(discriminator(images).flatten(1).mean(1) for images in pair))
 
 
-@pytest.mark.parametrize("block", [1, 8, 32])
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("block", [slow(1), 8, slow(32)])
 def test_a_patch_of_one_pixel_sees_no_order(block):
     assert 0.45 < told_apart(1, block) < 0.55
 
 
-@pytest.mark.parametrize("patch", [16, 34, 70])
-@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("patch", [16, slow(34), slow(70)])
+@pytest.mark.parametrize("block", [slow(1), 8])
 def test_patches_see_texture_that_is_broken(patch, block):
     assert told_apart(patch, block) > 0.95
 
 
+@pytest.mark.slow
 def test_layout_takes_large_patches():
     seen = [told_apart(patch, 32) for patch in (1, 16, 34, 70)]
     assert seen == sorted(seen) and seen[-1] > seen[1] + 0.005
@@ -113,6 +117,7 @@ def error_to_the_hidden_pair(folder, **weights: float) -> float:
     return (model.sample(cond=unseen) - hidden(unseen)).square().mean().item()
 
 
+@pytest.mark.slow
 def test_unpaired_translation_takes_both_parts_of_the_objective(tmp_path):
     full = error_to_the_hidden_pair(tmp_path / "full")
     adversarial = error_to_the_hidden_pair(tmp_path / "adversarial", cycle_weight=0.0)
