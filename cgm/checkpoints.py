@@ -161,7 +161,7 @@ def drawable_names() -> list[str]:
     families = {
         name: family_class(read_config(shipped(name))["family"]) for name in shipped_names()
     }
-    return [name for name, family in families.items() if hasattr(family, "sampling_config")]
+    return [name for name, family in families.items() if family.sampling_config is not None]
 
 
 def store_halved(source: str | Path, out: str | Path) -> None:

@@ -117,7 +117,7 @@ def _train(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(str(stop)) from None
     if options.training.sheet_every:
         print(f"What it drew while it learned is in {out / 'index.html'}.")
-    if not hasattr(model_class, "sampling_config"):
+    if model_class.sampling_config is None:
         print(f"The model is in {out}.")
         return
     print(f"The model is in {out}. To draw from it:")
@@ -274,7 +274,7 @@ def _checkpoint_options(
     path = _find_checkpoint(checkpoint)
     info = read_config(path)
     model_class = family_class(info["family"])
-    if not hasattr(model_class, "sampling_config"):
+    if model_class.sampling_config is None:
         raise ValueError(f"{path}: is a model of the family {info['family']}, which draws nothing")
     prog = f"cgm {command} {shlex.quote(checkpoint)}"
     parsed = _parse(options, model_class.sampling_config, prog=prog, args=rest)

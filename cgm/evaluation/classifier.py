@@ -8,22 +8,22 @@ It is trained like a model of the class given the picture: y is the picture, con
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgkernels.random import STREAM_AUGMENTATION, uniform
-from cgm.model import Model
+from cgm.model import ImageConfig, Model, Step
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(ImageConfig):
     """Size of the network, and what it is trained with."""
 
-    # Shape (C, H, W) of a picture.
-    event_shape: tuple[int, int, int] = (1, 28, 28)
+    # What it learns is the class given the image: the class is its condition.
+    cond_kind: Literal["class"] = "class"
     # Number of classes.
     num_classes: int = 10
     # Width of each block, multiples of 8.
@@ -70,26 +70,17 @@ class Classifier(Model):
         """What the last layer sees, (B, channels[-1] grid^2)."""
         return F.adaptive_avg_pool2d(self.blocks(y), self.config.grid).flatten(1)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """{"total": cross entropy with smoothed labels, "error": 0 or 1}, (B,) each."""
-        if cond is None:
-            raise ValueError("cond must be class ids (B,), got None")
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
+        """{"total": cross entropy with smoothed labels, "error": 0 or 1}."""
+        assert cond is not None  # it was checked
         config = self.config
-        logits = self(self._augment(y, seed, index))
+        logits = self(self._augment(y, step.seed, step.index))
         total = F.cross_entropy(
             logits, cond, label_smoothing=config.label_smoothing, reduction="none"
         )
         return {"total": total, "error": (logits.detach().argmax(1) != cond).float()}
 
-    def _augment(self, y: Tensor, seed: int | Tensor, index: Tensor | None) -> Tensor:
+    def _augment(self, y: Tensor, seed: int | Tensor, index: Tensor) -> Tensor:
         """Shifted and mirrored pictures; the border is filled with -1, black."""
         n, _, height, width = y.shape
         reach = self.config.shift

@@ -29,7 +29,7 @@ from cgm.checkpoints import load_model, save_model, shipped
 from cgm.data import Dataset, load_task
 from cgm.data.dataset import to_float
 from cgm.evaluation.classifier import Classifier, ClassifierConfig
-from cgm.model import make_model
+from cgm.model import Model, make_model
 from cgm.training import TrainingConfig, describe_data, train
 
 CHECKPOINT = "fashion_classifier"
@@ -95,18 +95,14 @@ class Measure:
     floor_rows: int | None = None  # how many these were
 
 
-def bits_per_dimension(model: Any, y: Tensor, cond: Tensor | None) -> Tensor:
+def bits_per_dimension(model: Model, y: Tensor, cond: Tensor | None) -> Tensor:
     """(B,) float64 on the CPU of pictures y (B, *event) in [-1, 1] with their conditions."""
     device = next(model.parameters()).device
-    of_model = getattr(model, "bits_per_dimension", None)  # where log_prob is no probability
     parts = []
     for rows in torch.arange(len(y)).split(_ROWS_AT_ONCE):
         some, pictures = None if cond is None else cond[rows].to(device), y[rows].to(device)
-        if of_model is not None:
-            parts.append(of_model(pictures, cond=some, index=rows.to(device)).cpu().double())
-        else:
-            nats = model.log_prob(pictures, cond=some).cpu().double()
-            parts.append(-nats / (math.prod(y.shape[1:]) * math.log(2)))
+        bits = model.bits_per_dimension(pictures, cond=some, index=rows.to(device))
+        parts.append(bits.cpu().double())
     return torch.cat(parts)
 
 
@@ -117,7 +113,7 @@ def check_rows(rows: int, held_out: Dataset) -> None:
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     held_out: Dataset,
     *,
     rows: int = 200,
@@ -182,7 +178,7 @@ def evaluate(
 
 
 def _likelihoods(
-    model: Any,
+    model: Model,
     y: Tensor,
     cond: Tensor | None,
     own: Callable[[], Tensor],
@@ -195,7 +191,7 @@ def _likelihoods(
         other = cond.roll(1, 0)  # no picture keeps its own
         swapped = bits_per_dimension(model, y, other)
         found.append(mean_measure("... given another's condition", swapped))
-    if hasattr(model, "int8"):
+    if model.has_int8:
         say("likelihoods with weights of 8 bits")
         rounded = bits_per_dimension(model.int8(), y, cond)
         found.append(mean_measure("... with weights of 8 bits", rounded))

@@ -64,7 +64,7 @@ class Sheets:
 
     def __init__(self, model: Model, shown: Shown, out: Path) -> None:
         """ValueError if the model draws nothing, or nothing that can be shown."""
-        if not hasattr(model, "sampling_config"):
+        if model.sampling_config is None:
             raise ValueError(f"sheet_every must be 0: {model.family} draws nothing")
         self.model: Any = model
         self.shown, self.out = shown, out

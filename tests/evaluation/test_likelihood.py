@@ -102,7 +102,7 @@ def test_without_augmentation(held_out):
         loss["total"], -model(pictures).log_softmax(1)[torch.arange(8), labels]
     )
     assert torch.equal(loss["error"], (model(pictures).argmax(1) != labels).float())
-    with pytest.raises(ValueError, match="cond must be class ids"):
+    with pytest.raises(ValueError, match="cond must be given"):
         model.loss(pictures, seed=0)
 
 
