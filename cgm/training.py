@@ -232,7 +232,7 @@ class _Run:
     ) -> None:
         self.model, self.dataset, self.config, self.device = model, dataset, config, device
         # Of a model that draws nothing no preset: its absence is what says so.
-        draws = hasattr(model, "sampling_config")
+        draws = model.sampling_config is not None
         self.preset = {"sampling": dict(sampling or {})} if draws else {}
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.parameters = {phase: model.phase_parameters(phase) for phase in model.phases}

@@ -42,8 +42,15 @@ from cgkernels.random import (
     normal,
     uniform,
 )
-from cgm.model import Model, PictureConfig, numbered, solver_options
-from cgm.networks.layers import check_positive
+from cgm.model import (
+    Density,
+    Draws,
+    ImageConfig,
+    Model,
+    Step,
+    check_not_negative,
+    check_positive,
+)
 from cgm.networks.residual import ConditionPlanes
 from cgm.sampling.cuda_graph import captured
 
@@ -52,7 +59,7 @@ Energy = Callable[[Tensor], Tensor]  # (B, *event) -> (B,)
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class EnergyConfig(PictureConfig):
+class EnergyConfig(ImageConfig):
     """What is generated from what, the network, and the chains that it learns from."""
 
     # Channels at full resolution; twice as many at each level below.
@@ -91,14 +98,8 @@ class EnergyConfig(PictureConfig):
             raise ValueError(
                 f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
             )
-        for name in ("temperature", "step_size", "start_std", "bound"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("data_noise", "square_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.chains < 0:
-            raise ValueError(f"chains must not be negative, got {self.chains}")
+        check_positive(self, "temperature", "step_size", "start_std", "bound")
+        check_not_negative(self, "data_noise", "square_weight", "chains")
         if not 0 <= self.renewal <= 1:
             raise ValueError(f"renewal must be in [0, 1], got {self.renewal}")
 
@@ -116,6 +117,9 @@ class EnergySampling:
     temperature: float = 1.0
     # On a GPU, replay one captured step instead of launching every kernel.
     graph: bool = True
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "steps", "step_size", "temperature")
 
 
 # Langevin steps -----------------------------------------------------------------------------------
@@ -411,6 +415,10 @@ class ConditionalEBM(Model):
         self.chains = Chains(config)
 
     # Energy ---------------------------------------------------------------------------------------
+    @property
+    def density(self) -> Density:
+        return "energy"
+
     def energy(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """-log p(y | cond) in nats, up to a constant of each condition, (B,); differentiable.
 
@@ -419,11 +427,13 @@ class ConditionalEBM(Model):
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
         """
-        self._check(y, cond)
+        self.check_inputs(y, cond)
         return self._scaled(y, self.planes(cond, len(y))) / self.config.temperature
 
     def log_ratio(self, y_a: Tensor, y_b: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """log p(y_a | cond) - log p(y_b | cond) of two candidates, exact, (B,) nats."""
+        self.check_y(y_a, "y_a")
+        self.check_y(y_b, "y_b")
         check_shape("y_b", y_b, tuple(y_a.shape))
         return self.energy(y_b, cond=cond) - self.energy(y_a, cond=cond)
 
@@ -449,8 +459,8 @@ class ConditionalEBM(Model):
         """
         if chains < 1:
             raise ValueError(f"chains must be positive, got {chains}")
+        self.check_cond(cond)
         rows = 1 if cond is None else len(cond)
-        self.check_cond(cond, rows, self.config.num_classes - 1)
         planes = self.planes(cond, rows).repeat(chains, 1, 1, 1)
         device = planes.device
         index = torch.arange(rows, device=device)
@@ -476,31 +486,17 @@ class ConditionalEBM(Model):
         reference = y.flatten(1).square().sum(1) * (0.5 * config.temperature / config.start_std**2)
         return self.network(torch.cat([y, planes.to(y.dtype)], 1)).to(y.dtype) + reference
 
-    def _check(self, y: Tensor, cond: Tensor | None) -> None:
-        check_shape("y", y, (len(y), *self.config.event_shape))
-        self.check_cond(cond, len(y), self.config.num_classes - 1)
-
     # Loss -----------------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """Contrastive divergence of each row, against a chain that is moved on for it.
 
-        y is (B, C, H, W) in [-1, 1]; noise, and which chains begin anew, depend on (seed, index).
-        In training mode the chains are those of the buffer; in evaluation mode, or without one,
-        they begin at noise with the conditions of y. Returns {"total", "real", "drawn"}: "real" is
-        f of y with its noise, "drawn" f of where the chain has come to.
+        Noise, and which chains begin anew, are random. In training mode the chains are those of the
+        buffer; in evaluation mode, or without one, they begin at noise with the conditions of y.
+        Returns {"total", "real", "drawn"}: "real" is f of y with its noise, "drawn" f of where the
+        chain has come to.
         """
-        self.check_phase(phase)
-        self._check(y, cond)
         config, rows = self.config, len(y)
-        index = torch.arange(rows, device=y.device) if index is None else index
+        seed, index = step.seed, step.index
         draws: dict[str, Any] = {"seed": seed, "index": index, "dtype": y.dtype}
         shape = tuple(y.shape)
         noisy = y
@@ -528,7 +524,6 @@ class ConditionalEBM(Model):
 
     # Sampling -------------------------------------------------------------------------------------
     @torch.inference_mode(False)
-    @torch.no_grad()
     def sample(
         self,
         n: int | None = None,
@@ -539,50 +534,31 @@ class ConditionalEBM(Model):
         start: Tensor | None = None,
         **solver: Any,
     ) -> Tensor:
-        """Samples of p(y | cond): where Langevin steps have come to, not clamped to [-1, 1].
+        """Samples of p(y | cond), as of all families.
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids or (B, C', H, W) pictures; None for a model without condition.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            start: (B, C, H, W), from where the chains of each condition begin, all its draws at the
-                same place; without cond (n, C, H, W). Default: at noise of the standard deviation
-                that training begins them with, of (seed, index) like all other noise.
-            solver: fields of `EnergySampling`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw), and its start if given, and on nothing else.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        start: (B, C, H, W), from where the chains of each condition begin, all its draws at the
+        same place; without cond (n, C, H, W). Default: at noise of the standard deviation that
+        training begins them with, of (seed, index) like all other noise.
         """
-        options = solver_options(EnergySampling, solver)
-        if not 0 <= options.step_size < math.inf:
-            raise ValueError(f"step_size must not be negative, got {options.step_size}")
-        config, parameter = self.config, next(self.parameters())
-        device, dtype = parameter.device, parameter.dtype
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        seed = as_seed(seed, device)[0]
-        elements, total = (*shape, *config.event_shape), len(index)
+        return self._sample(n, cond, seed, index, solver, start=start)
+
+    def _draw(self, draws: Draws, options: EnergySampling, start: Tensor | None = None) -> Tensor:
+        """Where Langevin steps have come to, not clamped to [-1, 1]."""
+        config, total = self.config, len(draws.index)
         if start is None:
             z = cgkernels.philox_normal(
-                (total, *config.event_shape), seed=seed, index=index, stream=STREAM_INITIAL,
-                dtype=dtype,
+                (total, *config.event_shape), seed=draws.seed, index=draws.index,
+                stream=STREAM_INITIAL, dtype=self.dtype,
             )  # fmt: skip
             start = config.start_std * z
         else:
-            check_shape("start", start, (rows, *config.event_shape))
-            start = start.to(device, dtype).repeat(total // max(rows, 1), 1, 1, 1)
-        planes = self.planes(None if cond is None else cond.to(device), rows)
-        planes = planes.repeat(total // max(rows, 1), 1, 1, 1)
-        y = langevin(
+            conditions = total if draws.cond is None else draws.rows
+            self._check_image("start", start, conditions, config.event_shape)
+            start = start.repeat(total // conditions, 1, 1, 1)
+        planes = draws.repeat(self.planes(draws.cond, draws.rows))
+        return langevin(
             lambda y: self._scaled(y, planes), start, steps=options.steps,
             step_size=options.step_size or config.step_size,
-            temperature=options.temperature * config.temperature, bound=config.bound, seed=seed,
-            index=index, graph=options.graph,
+            temperature=options.temperature * config.temperature, bound=config.bound,
+            seed=draws.seed, index=draws.index, graph=options.graph,
         )  # fmt: skip
-        return y.view(elements)

@@ -21,19 +21,17 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_seed
 from cgkernels.random import STREAM_INITIAL, uniform
 from cgm.data import Dataset
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
-from cgm.model import Model, numbered, solver_options
-from cgm.networks.layers import check_choice, check_positive
+from cgm.model import Density, Draws, Model, Step, check_not_negative, check_positive
 from cgm.networks.residual import ConditionPlanes, ResidualConfig, ResidualUNet
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -51,29 +49,27 @@ class RegressionSampling:
     # mixture its weights and each of its parts; 0 takes the likeliest (of a mixture, part) alone.
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_not_negative(self, "temperature")
+
 
 # What all have ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Noise:
-    """The noise of a call of `sample`: (draws, rows, *event), as parameters (rows, *event) need."""
+def _normal(draws: Draws, like: Tensor) -> Tensor:
+    """Noise (draws, B, *event) for parameters (B, *event)."""
+    z = cgkernels.philox_normal(
+        (len(draws.index), *like.shape[1:]), seed=draws.seed, index=draws.index, step=_STEP_VALUE,
+        stream=STREAM_INITIAL, dtype=like.dtype,
+    )  # fmt: skip
+    return z.unflatten(0, (-1, draws.rows))
 
-    seed: Tensor
-    index: Tensor  # (draws rows,)
-    rows: int
 
-    def normal(self, like: Tensor) -> Tensor:
-        z = cgkernels.philox_normal(
-            (len(self.index), *like.shape[1:]), seed=self.seed, index=self.index, step=_STEP_VALUE,
-            stream=STREAM_INITIAL, dtype=like.dtype,
-        )  # fmt: skip
-        return z.unflatten(0, (-1, self.rows))
-
-    def uniform(self, shape: torch.Size, dtype: torch.dtype, step: int) -> Tensor:
-        u = uniform(
-            (len(self.index), *shape), seed=self.seed, index=self.index, step=step,
-            stream=STREAM_INITIAL, dtype=dtype,
-        )  # fmt: skip
-        return u.unflatten(0, (-1, self.rows))
+def _uniform(draws: Draws, shape: torch.Size, dtype: torch.dtype, step: int) -> Tensor:
+    """Noise (draws, B, *shape)."""
+    u = uniform(
+        (len(draws.index), *shape), seed=draws.seed, index=draws.index, step=step,
+        stream=STREAM_INITIAL, dtype=dtype,
+    )  # fmt: skip
+    return u.unflatten(0, (-1, draws.rows))
 
 
 class Regression(Model):
@@ -116,7 +112,7 @@ class Regression(Model):
         """The point prediction (B, C, H, W)."""
         raise NotImplementedError
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         """Samples (draws, B, C, H, W)."""
         raise NotImplementedError
 
@@ -127,22 +123,16 @@ class Regression(Model):
         }
 
     # Protocol -------------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    @property
+    def density(self) -> Density | None:
+        return "exact"
+
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """-log p(y | cond) divided by C H W, in nats; nothing in it is random.
 
-        y is (B, C, H, W). Returns {"total": (B,), "squared": (B,) mean squared error of the mean};
-        of `LeastSquares` and `QuantizedClassifier` what they say.
+        Returns {"total", "squared": mean squared error of the mean}; of `LeastSquares` and
+        `QuantizedClassifier` what they say.
         """
-        self.check_phase(phase)
-        self.check_y(y)
         return self._losses(self._distribution(cond, len(y)), y)
 
     @torch.no_grad()
@@ -151,16 +141,21 @@ class Regression(Model):
 
         Of `QuantizedClassifier` it is the mass of the bins or colours that y falls into.
         """
-        self.check_y(y)
+        self.check_inputs(y, cond)
         return self._log_probs(self._distribution(cond, len(y)), y).flatten(1).sum(1)
 
     def bits_per_dimension(
-        self, y: Tensor, *, cond: Tensor | None = None, index: Tensor | None = None
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
     ) -> Tensor:
         """(B,): -log2 P(y | cond) of a picture of 256 values, divided by the number of its values.
 
         P is the density times the distance of two values, 2 / 255: densities of this family are
-        wider than that. index: not used, nothing is random.
+        wider than that. Nothing is random.
         """
         nats = self.log_prob(y, cond=cond)
         if self.is_density:
@@ -174,54 +169,21 @@ class Regression(Model):
         It has the least squared error, and of several right answers lies between all of them. Of
         `LeastSquares` with error l1 it is the median instead.
         """
+        self.check_cond(cond)
         return self._mean(self._distribution(cond))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Samples of p(y | cond), every value by itself; the network runs once for each condition.
+    def _draw(self, draws: Draws, options: RegressionSampling) -> Tensor:
+        """Every value by itself; densities reach beyond [-1, 1], and so do their samples.
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids or (B, C, H, W) pictures; None for a model without condition.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            solver: fields of `RegressionSampling`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). Densities reach beyond
-            [-1, 1], and so do their samples.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        The network runs once for each condition.
         """
-        options = solver_options(RegressionSampling, solver)
-        if not 0 <= options.temperature < math.inf:
-            raise ValueError(f"temperature must not be negative, got {options.temperature}")
-        config, device = self.config, next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=device)
-        rows = 1 if cond is None else rows
-        parameters = self._distribution(None if cond is None else cond.to(device))
-        noise = _Noise(as_seed(seed, device)[0], index, rows)
-        y = self._draw(parameters, noise, options.temperature)
-        return y.reshape(*shape, *config.event_shape)
+        parameters = self._distribution(draws.cond)
+        return self._draw_values(parameters, draws, options.temperature).flatten(0, 1)
 
     def _distribution(self, cond: Tensor | None, rows: int | None = None) -> Tensor:
         """The parameters, (rows, *parameter_shape) in float32 at least; rows: without cond 1."""
         if rows is None:
             rows = 1 if cond is None else len(cond)
-        self.check_cond(cond, rows, self.config.num_classes - 1)
         if cond is None:
             return self.table.expand(rows, -1, -1, -1, -1)
         out = self.unet(self.planes(cond, rows)).view(rows, *self.parameter_shape)
@@ -232,10 +194,12 @@ class Regression(Model):
         """The y of the data, some rows at a time."""
         seen = 0
         for y in batches(data):
+            if isinstance(y, Tensor) and y.is_floating_point():
+                y = y.to(self.table)
             self.check_y(y)
             if len(y):
                 seen += len(y)
-                yield y.to(self.table.device)
+                yield y
         if not seen:
             raise ValueError("data must have a row")
 
@@ -266,17 +230,16 @@ def _annealed(logits: Tensor, dim: int, temperature: float) -> Tensor:
     return ((logits - logits.amax(dim, keepdim=True)) / temperature).softmax(dim)
 
 
-def _choose(logits: Tensor, noise: _Noise, temperature: float) -> Tensor:
+def _choose(logits: Tensor, draws: Draws, temperature: float) -> Tensor:
     """A class of each of logits (B, K, *event), (B, *event, draws), by the inverse of the CDF.
 
     One uniform each, so that probabilities are right within a few 2^-24.
     """
     logits = logits.movedim(1, -1)
-    draws = len(noise.index) // noise.rows
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True).expand(*logits.shape[:-1], draws)
+        return logits.argmax(-1, keepdim=True).expand(*logits.shape[:-1], draws.draws)
     cdf = _annealed(logits, -1, temperature).cumsum(-1)
-    u = noise.uniform(logits.shape[1:-1], logits.dtype, _STEP_CHOICE).movedim(0, -1)
+    u = _uniform(draws, logits.shape[1:-1], logits.dtype, _STEP_CHOICE).movedim(0, -1)
     # The last entry need not be 1, and u < 1 stays below it.
     return torch.searchsorted(cdf, (u * cdf[..., -1:]).contiguous(), right=True)
 
@@ -294,9 +257,7 @@ class LeastSquaresConfig(ResidualConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "error", ("l2", "l1"))
-        if not 0 <= self.sigma < math.inf:
-            raise ValueError(f"sigma must not be negative, got {self.sigma}")
+        check_not_negative(self, "sigma")
 
 
 class LeastSquares(Regression):
@@ -317,6 +278,10 @@ class LeastSquares(Regression):
     def _mean(self, parameters: Tensor) -> Tensor:
         return parameters[:, 0]
 
+    @property
+    def density(self) -> Density | None:
+        return "exact" if self.config.sigma else None
+
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """As of all, of a model with a sigma; NotImplementedError without one."""
         if self.config.sigma == 0:
@@ -332,19 +297,19 @@ class LeastSquares(Regression):
         width = sigma / math.sqrt(2)
         return -(y - mean).abs() / width - math.log(2 * width)
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         mean, sigma = self._mean(parameters), self.config.sigma
         if sigma == 0:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
                     "LeastSquares predicts one y for a condition: all samples of it are equal",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
-            return mean.expand(len(noise.index) // noise.rows, *mean.shape)
+            return mean.expand(draws.draws, *mean.shape)
         if self.config.error == "l2":
-            return mean + sigma * math.sqrt(temperature) * noise.normal(mean)
-        u = noise.uniform(mean.shape[1:], mean.dtype, _STEP_VALUE)
+            return mean + sigma * math.sqrt(temperature) * _normal(draws, mean)
+        u = _uniform(draws, mean.shape[1:], mean.dtype, _STEP_VALUE)
         laplace = torch.where(u < 0.5, (2 * u).log(), -(2 * (1 - u)).log())
         return mean + sigma / math.sqrt(2) * temperature * laplace
 
@@ -359,8 +324,7 @@ class GaussianConfig(ResidualConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.min_sigma < math.inf:
-            raise ValueError(f"min_sigma must be positive, got {self.min_sigma}")
+        check_positive(self, "min_sigma")
 
 
 class GaussianRegression(Regression):
@@ -377,6 +341,7 @@ class GaussianRegression(Regression):
     @torch.no_grad()
     def variance(self, *, cond: Tensor | None = None) -> Tensor:
         """Of each value, (B, C, H, W); (1, C, H, W) of no condition."""
+        self.check_cond(cond)
         parameters = self._distribution(cond)
         return self._sigma(parameters).square()
 
@@ -408,9 +373,9 @@ class GaussianRegression(Regression):
     def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
         return _normal_log_density(y, self._mean(parameters), self._sigma(parameters))
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         mean, sigma = self._mean(parameters), self._sigma(parameters)
-        return mean + math.sqrt(temperature) * sigma * noise.normal(mean)
+        return mean + math.sqrt(temperature) * sigma * _normal(draws, mean)
 
 
 # Mixture ------------------------------------------------------------------------------------------
@@ -455,11 +420,11 @@ class MixtureDensity(Regression):
         logits, mean, sigma = self._parts(parameters)
         return (logits.log_softmax(1) + _normal_log_density(y[:, None], mean, sigma)).logsumexp(1)
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         logits, *parts = self._parts(parameters)
-        chosen = _choose(logits, noise, temperature)
+        chosen = _choose(logits, draws, temperature)
         mean, sigma = (t.movedim(1, -1).gather(-1, chosen).movedim(-1, 0) for t in parts)
-        return mean + math.sqrt(temperature) * sigma * noise.normal(mean[0])
+        return mean + math.sqrt(temperature) * sigma * _normal(draws, mean[0])
 
 
 # Classes ------------------------------------------------------------------------------------------
@@ -514,6 +479,7 @@ class QuantizedClassifier(Regression):
         """
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must not be negative, got {temperature}")
+        self.check_cond(cond)
         parameters = self._distribution(cond)
         if temperature == 0:
             return self._values(parameters.argmax(1))
@@ -556,8 +522,8 @@ class QuantizedClassifier(Regression):
     def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(parameters, self._classes(y), reduction="none")
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
-        return self._values(_choose(parameters, noise, temperature).movedim(-1, 0))
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
+        return self._values(_choose(parameters, draws, temperature).movedim(-1, 0))
 
 
 def palette_of(data: Dataset | Tensor | Iterable[Tensor], spacing: float) -> Palette:

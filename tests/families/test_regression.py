@@ -386,7 +386,7 @@ def test_the_fit_of_a_gaussian_is_mean_and_variance():
 
 @pytest.mark.parametrize("family", ["bins", "palette"])
 def test_the_fit_of_a_classifier_is_the_share_of_each_class(family):
-    y = pictures(60)
+    y = pictures(60).double()
     model = small(family).double()
     model.fit(y)
     classes = model._classes(y)
