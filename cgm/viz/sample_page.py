@@ -66,7 +66,7 @@ class Sheets:
         """ValueError if the model draws nothing, or nothing that can be shown."""
         if model.sampling_config is None:
             raise ValueError(f"sheet_every must be 0: {model.family} draws nothing")
-        self.model: Any = model
+        self.model = model
         self.shown, self.out = shown, out
         self.cond = shown.cond if shown.cond is not None and shown.cond.dim() == 4 else None
         of_cond = None if self.cond is None else self.cond.shape[1]
