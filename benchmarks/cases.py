@@ -41,12 +41,12 @@ from benchmarks.image_to_image import image_to_image_cases
 from benchmarks.opcase import COMPILED, Case, Extent, Inputs, OpCase, Provider, Size
 from benchmarks.records import OURS
 from benchmarks.timing import Call, name_of
-from cgkernels.testing import assert_within_budget, float32_normals
-from cgm.checkpoints import drawable_names, load_model, read_config, shipped
+from cgkernels.testing import assert_within_budget, float32_normals, plain_and_modelled
+from cgm.checkpoints import drawable_names, load_model, read_config, sampling_preset, shipped
+from cgm.evaluation.execution import compiled_copy, conditions, difference_of, model_call
 from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.model import Model, make_model
-from cgm.studies.throughput import SOLVERS, compiled_copy, conditions, difference_of, model_call
 
 _ROWS_JUDGED = 16  # of a model's samples: each depends on its seed and index alone
 
@@ -90,24 +90,24 @@ def _op_case(
 
 def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
     """Ours on these inputs against the truth, all sets together where one gives few values."""
-    results: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+    results: list[tuple[list[Tensor], ...]] = []
     sets, extra = list(sets), 0
     while True:
         for given in sets:
             ours = _outputs(op, op.ours, _fresh(given))
             with float32_normals():
-                plain = _outputs(op, _plainly(op.ours), _fresh(given))
+                plain, modelled = plain_and_modelled(partial(_plain_outputs, op, given))
             exact = _outputs(op, _plainly(op.exact or op.ours), _fresh(given, torch.float64))
-            results.append((ours, plain, exact))
+            results.append((ours, plain, exact, modelled))
         fewest = min(sum(r[0][i].numel() for r in results) for i in range(len(results[0][0])))
         if fewest >= op.values:
             break
         extra += 1
         sets = [make(10_000 + extra, _device_of(sets[0]))]
     for of_output in range(len(results[0][0])):
-        ours, plain, exact = ([r[i][of_output] for r in results] for i in range(3))
+        ours, plain, exact, modelled = ([r[i][of_output] for r in results] for i in range(4))
         if ours[0].is_floating_point():
-            assert_within_budget(ours, plain, exact)
+            assert_within_budget(ours, plain, exact, modelled)
         else:
             _assert_equal(ours, exact)
 
@@ -122,6 +122,10 @@ def _assert_equal(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
 def _outputs(op: OpCase, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     result = op.finish(function(**inputs), inputs)
     return [t.detach() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+def _plain_outputs(op: OpCase, inputs: Inputs) -> list[Tensor]:
+    return _outputs(op, _plainly(op.ours), _fresh(inputs))
 
 
 def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,8 +265,10 @@ def _judge_model(
         assert difference == 0, f"samples differ from those in float64 by {difference:.3g}"
         return
     with float32_normals():
-        plain = model_call(model, "plain", first, rows=judged, seed=seed, **solver)()
-    assert_within_budget(ours, plain.cpu(), exact)
+        plain, modelled = plain_and_modelled(
+            model_call(model, "plain", first, rows=judged, seed=seed, **solver)
+        )
+    assert_within_budget(ours, plain.cpu(), exact, modelled.cpu())
 
 
 def _diffusers_loop(solver: dict[str, Any]) -> dict[str, Provider]:
@@ -320,7 +326,7 @@ def _growth_cases(device: torch.device) -> Iterator[Case]:
                 size = f"{sweep.extent}{value}"
                 yield _op_case("growth", name, op, size, shape, str(shape), dtype, 0, extent)
     for name in drawable_names():
-        make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
+        make, solver = partial(_shipped_model, name), sampling_preset(shipped(name))
         if read_config(shipped(name))["family"] == "autoregressive":
             continue  # a smaller one is below
         iterated = "steps" in solver
@@ -402,7 +408,7 @@ def _looked_at_first(named: tuple[str, Size]) -> bool:
 def _model_cases(device: torch.device) -> Iterator[Case]:
     sizes = [name for name, batch in BATCHES.items() if device.type == "cuda" or batch.cpu]
     for name in drawable_names():
-        make, solver = partial(_shipped_model, name), SOLVERS.get(name, {})
+        make, solver = partial(_shipped_model, name), sampling_preset(shipped(name))
         if device.type == "cpu" and make(device).discrete:
             continue  # a call takes seconds; `cgm bench` times it, and here a decoder's tokens are
         for rank, size in enumerate(sizes):

@@ -1,6 +1,6 @@
 """Whether kernels are right on a GPU: every launch of an op, alone and in a CUDA graph; the models.
 
-What is judged is `cgkernels.library.LAUNCHES`, whose meta arguments are made real. Functions raise
+What is judged is `benchmarks.ops.LAUNCHES`, whose meta arguments are made real. Functions raise
 AssertionError where something is wrong, `Skipped` where it cannot be told here, and return what is
 worth knowing in words. Those of the ops run on any device.
 """
@@ -17,7 +17,13 @@ from torch import Tensor
 
 import cgkernels
 from cgkernels import random
-from cgkernels.testing import assert_within_budget, float32_normals, guarded, poisoned_empty
+from cgkernels.testing import (
+    assert_within_budget,
+    float32_normals,
+    guarded,
+    plain_and_modelled,
+    poisoned_empty,
+)
 from cgkernels.timing import cuda_syncs
 
 _LEAST_VALUES = 256  # what the error budget needs to be a judgement
@@ -88,8 +94,8 @@ def results(op: Op, run: Run, args: Sequence[Any]) -> list[Tensor]:
     return [t for t in found if t is not None and t.numel()]
 
 
-def references(op: Op, args: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """The results of the op on the CPU, in the dtypes of the arguments and in float64."""
+def references(op: Op, args: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The results of the op on the CPU: in the dtypes of the arguments, in float64, as modelled."""
 
     def moved(value: Any, wide: bool) -> Any:
         if isinstance(value, torch.dtype):
@@ -100,8 +106,10 @@ def references(op: Op, args: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]
         return value.to("cpu", torch.float64 if wide else value.dtype, copy=True)
 
     with float32_normals():
-        same = results(op, op, [moved(a, False) for a in args])
-    return same, results(op, op, [moved(a, True) for a in args])
+        same, modelled = plain_and_modelled(
+            lambda: results(op, op, [moved(a, False) for a in args])
+        )
+    return same, results(op, op, [moved(a, True) for a in args]), modelled
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
@@ -123,7 +131,7 @@ def judge(op: Op, args: Sequence[Any], run: Run, device: torch.device) -> str:
     """
     if is_large(args):
         return _judge_large(op, args, run, device)
-    found: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+    found: list[tuple[list[Tensor], ...]] = []
     with poisoned_empty():
         while not found or min(len(found) * t.numel() for t in found[0][0]) < _LEAST_VALUES:
             given = materialise(args, len(found), device, written(op, args))
@@ -138,13 +146,13 @@ def judge(op: Op, args: Sequence[Any], run: Run, device: torch.device) -> str:
             if len(found) == 1:
                 _assert_repeats(op, given, run, found[0][0])
     for i in range(len(found[0][0])):
-        ours, same, exact = ([of_seed[part][i] for of_seed in found] for part in range(3))
+        ours, same, exact, modelled = ([of_seed[part][i] for of_seed in found] for part in range(4))
         if not ours[0].is_floating_point():  # tokens: whole numbers have no budget
             wrong = sum(int((a.cpu() != b).sum()) for a, b in zip(ours, same, strict=True))
             assert not wrong, f"result {i}: {wrong} whole numbers are not those of the CPU"
             continue
         try:
-            assert_within_budget(ours, same, exact)
+            assert_within_budget(ours, same, exact, modelled)
         except AssertionError as error:
             raise AssertionError(f"result {i}: {error}") from error
     return ""
@@ -183,10 +191,10 @@ def _judge_large(op: Op, args: Sequence[Any], run: Run, device: torch.device) ->
             for a in given
         ]
         with _numbered_from(start // 4):
-            same, exact = references(op, some)
+            same, exact, modelled = references(op, some)
         actual = [result.flatten(1)[:, part] for result in found]
-        for got, plain, true in zip(actual, same, exact, strict=True):
-            assert_within_budget(got, plain, true)
+        for got, plain, true, model in zip(actual, same, exact, modelled, strict=True):
+            assert_within_budget(got, plain, true, model)
     return f"three slices of {_SLICE} of {numel} elements compared"
 
 
@@ -236,11 +244,11 @@ class ModelChecks:
     """What a shipped model must hold to on a GPU."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        from cgm.checkpoints import load_model, shipped
-        from cgm.studies.throughput import SOLVERS, conditions
+        from cgm.checkpoints import load_model, sampling_preset, shipped
+        from cgm.evaluation.execution import conditions
 
         self.model: Any = load_model(shipped(name), device)
-        self.solver = SOLVERS.get(name, {})
+        self.solver = sampling_preset(shipped(name))
         self.options = {f.name for f in dataclasses.fields(self.model.sampling_config)}
         self.cond = conditions(self.model, _ROWS)
         self.index = torch.arange(_ROWS, device=device) * (2**32 if self.cond is None else 1)
@@ -264,7 +272,7 @@ class ModelChecks:
 
         (Its convolutions of one picture err otherwise than those of several.)
         """
-        from cgm.studies.throughput import model_call
+        from cgm.evaluation.execution import model_call
 
         def one_by_one(**options: Any) -> Tensor:
             return torch.cat([self.draw(slice(i, i + 1), **options) for i in range(_ROWS)])
@@ -278,9 +286,10 @@ class ModelChecks:
         exact = model_call(wide, "plain", cond, rows=_ROWS, **self.solver)()
         eager: dict[str, Any] = {"graph": False} if "graph" in self.options else {}
         with cgkernels.reference():
-            plain_alone, plain_batch = one_by_one(**eager), self.draw(**eager)
-        for samples, plain in ((alone, plain_alone), (batch, plain_batch)):
-            assert_within_budget(samples.cpu(), plain.cpu(), exact)
+            plain_alone = plain_and_modelled(lambda: one_by_one(**eager))
+            plain_batch = plain_and_modelled(lambda: self.draw(**eager))
+        for samples, (plain, modelled) in ((alone, plain_alone), (batch, plain_batch)):
+            assert_within_budget(samples.cpu(), plain.cpu(), exact, modelled.cpu())
         return f"within the error budget, differ by up to {(alone - batch).abs().max().item():.3g}"
 
     def never_waits(self) -> str:

@@ -34,10 +34,11 @@ import torch
 
 import cgkernels  # noqa: F401  (fills OPS)
 from benchmarks.correctness import ModelChecks, Skipped, is_large, judge, judge_graph
+from benchmarks.ops import LAUNCHES, source_of
 from benchmarks.records import OK, OURS, Writer, version_of
 from benchmarks.timing import ROOT, environment, measure_ceilings
 from cgkernels._triton import HAS_TRITON, triton
-from cgkernels.library import LAUNCHES, OPS
+from cgkernels.library import OPS
 
 FAILED, SKIPPED, STARTED = "failed", "skipped", "started"
 
@@ -72,7 +73,7 @@ class Look:
 
 def correctness(look: Look) -> Iterator[Check]:
     for name, op in OPS.items():
-        version = version_of(LAUNCHES[name].__module__)
+        version = version_of(source_of(name))
         for launch in LAUNCHES[name]():
             run = partial(judge, op, launch.run.args, op, look.device)
             yield Check(f"{name}: {launch.label}", version, run)
@@ -80,7 +81,7 @@ def correctness(look: Look) -> Iterator[Check]:
 
 def graphs(look: Look) -> Iterator[Check]:
     for name, op in OPS.items():
-        version = version_of(LAUNCHES[name].__module__)
+        version = version_of(source_of(name))
         for launch in LAUNCHES[name]():
             if not is_large(launch.run.args):
                 run = partial(judge_graph, op, launch.run.args, op, look.device)

@@ -14,10 +14,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import cgkernels  # noqa: F401  (fills LAUNCHES)
+from benchmarks.ops import LAUNCHES, source_of
 from benchmarks.records import version_of
 from cgkernels._triton import HAS_TRITON, triton
-from cgkernels.library import LAUNCHES
 from cgkernels.testing import KernelReport, compile_launch, problems
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
                 {
                     "triton": triton.__version__,
                     "op": op,
-                    "version": version_of(LAUNCHES[op].__module__),
+                    "version": version_of(source_of(op)),
                     "launch": label,
                     **dataclasses.asdict(r),
                 }

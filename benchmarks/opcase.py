@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks.records import version_of
 from benchmarks.timing import Call, input_sets, name_of
-from cgm.studies.throughput import MODES
 
 Inputs = dict[str, Any]
-# Providers of the modes of torch.compile.
+MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+# Providers of these.
 COMPILED = {"default": "compile", **{mode: f"compile-{mode}" for mode in MODES[1:]}}
 
 

@@ -21,13 +21,12 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-import cgkernels  # noqa: F401  (fills LAUNCHES)
 from benchmarks.growth import TOLERANCE, Fit, fits
 from benchmarks.history import Measured, Run, load, newest
+from benchmarks.ops import LAUNCHES, source_of
 from benchmarks.plots import Quantiles, bars, growth
 from benchmarks.records import OK, OURS, Row, version_of
 from benchmarks.timing import ROOT, verdict
-from cgkernels.library import LAUNCHES
 from cgm.checkpoints import replacing
 
 _NOISY = 0.05  # spread of the samples that is marked
@@ -254,8 +253,8 @@ def _static(folder: Path) -> list[str]:
             for row in csv.DictReader(opened):
                 if row["arch"] != _ARCH:
                     continue
-                launches = LAUNCHES.get(row["op"])
-                fresh = launches and row["version"] == version_of(launches.__module__)
+                op = row["op"]
+                fresh = op in LAUNCHES and row["version"] == version_of(source_of(op))
                 label, _, rest = row["launch"].partition("torch.")
                 dtype, _, rest = rest.partition(" ")
                 label = f"{label.strip()} {rest}".strip()

@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         add(f"--{name}", nargs="+", default=(), metavar="NAME", help="only these")
     add("--device", help="cpu or cuda (default: cuda if present)")
     options = parser.parse_args(arguments)
-    from cgm.cli import find_device  # with tyro, which `run_case` does without
+    from cgm.cli.arguments import find_device
 
     try:
         device = find_device(options.device)

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from cgkernels.library import Launch
-
 # Shared memory that one block may have, bytes (CUDA C++ Programming Guide, compute capabilities,
 # less the 1 KiB that the driver keeps). Triton compares only when a kernel is loaded onto a GPU.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -37,6 +35,21 @@ _POINTER_ACCESS = re.compile(
     r"\b(tt\.load|tt\.store|ttg\.async_copy_global_to_local)\b.*?"
     r"(?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)"
 )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch configuration of an op: compiled without a GPU, checked on one.
+
+    run is the op's launcher on meta tensors, and run.args are the op's arguments in the order of
+    its schema; vector_bits is the width that the main loads and stores of global memory reach (0:
+    not promised); dot says that tensor cores are expected.
+    """
+
+    label: str
+    run: functools.partial[object]
+    vector_bits: int = 0
+    dot: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,17 @@
 """Registration: the one file that touches torch.library.
 
-An op is defined once, with four implementations: a launcher of kernels for CUDA, plain PyTorch for
-CPU, a fake that states shapes, dtypes and strides, and the list of launches that it can make, which
-is what the offline compile check compiles.
+An op is defined once, with three implementations: a launcher of kernels for CUDA, plain PyTorch for
+CPU, and a fake that states shapes, dtypes and strides.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 OPS: dict[str, torch._ops.OpOverload] = {}
 """Every op, by name, for the tests that run over all of them."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One launch configuration of an op: compiled without a GPU, checked on one.
-
-    run is the op's launcher on meta tensors, and run.args are the op's arguments in the order of
-    its schema; vector_bits is the width that the main loads and stores of global memory reach (0:
-    not promised); dot says that tensor cores are expected.
-    """
-
-    label: str
-    run: functools.partial[object]
-    vector_bits: int = 0
-    dot: bool = False
-
-
-LAUNCHES: dict[str, Callable[[], Iterator[Launch]]] = {}
-"""What each op can launch: dtypes, layouts, branches of its launch configuration."""
 
 
 def define_op(
@@ -43,7 +21,6 @@ def define_op(
     cuda: Callable,
     cpu: Callable,
     fake: Callable,
-    launches: Callable[[], Iterator[Launch]],
 ) -> torch._ops.OpOverload:
     """Register cgkernels::<name>; schema like "(Tensor x, float eps) -> (Tensor, Tensor)"."""
 
@@ -67,7 +44,6 @@ def define_op(
     torch.library.impl(qualname, "CPU", cpu_as_written)
     torch.library.register_fake(qualname, fake)
     OPS[name] = getattr(torch.ops.cgkernels, name).default
-    LAUNCHES[name] = launches
     return OPS[name]
 
 

@@ -5,7 +5,6 @@ A kernel walks the elements of each sample (row) in the order of memory and numb
 """
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -115,17 +114,3 @@ def in_strides_of(like: Tensor, value: Tensor) -> Tensor:
     """The value in the strides that `empty_rows` gives, which is what a fake states."""
     out = empty_rows(like)
     return value if value.stride() == out.stride() else out.copy_(value)
-
-
-def meta_samples() -> Iterator[tuple[str, Tensor, int]]:
-    """Meta tensors (16, 4, 64, 64) of each dtype and layout that makes a difference to a kernel.
-
-    Yields (name, tensor, width in bits that its loads and stores must reach).
-    """
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.empty(16, 4, 64, 64, dtype=dtype, device="meta")
-        wide = torch.empty(16, 7, 64, 64, dtype=dtype, device="meta")
-        last = torch.channels_last
-        yield f"contiguous {dtype}", x, 128
-        yield f"channels_last {dtype}", x.contiguous(memory_format=last), 128
-        yield f"strided {dtype}", wide.contiguous(memory_format=last)[:, :4], 0

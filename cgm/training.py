@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,6 +130,7 @@ def train(
     on_step: Callable[[int, Model], None] | None = None,
     console: Console | None = None,
     shown: "Shown | None" = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Model:
     """Trains the model in place and returns its average, on the device and in evaluation mode.
 
@@ -140,6 +141,7 @@ def train(
         on_step: called after each step with the number of finished steps and the average.
         console: where progress goes; bars on a terminal, plain lines elsewhere.
         shown: what the sheets show, default the first rows of the data (see `cgm.viz.sample_page`).
+        sampling: the checkpoint's preset (see `cgm.checkpoints`); the sheets are drawn without it.
 
     Raises:
         ValueError: an argument does not fit; nothing was written.
@@ -148,7 +150,7 @@ def train(
         TrainingInterrupted: Ctrl-C. A second one, while the step finishes, is a KeyboardInterrupt.
     """
     out = Path(out)
-    run = _Run(model.to(device).train(), dataset, config, torch.device(device))
+    run = _Run(model.to(device).train(), dataset, config, torch.device(device), sampling)
     names = run.rehearse()
     sheets = None
     if config.sheet_every:
@@ -221,9 +223,17 @@ class _Run:
     """Weights, their average, the optimizers, and the number of finished steps."""
 
     def __init__(
-        self, model: Model, dataset: Dataset, config: TrainingConfig, device: torch.device
+        self,
+        model: Model,
+        dataset: Dataset,
+        config: TrainingConfig,
+        device: torch.device,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.dataset, self.config, self.device = model, dataset, config, device
+        # Of a model that draws nothing no preset: its absence is what says so.
+        draws = hasattr(model, "sampling_config")
+        self.preset = {"sampling": dict(sampling or {})} if draws else {}
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.parameters = {phase: model.phase_parameters(phase) for phase in model.phases}
         self.optimizers = {
@@ -347,8 +357,8 @@ class _Run:
                 tensors[f"optimizer/{phase}/{name}/{key}"] = t
         write_tensors(out / STATE_FILE, tensors, {"step": self.step, **self.description})
         self.copy_buffers()
-        metadata = {name: self.description[name] for name in ("data", "training")}
-        save_model(out, self.average, metadata)
+        described = {name: self.description[name] for name in ("data", "training")}
+        save_model(out, self.average, self.preset | described)
 
     def copy_buffers(self) -> None:
         """Gives the average the buffers of the model, such as statistics of batch norms."""

@@ -16,9 +16,11 @@ from benchmarks import correctness, gpu, opcase, tune
 from benchmarks import run as door
 from benchmarks.correctness import Skipped, is_large, judge, judge_graph, materialise
 from benchmarks.gpu import FAILED, OK, SKIPPED, STARTED, Check, Journal, Look, Lost, Runner
+from benchmarks.ops import LAUNCHES
+from benchmarks.ops.guided_step import meta_numbers
 from benchmarks.records import OURS, Row, Writer, read
 from benchmarks.timing import ROOT, Ceilings
-from cgkernels.library import LAUNCHES, OPS, using_reference
+from cgkernels.library import OPS, using_reference
 from cgkernels.ops import guided_step as step_op
 from cgm import checkpoints
 from cgm.families.autoregressive import dequantise
@@ -41,7 +43,7 @@ def arguments(op, label):
 def step_arguments(shape=(4, 3, 8, 8), dtype=torch.float32, **options):
     """Of a guided step with noise, on a state that is a view."""
     x = torch.empty(shape[0], shape[1] + 2, *shape[2:], dtype=dtype, device="meta")[:, : shape[1]]
-    step, scale, table, seed, index = step_op._meta_numbers(shape[0])
+    step, scale, table, seed, index = meta_numbers(shape[0])
     c = torch.empty(shape, dtype=dtype, device="meta")
     given = {"x": x, "cond": c, "uncond": c, "v": None, "h1": None, "h2": None, "last": False}
     x, c, u, v, h1, h2, last = (given | options).values()

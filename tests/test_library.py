@@ -7,8 +7,10 @@ import torch
 from torch.autograd import forward_ad
 
 import cgkernels
+from benchmarks.ops import LAUNCHES
 from cgkernels import add_noise, guided_step_
-from cgkernels.library import LAUNCHES, OPS, Launch, needs_function, using_reference
+from cgkernels.library import OPS, needs_function, using_reference
+from cgkernels.testing import Launch
 from tests.support import assert_equal, every_sample, launchers, op_calls, sample_of
 
 TABLE = torch.tensor([[0.8, 0.6]])

@@ -12,13 +12,12 @@ from unittest import mock
 import pytest
 import torch
 
-import cgkernels  # noqa: F401  (fills LAUNCHES)
 from benchmarks.offline import ARCHITECTURES, compile_all, main
+from benchmarks.ops import LAUNCHES
 from cgkernels._offline import _compiling
 from cgkernels._triton import HAS_TRITON, tl, triton
-from cgkernels.library import LAUNCHES, Launch
 from cgkernels.ops import decode_attention, norm_linear
-from cgkernels.testing import compile_launch, problems
+from cgkernels.testing import Launch, compile_launch, problems
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -157,6 +156,7 @@ def command(*arguments, **environment):
 
 
 @compiles
+@pytest.mark.slow
 def test_the_command_prints_and_writes_a_table(tmp_path):
     done = command("philox_normal", "--arch", "90", "--csv", str(tmp_path / "table.csv"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 
 from benchmarks import history
+from benchmarks.ops import source_of
 from benchmarks.records import OK, OURS, Row, Writer, version_of
 from benchmarks.report import main
-from cgkernels.library import LAUNCHES
 
 SOURCE = "cgkernels.ops.add_noise"
 CPU = {
@@ -244,7 +244,7 @@ def test_a_sweep_is_of_one_run(report):
 # Without a device ---------------------------------------------------------------------------------
 def test_static_counts(report, tmp_path):
     fields = ["triton", "op", "version", "launch", "kernel", "arch", "instructions", "registers"]
-    version = version_of(LAUNCHES["philox_normal"].__module__)
+    version = version_of(source_of("philox_normal"))
     lines = [
         ["3.9.0", "philox_normal", version, "plain torch.float32 (16, 10)", "_fwd", 90, 504, 31],
         ["3.9.0", "philox_normal", version, "plain torch.bfloat16 (16, 10)", "_fwd", 90, 524, 32],

@@ -25,7 +25,7 @@ from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families.gan import ConditionalGAN, GANConfig, Pix2Pix, Pix2PixConfig
 from cgm.model import FAMILIES, Model, make_model
 from cgm.training import TrainingConfig, TrainingInterrupted, learning_rate, train
-from cgm.viz import sample_page as sheets
+from cgm.viz import sample_page
 from cgm.viz.plots import sample_grid
 
 N = 7
@@ -647,7 +647,7 @@ def test_page_has_no_sheets_of_steps_that_were_lost(tmp_path):
 @pytest.mark.parametrize("kind", ["none", "class", "image", "lower half", "colours", "unpaired"])
 def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
     drawn = []
-    monkeypatch.setattr(sheets, "sample_grid", lambda *a, **k: drawn.append((a[1], k)))
+    monkeypatch.setattr(sample_page, "sample_grid", lambda *a, **k: drawn.append((a[1], k)))
     y, cond = pictures(4, 1, 8), pictures(4, 2, 8)
     fitting = {
         "none": Dataset("x", y),
@@ -664,11 +664,11 @@ def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
     if kind == "unpaired":
         sides = {name: fields[name] for name in ("event_shape", "cond_shape")}
         family, config = CycleGAN, CycleGANConfig(**sides, generator="unet", depth=2, **SMALL)
-    shown = sheets.first_rows(fitting, stacked=kind == "lower half")
+    shown = sample_page.first_rows(fitting, stacked=kind == "lower half")
     model = make_model(family, config).eval()
     (tmp_path / "log.csv").write_text("step,seconds\n3,0.1\n")
     save_model(tmp_path, model)
-    sheets.Sheets(model, shown, tmp_path).write(3)
+    sample_page.Sheets(model, shown, tmp_path).write(3)
     [(samples, given)] = drawn
     if kind == "none":
         assert samples.shape == (18, 1, 1, 8, 8) and samples.unique(dim=0).shape[0] == 18

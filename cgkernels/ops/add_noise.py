@@ -9,8 +9,7 @@ Backward in x0: once by kernel, twice by differentiating add_noise_bwd_ref.
 Source   DDPM arXiv:2006.11239; v: arXiv:2202.00512; flow matching: arXiv:2210.02747.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,11 +35,10 @@ from cgkernels.device import (
     table_row,
     target_coefficients,
 )
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
     empty_rows,
     in_strides_of,
-    meta_samples,
     row_launch,
     with_row_strides,
     with_strides,
@@ -143,26 +141,6 @@ def _launch_bwd(dx_t, dtarget, table, t, target):
     return dx0
 
 
-def _launches() -> Iterator[Launch]:
-    table, t, seed, index = _meta_numbers()
-    for name, x, bits in meta_samples():
-        for target in TARGETS if name == "contiguous torch.float32" else ("v",):
-            run = partial(_launch_fwd, x, table, t, seed, index, target)
-            yield Launch(f"{target} {name}", run, bits)
-
-
-def _bwd_launches() -> Iterator[Launch]:
-    table, t, *_ = _meta_numbers()
-    for name, x, bits in meta_samples():
-        yield Launch(f"v {name}", partial(_launch_bwd, x, x, table, t, "v"), bits)
-
-
-def _meta_numbers():
-    """table, t, seed, index as the public function makes them."""
-    integers = [torch.empty(s, dtype=torch.int64, device="meta") for s in (16, (), 16)]
-    return torch.empty(1000, 2, device="meta"), *integers
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(x0, table, t, seed, index, target):
     return empty_rows(x0), empty_rows(x0)
@@ -187,7 +165,6 @@ _fwd = define_op(
     cuda=_launch_fwd,
     cpu=_cpu_fwd,
     fake=_fake_fwd,
-    launches=_launches,
 )
 
 _bwd = define_op(
@@ -196,7 +173,6 @@ _bwd = define_op(
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
     fake=_fake_bwd,
-    launches=_bwd_launches,
 )
 
 

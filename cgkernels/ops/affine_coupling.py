@@ -20,8 +20,7 @@ Source   coupling: NICE arXiv:1410.8516 (additive), RealNVP arXiv:1605.08803 (af
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,11 +28,10 @@ from torch import Tensor
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_float, check_same_device, check_shape
 from cgkernels.device import block_of_row, element_of, exp_of, row_offset, tanh
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
     empty_rows,
     in_strides_of,
-    meta_samples,
     row_block,
     row_launch,
     row_layout,
@@ -343,37 +341,6 @@ def _params_dense(layout, *params):
     )
 
 
-def _launches() -> Iterator[Launch]:
-    for label, args, bits in _meta_inputs():
-        yield Launch(label, partial(_launch_fwd, *args), bits)
-
-
-def _bwd_launches() -> Iterator[Launch]:
-    dlogdet = torch.empty(16, device="meta")
-    for label, args, bits in _meta_inputs():
-        yield Launch(label, partial(_launch_bwd, args[0], dlogdet, *args), bits)
-
-
-def _meta_inputs():
-    """Every mask, option and layout; where y is pixel by pixel, params are narrow accesses."""
-    for name, y, bits in meta_samples():
-        params = torch.empty_like(y)
-        if name == "contiguous torch.float32":
-            for mask in MASKS:
-                of_mask = params if mask in MASKS[:2] else torch.cat([params, params], 1)
-                for inverse in (False, True):
-                    label = f"{mask}{' inverse' * inverse} {name}"
-                    yield label, (y, of_mask, mask, 2.0, False, inverse), bits
-            yield f"additive {name}", (y, params[:, :2], "last", 2.0, True, False), bits
-            few = y[..., :16, :16].contiguous()
-            yield f"short rows {name}", (few, few, "last", 2.0, False, False), bits
-        else:
-            wide = bits if name.startswith("contiguous") else 0
-            yield f"last inverse {name}", (y, params, "last", 2.0, False, True), wide
-            both = torch.cat([params, params], 1)
-            yield f"odd {name}", (y, both, "odd", 2.0, False, False), wide
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(y, params, mask, limit, additive, inverse):
     return empty_rows(y), y.new_empty(y.shape[0], dtype=_wide(y, params))
@@ -402,7 +369,6 @@ _fwd = define_op(
     cuda=_launch_fwd,
     cpu=_cpu_fwd,
     fake=_fake_fwd,
-    launches=_launches,
 )
 
 _bwd = define_op(
@@ -412,7 +378,6 @@ _bwd = define_op(
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
     fake=_fake_bwd,
-    launches=_bwd_launches,
 )
 
 

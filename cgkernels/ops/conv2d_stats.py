@@ -19,8 +19,7 @@ Source   implicit GEMM: arXiv:1410.0759; merging of variances: Chan, Golub, LeVe
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_float, check_same_device
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference
 
 KERNELS, STRIDES, PADDINGS = (1, 3, 4), (1, 2), (0, 1, 2)
 
@@ -243,27 +242,6 @@ def _launch(x, weight, stride, padding):
     return y, mean, var
 
 
-def _launches() -> Iterator[Launch]:
-    def launch(dtype, features, channels, side, kernel, stride, *, padding=1, last=True, bits=128):
-        x = torch.empty(16, features, side, side, dtype=dtype, device="meta")
-        weight = x.new_empty(channels, features, kernel, kernel)
-        if last:
-            x, weight = _channels_last(x), _channels_last(weight)
-        label = f"{kernel}x{kernel} {features}-{channels} stride {stride} at {side} {dtype}"
-        return Launch(
-            label, partial(_launch, x, weight, stride, padding), bits, dot=dtype != torch.float32
-        )
-
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        yield launch(dtype, 64, 128, 128, 4, 2)
-        yield launch(dtype, 128, 256, 64, 4, 2)
-        yield launch(dtype, 256, 512, 32, 4, 1)
-        yield launch(dtype, 256, 256, 64, 3, 1)
-        yield launch(dtype, 64, 128, 64, 1, 1, padding=0)
-        yield launch(dtype, 35, 70, 33, 4, 2, padding=2, last=False, bits=0)
-        yield launch(dtype, 3, 16, 32, 3, 1, bits=0)
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake(x, weight, stride, padding):
     images, _, *sides = x.shape
@@ -303,7 +281,6 @@ _fwd = define_op(
     cuda=_launch,
     cpu=_cpu,
     fake=_fake,
-    launches=_launches,
 )
 
 

@@ -11,8 +11,7 @@ Backward in pred, x0: once by kernel, twice by differentiating diffusion_loss_bw
 Source   DDPM arXiv:2006.11239 eq. 14; v: arXiv:2202.00512; weights: arXiv:2303.09556.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,11 +39,10 @@ from cgkernels.device import (
     table_row,
     target_coefficients,
 )
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
     empty_rows,
     in_strides_of,
-    meta_samples,
     row_launch,
     with_row_strides,
     with_strides,
@@ -184,27 +182,6 @@ def _launch_bwd(dloss, pred, x0, table, t, seed, index, weight, target):
     return dpred, dx0
 
 
-def _launches() -> Iterator[Launch]:
-    for name, args, bits in _meta_inputs():
-        yield Launch(name, partial(_launch_fwd, *args), bits)
-
-
-def _bwd_launches() -> Iterator[Launch]:
-    dloss = torch.empty(16, device="meta")
-    for name, args, bits in _meta_inputs():
-        yield Launch(name, partial(_launch_bwd, dloss, *args), bits)
-
-
-def _meta_inputs():
-    index = torch.empty(16, dtype=torch.int64, device="meta")
-    seed = torch.empty((), dtype=torch.int64, device="meta")
-    table, weight = torch.empty(1000, 2, device="meta"), torch.empty(16, device="meta")
-    for name, x, bits in meta_samples():
-        for target in TARGETS if name == "contiguous torch.float32" else ("v",):
-            args = (x, x, table, index, seed, index, weight, target)
-            yield f"{target} {name}", args, bits
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(pred, x0, table, t, seed, index, weight, target):
     return torch.empty(pred.shape[0], dtype=weight.dtype, device=pred.device)
@@ -226,7 +203,6 @@ _fwd = define_op(
     cuda=_launch_fwd,
     cpu=diffusion_loss_ref,
     fake=_fake_fwd,
-    launches=_launches,
 )
 
 _bwd = define_op(
@@ -236,7 +212,6 @@ _bwd = define_op(
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
     fake=_fake_bwd,
-    launches=_bwd_launches,
 )
 
 

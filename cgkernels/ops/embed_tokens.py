@@ -11,8 +11,7 @@ Source   learned positions: arXiv:1705.03122; several rows of one token are the 
          classifier-free guidance, arXiv:2207.12598.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from cgkernels.checks import (
     check_same_device,
     check_shape,
 )
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference
 
 
 # 1. Reference -------------------------------------------------------------------------------------
@@ -127,20 +126,6 @@ def _launch(tokens, position, embedding, offsets, places):
     return out
 
 
-def _launches() -> Iterator[Launch]:
-    tokens = torch.empty(8, 256, dtype=torch.int64, device="meta")
-    position, offsets = tokens.new_empty(16), tokens.new_empty(256)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        embedding = torch.empty(16384, 768, dtype=dtype, device="meta")
-        places = embedding[:256]
-        run = partial(_launch, tokens, position[:8], embedding, None, places)
-        yield Launch(f"learned positions {dtype}", run, 128)
-        run = partial(_launch, tokens, position, embedding, offsets, None)
-        yield Launch(f"two rows each, offsets {dtype}", run, 128)
-    every = (embedding[:, ::2], offsets, places[:, ::2])
-    yield Launch("strided", partial(_launch, tokens[:, 1:], position[::2].int(), *every))
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake(tokens, position, embedding, offsets, places):
     return embedding.new_empty(position.shape[0], embedding.shape[1])
@@ -167,7 +152,6 @@ _fwd = define_op(
     cuda=_launch,
     cpu=_cpu,
     fake=_fake,
-    launches=_launches,
 )
 
 

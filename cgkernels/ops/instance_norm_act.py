@@ -17,7 +17,6 @@ Source   instance norm: arXiv:1607.08022; batch norm: arXiv:1502.03167; merging 
 """
 
 import math
-from collections.abc import Iterator
 from functools import partial, reduce
 
 import torch
@@ -33,7 +32,6 @@ from cgkernels.checks import (
     check_writable,
 )
 from cgkernels.library import (
-    Launch,
     define_op,
     needs_function,
     using_reference,
@@ -568,70 +566,6 @@ def _dense(vector):
     return None if vector is None else vector.contiguous()
 
 
-def _launches() -> Iterator[Launch]:
-    for name, args, bits in _meta_inputs():
-        yield Launch(name, partial(_launch_fwd, *args), bits)
-
-
-def _inplace_launches() -> Iterator[Launch]:
-    for name, x, out, slopes in _meta_skips():
-        second = None if len(slopes) == 1 else _empty_padded(x, 0)
-        args = (out, second, x, None, None, None, 1e-5, slopes, 0, False)
-        yield Launch(name, partial(_launch_inplace, *args), 128)
-
-
-def _bwd_launches() -> Iterator[Launch]:
-    for name, (x, weight, bias, residual, *options), bits in _meta_inputs():
-        dy, statistics = _empty_padded(x, options[-2]), _empty_statistics(x, options[-1])
-        dtype = None if residual is None else residual.dtype
-        args = (dy, None, x, *statistics, weight, bias, dtype, *options)
-        yield Launch(name, partial(_launch_bwd, *args), bits)
-    for name, x, second, slopes in _meta_skips():
-        if len(slopes) == 2:
-            given = (_empty_padded(x, 0), second, x, *_empty_statistics(x, False))
-            args = (*given, None, None, None, 1e-5, slopes, 0, False)
-            yield Launch(name, partial(_launch_bwd, *args), 128)
-
-
-def _meta_skips():
-    """x, half a tensor of twice the channels, and slopes of what is made of x."""
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for name, size in (("large", (4, 64, 128, 128)), ("few pixels", (16, 256, 16, 16))):
-            x, both = (_meta(size[0], n * size[1], *size[2:], dtype=dtype) for n in (1, 2))
-            yield f"skip, {name} {dtype}", x, both.chunk(2, 1)[1], [0.2, 0.0]
-        yield f"slice {dtype}", x, both.chunk(2, 1)[1], [0.0]
-
-
-def _meta_inputs():
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        large, small = _meta(4, 64, 128, 128, dtype=dtype), _meta(16, 256, 16, 16, dtype=dtype)
-        wide = _meta(4, 192, 128, 128, dtype=dtype)[:, 64:128]
-        first, few = large.contiguous(), small.contiguous()
-        affine = [large.new_empty(64, dtype=torch.float32) for _ in range(2)]
-        plain, relu, batch = (1e-5, [0.2], 0, False), (1e-5, [0.0], 1, False), (1e-5, [0.2])
-        for name, args, bits in (
-            ("instance", (large, None, None, None, *plain), 128),
-            ("few pixels", (small, None, None, None, *plain), 128),
-            ("batch", (large, *affine, None, *batch, 0, True), 128),
-            ("padded", (large, *affine, large, *relu), 128),
-            ("few pixels, padded", (small, None, None, small, *relu), 128),
-            ("slices", (wide, None, None, wide, *plain), 128),
-            ("contiguous", (first, None, None, None, *plain), 128),
-            ("contiguous, few pixels", (few, None, None, None, *plain), 128),
-            ("contiguous, batch, padded", (first, *affine, first, *batch, 3, True), 0),
-        ):
-            yield f"{name} {dtype}", args, bits
-    odd = _meta(4, 35, 33, 35, dtype=torch.bfloat16)
-    yield "odd", (odd, None, None, odd.float(), 1e-5, [0.2], 1, True), 0
-    huge = _meta(1, 1, 2**16, 2**16, dtype=torch.bfloat16)  # positions of 64 bits
-    yield "2^32 pixels", (huge, None, None, None, 1e-5, [0.2], 0, False), 0
-
-
-def _meta(*shape, dtype):
-    """In channels_last."""
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _empty_padded(x, pad):
     n, c, h, w = x.shape
@@ -777,7 +711,6 @@ _fwd = define_op(
     cuda=_launch_fwd,
     cpu=_cpu_fwd,
     fake=_fake_fwd,
-    launches=_launches,
 )
 
 _bwd = define_op(
@@ -789,7 +722,6 @@ _bwd = define_op(
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
     fake=_fake_bwd,
-    launches=_bwd_launches,
 )
 
 _inplace = define_op(
@@ -799,7 +731,6 @@ _inplace = define_op(
     cuda=_launch_inplace,
     cpu=_cpu_inplace,
     fake=_fake_inplace,
-    launches=_inplace_launches,
 )
 
 

@@ -14,8 +14,8 @@ Source   RMSNorm: arXiv:1910.07467; LayerNorm: arXiv:1607.06450; GELU: arXiv:160
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ from cgkernels.checks import (
 )
 from cgkernels.device import launch_next, tanh, wait_for_previous
 from cgkernels.library import (
-    Launch,
     define_op,
     needs_function,
     refuse_forward_mode,
@@ -376,49 +375,6 @@ def _rows(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _launches() -> Iterator[Launch]:
-    def launch(label, dtype, channels, features, *, int8=False, bits=128, **options):
-        lines = 2 * channels if options.get("activation") == "swiglu" else channels
-        x = torch.empty(8, features, dtype=dtype, device="meta")
-        weight = x.new_empty(lines, features, dtype=torch.int8 if int8 else dtype)
-        inputs = {
-            "scales": x.new_empty(lines, dtype=torch.float32) if int8 else None,
-            "norm_weight": x.new_empty(features), "norm_bias": None,
-            "bias": None, "residual": None, "norm": "rms", "activation": None, **options,
-        }  # fmt: skip
-        kind = "int8" if int8 else ""
-        args = (x, weight, *inputs.values(), 1e-5)
-        # Scales and bias are too few for a full vector.
-        bits = 64 if int8 else 32 if inputs["bias"] is not None else bits
-        name = f"{label} {channels} x {features} {dtype} {kind}"
-        return Launch(name, partial(_launch, *args), bits)
-
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for channels, features in ((2304, 768), (768, 3072), (16384, 768)):
-            yield launch("rms", dtype, channels, features)
-            yield launch("rms", dtype, channels, features, int8=True)
-    half = torch.bfloat16
-    vector, bias = (torch.empty(n, dtype=half, device="meta") for n in (768, 3072))
-    layer = {"norm": "layer", "norm_weight": vector, "norm_bias": vector, "bias": bias}
-    for activation in ("gelu", "gelu_tanh"):
-        yield launch(f"layer, {activation}", half, 3072, 768, activation=activation, **layer)
-    yield launch("rms, swiglu", half, 2048, 768, activation="swiglu")
-    yield launch("rms, swiglu", half, 11008, 4096, activation="swiglu")
-    residual = torch.empty(8, 768, dtype=half, device="meta")
-    yield launch("residual", half, 768, 768, norm=None, norm_weight=None, residual=residual)
-    yield launch("odd", half, 769, 771, bits=0)
-
-
-def _counted_launches() -> Iterator[Launch]:
-    """Those with splits: it is the same kernel."""
-    for launch in _launches():
-        x, weight, *_, activation, _ = launch.run.args
-        assert isinstance(x, Tensor) and isinstance(weight, Tensor)
-        if _launch_config(len(weight), x.shape[1], x.dtype, activation)["SPLITS"] > 1:
-            counters = x.new_empty(_least_counters(len(x), len(weight)), dtype=torch.int32)
-            yield Launch(launch.label, partial(_launch, *(*launch.run.args, counters)), 128)
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake(
     x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps, counters=None
@@ -654,7 +610,6 @@ _fwd = define_op(
     cuda=_launch,
     cpu=_plain,
     fake=_fake,
-    launches=_launches,
 )
 
 _counted = define_op(
@@ -663,7 +618,6 @@ _counted = define_op(
     cuda=_launch,
     cpu=_plain,
     fake=_fake,
-    launches=_counted_launches,
 )
 
 

@@ -16,16 +16,13 @@ Source   patches: arXiv:1611.07004; losses: arXiv:1611.04076 (lsgan), arXiv:1406
          nonsaturating), arXiv:1705.02894 (hinge), arXiv:1701.07875 (wgan).
 """
 
-from collections.abc import Iterator
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_float, check_same_device, check_shape
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import row_strides, with_row_strides
 
 LOSSES = ("lsgan", "vanilla", "nonsaturating", "hinge", "wgan")
@@ -269,25 +266,6 @@ def _launch(x, weight, bias, loss, target, padding):
     return result, dlogits
 
 
-def _launches() -> Iterator[Launch]:
-    def launch(label, dtype, loss, target, *, n=16, c=512, size=31, kernel=4, last=True, bits=128):
-        x = torch.empty(n, c, size, size, dtype=dtype, device="meta")
-        x = x.contiguous(memory_format=torch.channels_last) if last else x
-        weight, bias = x.new_empty(1, c, kernel, kernel), x.new_empty(1)
-        args = (x, weight, bias, loss, target, 0 if kernel == 1 else 1)
-        half = dtype != torch.float32
-        return Launch(f"{label} {dtype}", partial(_launch, *args), bits, dot=half)
-
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for loss, target in (("lsgan", "real"), ("vanilla", "fake"), ("hinge", "real"),
-                             ("wgan", "generator"), (None, None)):  # fmt: skip
-            yield launch(f"{loss} {target}", dtype, loss, target)
-        yield launch("3 x 3", dtype, "hinge", "fake", kernel=3, bits=0)
-        yield launch("1 x 1", dtype, "hinge", "fake", kernel=1, c=128, size=256, bits=0)
-        yield launch("contiguous", dtype, "hinge", "fake", last=False, bits=0)
-    yield launch("odd", torch.bfloat16, "vanilla", "real", n=1, c=77, size=17, bits=0)
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake(x, weight, bias, loss, target, padding):
     """The patch map and nothing, or losses and their derivatives in the logits."""
@@ -311,7 +289,6 @@ _fwd = define_op(
     cuda=_launch,
     cpu=_cpu,
     fake=_fake,
-    launches=_launches,
 )
 
 

@@ -6,9 +6,6 @@ Backward none: the noise depends on no differentiable input.
 Source   Philox4x32-10, Salmon et al., SC 2011; Box-Muller, 1958; the contract in `random.py`.
 """
 
-from collections.abc import Iterator
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -16,7 +13,7 @@ from cgkernels import random
 from cgkernels._triton import tl, triton
 from cgkernels.checks import as_index, as_seed, as_step, check_noise_size
 from cgkernels.device import block_of_row, element_of, normal_of, row_offset
-from cgkernels.library import Launch, define_op, using_reference
+from cgkernels.library import define_op, using_reference
 from cgkernels.rows import row_launch, with_strides
 
 
@@ -57,20 +54,6 @@ def _launch_fwd(seed, index, step, shape, stream, dtype, channels_last):
     return out
 
 
-def _launches() -> Iterator[Launch]:
-    seed = torch.empty((), dtype=torch.int64, device="meta")
-    index = torch.empty(16, dtype=torch.int64, device="meta")
-    for shape in ((16, 3, 256, 256), (16, 10)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for channels_last in (False, True)[: len(shape) // 2]:
-                name = "channels_last" if channels_last else "contiguous"
-                yield Launch(
-                    f"{name} {dtype} {shape}",
-                    partial(_launch_fwd, seed, index, index, shape, 0, dtype, channels_last),
-                    vector_bits=128 if shape[1] == 3 else 0,
-                )
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(seed, index, step, shape, stream, dtype, channels_last):
     format = torch.channels_last if channels_last else torch.contiguous_format
@@ -89,7 +72,6 @@ _fwd = define_op(
     cuda=_launch_fwd,
     cpu=_cpu_fwd,
     fake=_fake_fwd,
-    launches=_launches,
 )
 
 

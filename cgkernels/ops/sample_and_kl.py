@@ -20,8 +20,8 @@ Source   arXiv:1312.6114, sections 2.4 and appendix B. Free bits: arXiv:1606.049
 """
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -39,11 +39,10 @@ from cgkernels.checks import (
     check_shape,
 )
 from cgkernels.device import block_of_row, element_of, normal_of, row_offset
-from cgkernels.library import Launch, define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
     empty_rows,
     in_strides_of,
-    meta_samples,
     row_launch,
     with_row_strides,
     with_strides,
@@ -279,29 +278,6 @@ def _floor(free_bits):
     return free_bits if free_bits > 0 else float("-inf")
 
 
-def _launches() -> Iterator[Launch]:
-    for name, args, bits in _meta_inputs():
-        yield Launch(name, partial(_launch_fwd, *args), bits)
-
-
-def _bwd_launches() -> Iterator[Launch]:
-    for name, args, bits in _meta_inputs():
-        dkl = torch.empty(16, device="meta")
-        yield Launch(name, partial(_launch_bwd, args[0], dkl, *args), bits)
-
-
-def _meta_inputs():
-    """Labels, arguments of the forward op, and the width of its loads and stores."""
-    index = torch.empty(16, dtype=torch.int64, device="meta")
-    seed = torch.empty((), dtype=torch.int64, device="meta")
-    numbers = (seed, index, index)
-    for name, x, bits in meta_samples():
-        yield name, (x, x, None, None, *numbers, 0.0), bits
-        yield f"prior {name}", (x, x, x, x, *numbers, 0.0), bits
-    vector = torch.empty(16, 32, device="meta")
-    yield "short rows", (vector, vector, None, None, *numbers, 0.5), 0
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits):
     dtype = _dtype(mean, log_variance, prior_mean, prior_log_variance)
@@ -334,7 +310,6 @@ _fwd = define_op(
     cuda=_launch_fwd,
     cpu=_cpu_fwd,
     fake=_fake_fwd,
-    launches=_launches,
 )
 
 _bwd = define_op(
@@ -345,7 +320,6 @@ _bwd = define_op(
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
     fake=_fake_bwd,
-    launches=_bwd_launches,
 )
 
 

@@ -25,8 +25,7 @@ Source   Gumbel-max: Gumbel, 1954; top-k arXiv:1805.04833; top-p arXiv:1904.0975
          arXiv:2407.01082; classifier-free guidance of tokens arXiv:2306.17806.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +48,6 @@ from cgkernels.checks import (
 )
 from cgkernels.device import exp_of, exponential_block
 from cgkernels.library import (
-    Launch,
     define_op,
     needs_function,
     refuse_forward_mode,
@@ -547,58 +545,6 @@ def _zero_bits(logits, uncond):
     return {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0) if uncond is None else 0
 
 
-def _launches() -> Iterator[Launch]:
-    for name, logits, uncond, scale, filters, bits in _meta_inputs():
-        seed = torch.empty((), dtype=torch.int64, device="meta")
-        index = torch.empty(logits.shape[0], dtype=torch.int64, device="meta")
-        args = (logits, uncond, scale, *filters, seed, index, index)
-        yield Launch(name, partial(_launch_fwd, *args), bits)
-
-
-def _inplace_launches() -> Iterator[Launch]:
-    """Both extremes: it is the same kernel with another end."""
-    for name, logits, uncond, scale, filters, bits in _meta_inputs():
-        if name.startswith(("guided, all filters 16384", "all filters 256", "top-p of hf")):
-            number = filters[0]
-            seed = torch.empty((), dtype=torch.int64, device="meta")
-            tokens = seed.new_empty(logits.shape[0], 256)
-            log_probs = number.new_empty(tokens.shape)
-            counts = seed.new_empty(3, logits.shape[0]).t()
-            args = (tokens, log_probs, counts, logits, uncond, scale, *filters, seed, counts[:, 0])
-            yield Launch(name, partial(_launch_inplace, *args), bits)
-
-
-def _bwd_launches() -> Iterator[Launch]:
-    for name, logits, uncond, scale, filters, bits in _meta_inputs():
-        token = torch.empty(logits.shape[0], dtype=torch.int64, device="meta")
-        args = (filters[0], token, logits, uncond, scale, *filters)
-        yield Launch(name, partial(_launch_bwd, *args), bits)
-
-
-def _meta_inputs():
-    rows = 64
-    number = torch.empty(rows, device="meta")
-    k = torch.empty(rows, dtype=torch.int64, device="meta")
-    plain = (number, None, None, None, "mass_before")
-    every = (number, k, number, number, "mass_before")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        every_size = (256, 2048, 8192, 16384, 32000)
-        for vocabulary in every_size if dtype == torch.float32 else (16384, 32000):
-            x = torch.empty(rows, vocabulary, dtype=dtype, device="meta")
-            # Shorter rows do not give a 128-bit access to each thread.
-            bits = 128 if vocabulary >= 2048 else 0
-            yield f"all filters {vocabulary} {dtype}", x, None, None, every, bits
-            if vocabulary in (16384, 32000):
-                yield f"no filter {vocabulary} {dtype}", x, None, None, plain, bits
-                yield f"guided, all filters {vocabulary} {dtype}", x, x, number, every, bits
-        top_k = (number, k, None, None, "mass_before")
-        yield f"guided, top-k 16384 {dtype}", *((x[:, :16384],) * 2), number, top_k, 128
-    hf = (number, None, number, None, "hf")
-    odd = torch.empty(rows, 10007, device="meta")
-    yield "top-p of hf, odd size", odd, None, None, hf, 0
-    yield "all filters, short odd rows", odd[:, :99], None, None, every, 0
-
-
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(
     logits, uncond, scale, temperature, top_k, top_p, min_p, top_p_rule, seed, index, position
@@ -661,7 +607,6 @@ _fwd = define_op(
     cuda=_launch_fwd,
     cpu=_cpu_fwd,
     fake=_fake_fwd,
-    launches=_launches,
 )
 
 _inplace = define_op(
@@ -672,7 +617,6 @@ _inplace = define_op(
     cuda=_launch_inplace,
     cpu=_cpu_inplace,
     fake=lambda *args: None,
-    launches=_inplace_launches,
 )
 
 _bwd = define_op(
@@ -683,7 +627,6 @@ _bwd = define_op(
     cuda=_launch_bwd,
     cpu=_cpu_bwd,
     fake=_fake_bwd,
-    launches=_bwd_launches,
 )
 
 

@@ -1,4 +1,4 @@
-"""Whether a model finds clothes likelier than pictures that are none.
+"""Whether a model finds clothes likelier than images that are none.
 
 Source   area under the ROC curve as a rank statistic: Hanley, McNeil, Radiology 143, 1982. That a
          likelihood can be higher for other data: Nalisnick et al., arXiv:1810.09136.
@@ -41,7 +41,7 @@ def auroc(likely: Tensor, unlikely: Tensor) -> float:
 def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
     """log p(y), or what the model has in its place, (B,) float64 on the CPU; y (B, *event).
 
-    The bound elbo of pictures, else minus the energy, else log_prob. With a class as condition it
+    The bound elbo of images, else minus the energy, else log_prob. With a class as condition it
     is the log of the mean over the classes, which for an energy is one only up to the classes' own
     constants.
 
@@ -66,7 +66,7 @@ def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
 
 
 def has_density(model: Any) -> bool:
-    """Whether `log_density` takes this model: it is tried with a grey picture."""
+    """Whether `log_density` takes this model: it is tried with a gray image."""
     device = next(model.parameters()).device
     try:
         log_density(model, torch.zeros(1, *model.config.event_shape, device=device))
@@ -76,7 +76,7 @@ def has_density(model: Any) -> bool:
 
 
 def _density_of(model: Any, seed: int) -> Callable[[Tensor, Tensor | None], Tensor]:
-    # A flow of pictures has both, and only the bound is of what it learned; of real numbers (values
+    # A flow of images has both, and only the bound is of what it learned; of real numbers (values
     # 0) it has none.
     if hasattr(model, "elbo") and model.config.values:
         return lambda y, cond: model.elbo(y, cond=cond, seed=seed)

@@ -428,7 +428,7 @@ def squares(rows: int, side: int = 16) -> Dataset:
 GAN_TRAINING = {"learning_rate": 2e-3, "beta1": 0.5, "warmup": 0, "decay": "late_linear"}
 
 
-@pytest.mark.parametrize("loss", ["lsgan", "vanilla"])
+@pytest.mark.parametrize("loss", ["lsgan", pytest.param("vanilla", marks=pytest.mark.slow)])
 def test_pix2pix_learns_to_fill_squares(tmp_path, loss):
     model = make_model(Pix2Pix, Pix2PixConfig(**{**SAME, "width": 8, "loss": loss}), seed=1)
     data = squares(32)

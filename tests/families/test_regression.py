@@ -31,7 +31,7 @@ from cgm.families.regression import (
 )
 from cgm.model import make_model
 from cgm.training import TrainingConfig, train
-from tests.support import assert_equal
+from tests.support import Peer, assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:LeastSquares predicts one y:UserWarning")
 
@@ -227,9 +227,9 @@ def test_log_prob_is_that_of_torch_distributions(family):
     torch.testing.assert_close(model.log_prob(y), terms.flatten(1).sum(1))
 
 
-@pytest.mark.peers
+@pytest.mark.peers("scipy")
 def test_the_mixture_is_that_of_scipy():
-    scipy_stats, special = pytest.importorskip("scipy.stats"), pytest.importorskip("scipy.special")
+    scipy_stats, special = Peer("scipy.stats"), Peer("scipy.special")
     model, y = small("mixture").double(), 3 * pictures(5).double()
     logits, mean, width = model.table.detach()[0].chunk(3)
     sigma = model.config.min_sigma + special.softplus(width.numpy())

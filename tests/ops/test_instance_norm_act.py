@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cgkernels import instance_norm_act, instance_norm_act_
 from cgkernels.library import OPS
 from cgkernels.ops import instance_norm_act as op
-from cgkernels.testing import assert_within_budget, layouts
+from cgkernels.testing import assert_within_budget, layouts, plain_and_modelled
 from tests.support import (
     KERNEL_DEVICES,
     Sample,
@@ -236,9 +236,9 @@ def test_values_and_gradients(dtype, offset, size, format, over_batch, device):
     options = {"pad": 1, "over_batch": over_batch}
     with kernels(device):
         actual = results_and_gradients({n: t.to(device) for n, t in inputs.items()}, options)
-    plain = results_and_gradients(inputs, options)
+    plain, modelled = plain_and_modelled(lambda: results_and_gradients(inputs, options))
     exact = results_and_gradients({n: t.double() for n, t in inputs.items()}, options)
-    assert_accurate(actual, plain, exact)
+    assert_accurate(actual, plain, exact, modelled)
 
 
 @pytest.mark.parametrize("device", ["cpu", *KERNEL_DEVICES])
@@ -344,7 +344,10 @@ def test_sizes_around_a_tile_and_a_part(size, over_batch, format, device):
         options = {"activation": "leaky_relu", "over_batch": over_batch}
         with kernels(device):
             actual = instance_norm_act(x.to(device), **options)
-        results.append([actual, *(instance_norm_act(t, **options) for t in (x, x.double()))])
+        plain, modelled = plain_and_modelled(
+            lambda x=x, options=options: instance_norm_act(x, **options)
+        )
+        results.append([actual, plain, instance_norm_act(x.double(), **options), modelled])
     assert_within_budget(*zip(*results, strict=True))
 
 

@@ -1,0 +1,28 @@
+"""What `philox_normal` launches: compiled without a GPU, judged on one."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from cgkernels.ops.philox_normal import _launch_fwd
+from cgkernels.testing import Launch
+
+
+def launches() -> Iterator[Launch]:
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    index = torch.empty(16, dtype=torch.int64, device="meta")
+    for shape in ((16, 3, 256, 256), (16, 10)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for channels_last in (False, True)[: len(shape) // 2]:
+                name = "channels_last" if channels_last else "contiguous"
+                yield Launch(
+                    f"{name} {dtype} {shape}",
+                    partial(_launch_fwd, seed, index, index, shape, 0, dtype, channels_last),
+                    vector_bits=128 if shape[1] == 3 else 0,
+                )
+
+
+LAUNCHES = {
+    "philox_normal": launches,
+}
