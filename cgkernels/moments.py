@@ -95,27 +95,17 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     tl.store(var_ptr + at, m2 / total, mask=inside)
 
 
-def merge_moments(
-    mean: Tensor,
-    var: Tensor,
-    part_mean: Tensor,
-    part_rest: Tensor,
-    part_m2: Tensor,
-    origin: Tensor | None,
-    total: int,
-    split: int,
-) -> None:
+def merge_moments(mean: Tensor, var: Tensor, parts: Tensor, total: int, split: int) -> None:
     """Writes mean and var of groups of `total` values, cut into parts of `split` in their order.
 
     Args:
-        mean, var: (groups, channels), float32 as all of them.
-        part_mean, part_rest: (groups, parts, channels), summands of the mean of each part.
-        part_m2: (groups, parts, channels), M2 of each part.
-        origin: like part_mean, equal for all parts of a group: what was taken off all values; None
-            for zero.
+        mean, var: (groups, channels), float32 as the next.
+        parts: (3 or 4, groups, parts, channels): of each part the two summands of its mean, M2,
+            and, where all values of a group had the same number taken off, that number.
     """
-    groups, parts, channels = part_mean.shape
+    _, groups, count, channels = parts.shape
+    part_mean, part_rest, part_m2, *origin = parts
     _merge_kernel[(groups * triton.cdiv(channels, _BLOCK_C),)](
-        mean, var, part_mean, part_rest, part_m2, origin, channels, total, split, parts,
-        PARTS=MERGED_PARTS, BLOCK_C=_BLOCK_C, enable_fp_fusion=True,
+        mean, var, part_mean, part_rest, part_m2, origin[0] if origin else None, channels, total,
+        split, count, PARTS=MERGED_PARTS, BLOCK_C=_BLOCK_C, enable_fp_fusion=True,
     )  # fmt: skip
