@@ -45,24 +45,6 @@ def pixel_mean(x: Tensor, over_batch: bool) -> Tensor:
 
 
 @triton.jit
-def _moments_of_block(  # type: ignore[no-untyped-def]
-    mean_ptr, rest_ptr, m2_ptr, first, inside, start, channels, total, split, parts,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """Moments of PARTS parts from `start` on, and how many values they have."""
-    part = start + tl.arange(0, PARTS)
-    at = first[:, None] + part[None, :] * channels  # [BLOCK_C, PARTS]
-    mask = (part < parts)[None, :] & inside[:, None]
-    mean = tl.load(mean_ptr + at, mask=mask, other=0.0)
-    rest = tl.load(rest_ptr + at, mask=mask, other=0.0)
-    m2 = tl.load(m2_ptr + at, mask=mask, other=0.0)
-    count = tl.minimum(tl.maximum(total - part.to(tl.int64) * split, 0), split)
-    values = tl.sum(count, 0)
-    mean, rest, m2 = merged_moments(mean, rest, m2, count.to(tl.float32)[None, :], values)
-    return mean, rest, m2, values
-
-
-@triton.jit
 def _merge_kernel(  # type: ignore[no-untyped-def]
     mean_ptr, var_ptr, part_mean_ptr, part_rest_ptr, part_m2_ptr, origin_ptr,
     channels, total, split, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -71,28 +53,38 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     program, blocks = tl.program_id(0), (channels + BLOCK_C - 1) // BLOCK_C
     channel = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     group = (program // blocks).to(tl.int64)
-    inside = channel < channels
+    channel_mask = channel < channels
     first = group * parts * channels + channel
-    mean, rest, m2, values = _moments_of_block(
-        part_mean_ptr, part_rest_ptr, part_m2_ptr, first, inside, 0, channels, total, split, parts,
-        PARTS,
-    )  # fmt: skip
-    for start in range(PARTS, parts, PARTS):
-        next_mean, next_rest, next_m2, next_values = _moments_of_block(
-            part_mean_ptr, part_rest_ptr, part_m2_ptr, first, inside, start, channels, total,
-            split, parts, PARTS,
-        )  # fmt: skip
-        count = tl.where(tl.arange(0, 2) == 0, values, next_values).to(tl.float32)
-        values += next_values
-        mean, rest, m2 = merged_moments(
-            tl.join(mean, next_mean), tl.join(rest, next_rest), tl.join(m2, next_m2),
-            count[None, :], values,
-        )  # fmt: skip
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    rest, m2 = mean, mean
+    merged = tl.zeros((), tl.int64)  # values so far
+    split = merged + split
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        at = first[:, None] + part[None, :] * channels  # [BLOCK_C, PARTS]
+        mask = channel_mask[:, None] & (part < parts)[None, :]
+        next_mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
+        next_rest = tl.load(part_rest_ptr + at, mask=mask, other=0.0)
+        next_m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
+        count = tl.minimum(tl.maximum(total - part * split, 0), split)
+        values = tl.minimum(total - merged, PARTS * split)
+        next_mean, next_rest, next_m2 = merged_moments(
+            next_mean, next_rest, next_m2, count.to(tl.float32)[None, :], values
+        )
+        if start == 0:
+            mean, rest, m2 = next_mean, next_rest, next_m2
+        else:
+            both = tl.where(tl.arange(0, 2) == 0, merged, values).to(tl.float32)
+            mean, rest, m2 = merged_moments(
+                tl.join(mean, next_mean), tl.join(rest, next_rest), tl.join(m2, next_m2),
+                both[None, :], merged + values,
+            )  # fmt: skip
+        merged += values
     if origin_ptr is not None:
-        mean += tl.load(origin_ptr + first, mask=inside, other=0.0)  # which all parts have
+        mean += tl.load(origin_ptr + first, mask=channel_mask, other=0.0)  # which all parts have
     at = group * channels + channel
-    tl.store(mean_ptr + at, mean + rest, mask=inside)
-    tl.store(var_ptr + at, m2 / total, mask=inside)
+    tl.store(mean_ptr + at, mean + rest, mask=channel_mask)
+    tl.store(var_ptr + at, m2 / total, mask=channel_mask)
 
 
 def merge_moments(mean: Tensor, var: Tensor, parts: Tensor, total: int, split: int) -> None:
