@@ -50,7 +50,7 @@ FAMILIES = {
     "least_squares": "cgm.families.regression:LeastSquares",
     "mixture_density": "cgm.families.regression:MixtureDensity",
     "pix2pix": "cgm.families.gan:Pix2Pix",
-    "quantized_classifier": "cgm.families.regression:QuantizedClassifier",
+    "quantized_classifier": "cgm.families.quantized_classifier:QuantizedClassifier",
     "vae": "cgm.families.vae:ConditionalVAE",
 }
 
