@@ -20,7 +20,7 @@ from cgm.evaluation.likelihood import (
     load_classifier,
     train_classifier,
 )
-from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer, dequantise
+from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer, dequantize
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.model import make_model
@@ -121,7 +121,7 @@ def stripes(rows, seed=0):
     value = (torch.arange(16) + phase[:, None]) % 4
     noise = torch.rand(rows, 16, generator=generator) < 0.1
     value = torch.where(noise, torch.randint(4, (rows, 16), generator=generator), value)
-    pictures = ((dequantise(value, 4, (1, 4, 4)) + 1) * 127.5).round().to(torch.uint8)
+    pictures = ((dequantize(value, 4, (1, 4, 4)) + 1) * 127.5).round().to(torch.uint8)
     return Dataset("stripes", pictures, phase, "class", 4)
 
 

@@ -79,7 +79,7 @@ def test_frozen_networks_compute_the_same_with_other_weights(kind, patch, device
             torch.nn.init.uniform_(module.weight, 0.5, 2)
             torch.nn.init.uniform_(module.bias)
     wide, (x, y) = copy.deepcopy(judge).double(), pair(device=device)
-    frozen = judge.frozen(x, y)
+    frozen = judge.freeze(x, y)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in frozen.modules())
     expected = wide.features(x.double(), y.double())
     for got, same, want in zip(frozen.features(x, y), judge.features(x, y), expected, strict=True):
@@ -88,7 +88,7 @@ def test_frozen_networks_compute_the_same_with_other_weights(kind, patch, device
     half = judge.half() if device == "cuda" else None
     if half is not None:
         x, y = x.half(), y.half()
-        torch.testing.assert_close(half.frozen(x, y)(x, y), half(x, y), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(half.freeze(x, y)(x, y), half(x, y), rtol=0.02, atol=0.02)
 
 
 def test_wrong_arguments():
