@@ -23,7 +23,7 @@ from benchmarks.timing import ROOT, Ceilings
 from cgkernels.library import OPS, using_reference
 from cgkernels.ops import guided_step as step_op
 from cgm import checkpoints
-from cgm.families.autoregressive import dequantise
+from cgm.families.autoregressive import dequantize
 from tests.test_benchmarks import ENVIRONMENT
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def test_waits_of_a_model_that_draws_values(monkeypatch):
     checks, drawn = correctness.ModelChecks("complete_autoregressive", CPU), []
     monkeypatch.setattr(correctness, "cuda_syncs", lambda call: drawn.append(call()) or 3)
     assert checks.never_waits() == "waits 3 times, whatever the length of the run"
-    kept = [(sample == dequantise(torch.tensor([8]), 16, (1, 1, 1))).all(3) for sample in drawn]
+    kept = [(sample == dequantize(torch.tensor([8]), 16, (1, 1, 1))).all(3) for sample in drawn]
     assert kept[0][:, :, :13].all() and kept[1][:, :, :12].all() and not kept[1].all()
 
 
