@@ -187,7 +187,7 @@ def test_the_command_refuses_what_it_cannot_do(capsys):
     if HAS_TRITON:
         done = command(TRITON_INTERPRET="1")
         assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr
-        with pytest.raises(SystemExit, match="^2$"):
+        with pytest.raises(SystemExit, match=r"^2$"):
             main(["no_such_op"])
         assert "no op 'no_such_op'; there are" in capsys.readouterr().err
     else:
