@@ -377,6 +377,7 @@ def test_growth_beyond_the_limit_is_a_problem(capsys):
     assert "exceeded" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_op_and_model_is_swept():
     found = select("growth", CPU)
     swept = {case.name for case in found}

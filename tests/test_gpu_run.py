@@ -72,6 +72,7 @@ def test_arguments_become_real():
     assert index.dtype == torch.int64 and 0 <= index.min() < index.max() < 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_an_op_agrees_with_itself(name):
     launch = [launch for launch in LAUNCHES[name]() if not is_large(launch.run.args)][-1]
@@ -461,6 +462,7 @@ def small(monkeypatch):
     return case
 
 
+@pytest.mark.slow
 def test_all_stages(tmp_path, small, capsys):
     runner = Runner(look_at(tmp_path), lambda: False)
     runner.run(gpu.STAGES)
