@@ -37,7 +37,6 @@ from cgkernels import rows
 from cgkernels.ops import (
     affine_coupling,
     conv2d_stats,
-    decode_attention,
     embed_tokens,
     instance_norm_act,
     norm_linear,
@@ -45,6 +44,7 @@ from cgkernels.ops import (
     patch_head_loss,
     sample_logits,
 )
+from cgkernels.ops.decode_attention import launch as decode_attention_launch
 
 Config = dict[str, Any]
 
@@ -247,7 +247,7 @@ TUNABLES = {
     "affine_coupling": Tunable(affine_coupling, "_launch_config", _row_splits),
     "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
     "embed_tokens": Tunable(embed_tokens, "_launch_config", _vector_blocks),
-    "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
+    "decode_attention": Tunable(decode_attention_launch, "_launch_config", _splits),
 }
 """For each op of the benchmarks."""
 

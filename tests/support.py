@@ -213,6 +213,11 @@ def launchers() -> dict[str, Callable]:
     return {name: run for module in op_modules() for name, run in module.LAUNCHERS.items()}
 
 
+def module_of(launcher: Callable) -> str:
+    """The module that defines the op of a launcher; of an op that is a folder, the package."""
+    return ".".join(launcher.__module__.split(".")[:3])
+
+
 @contextlib.contextmanager
 def kernels(device: str, *, order_seed: int = 0) -> Iterator[None]:
     """Within, public functions run their kernels on tensors of this device.
@@ -234,7 +239,7 @@ def launching() -> Iterator[None]:
     """Within, public functions call launchers where they would call ops, on any device."""
     with contextlib.ExitStack() as stack:
         for name, launcher in launchers().items():
-            op_module = sys.modules[launcher.__module__]
+            op_module = sys.modules[module_of(launcher)]
             place = next(n for n, value in vars(op_module).items() if value is OPS[name])
             stack.enter_context(mock.patch.object(op_module, place, launcher))
         yield

@@ -16,7 +16,8 @@ from benchmarks.offline import ARCHITECTURES, compile_all, main
 from benchmarks.ops import LAUNCHES
 from cgkernels._offline import _compiling
 from cgkernels._triton import HAS_TRITON, tl, triton
-from cgkernels.ops import decode_attention, norm_linear
+from cgkernels.ops import norm_linear
+from cgkernels.ops.decode_attention import launch as decode_attention
 from cgkernels.testing import Launch, compile_launch, problems
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -203,7 +204,7 @@ def test_the_command_refuses_what_it_cannot_do():
 )  # fmt: skip
 def test_a_launch_that_starts_early_waits_before_it_touches_memory(module, label, arch):
     """Weights are asked for before; with the switch off there is nothing of all this."""
-    op = module.__name__.rpartition(".")[2].replace("decode_attention", "decode_attention_append")
+    op = module.__name__.split(".")[2].replace("decode_attention", "decode_attention_append")
     launch = next(found for found in LAUNCHES[op]() if label in found.label)
     config, code = module._launch_config, {}
     for pdl in (False, True):
