@@ -38,8 +38,8 @@ def prefill_attention_ref(
     narrow, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     mask, blind = _mask(length, q.device, bidirectional, left_pad, window)
-    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k.repeat_interleave(group, 2),
-                                                      v.repeat_interleave(group, 2)))  # fmt: skip
+    k, v = (t.repeat_interleave(group, 2) for t in (k, v))
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, Hq, T, D)
     score = scale * (q @ k.mT)  # (B, Hq, T, T)
     score = softcap * torch.tanh(score / softcap) if softcap else score
     weight = score.masked_fill(~mask, -torch.inf).softmax(-1).to(narrow).to(dtype)

@@ -36,6 +36,7 @@ from cgkernels.checks import (
     as_row_values,
     as_seed,
     as_step,
+    check_choice,
     check_float,
     check_int64,
     check_integers,
@@ -292,8 +293,7 @@ def _check_arguments(
     index: Tensor | None,
 ) -> tuple[tuple[Any, ...], Tensor]:
     """The arguments of the op but the position, and a tensor of their device and widest dtype."""
-    if top_p_rule not in TOP_P_RULES:
-        raise ValueError(f"top_p_rule must be one of {', '.join(TOP_P_RULES)}, got {top_p_rule!r}")
+    check_choice("top_p_rule", top_p_rule, TOP_P_RULES)
     check_float(logits=logits)
     if logits.dim() != 2 or not 0 < logits.shape[1] <= _LARGEST_VOCABULARY:
         raise ValueError(
