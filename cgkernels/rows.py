@@ -1,4 +1,4 @@
-"""Layouts of (B, C, *spatial) tensors as kernels see them: rows of C x pixels elements.
+"""Layouts and dtypes of (B, C, *spatial) tensors as kernels see them: rows of C x pixels elements.
 
 A kernel walks the elements of each sample (row) in the order of memory and numbers them in logical
 (C, H, W) order, so that noise does not depend on the memory format.
@@ -24,6 +24,22 @@ class Layout(NamedTuple):
     pixels: int
     channels_last: bool  # walk pixel by pixel, all channels of one before the next
     dense: bool  # in every tensor, a row's memory follows that walk without gaps
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype in which an op computes: that of its tensors, but at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that is nearest to the strides of x (N, C, H, W)."""
+    pixel = x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    last = x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1 and 0 < x.stride(1) < pixel
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def row_strides(tensor: Tensor) -> Strides | None:
