@@ -21,7 +21,7 @@ from benchmarks.ops.guided_step import meta_numbers
 from benchmarks.records import OURS, Row, Writer, read
 from benchmarks.timing import ROOT, Ceilings
 from cgkernels.library import OPS, using_reference
-from cgkernels.ops import guided_step as step_op
+from cgkernels.ops.guided_step.launch import _launch_inplace
 from cgm import checkpoints
 from cgm.families.autoregressive import dequantize
 from tests.test_benchmarks import ENVIRONMENT
@@ -209,10 +209,10 @@ def test_kernels_are_judged(dtype):
     """In place, strided, with noise: in the interpreter what a GPU does."""
     last = torch.empty(2, 3, 16, 16, dtype=dtype, device="meta")
     args = step_arguments((2, 3, 16, 16), dtype, v=last, h1=last, h2=last, last=last)
-    assert judge(INPLACE, args, step_op._launch_inplace, CPU) == ""
+    assert judge(INPLACE, args, _launch_inplace, CPU) == ""
 
     def without_noise(*args):
-        step_op._launch_inplace(*args[:-3], None, None, args[-1])
+        _launch_inplace(*args[:-3], None, None, args[-1])
 
     with pytest.raises(AssertionError, match="less accurate"):
         judge(INPLACE, args, without_noise, CPU)

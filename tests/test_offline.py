@@ -16,7 +16,7 @@ from benchmarks.offline import ARCHITECTURES, compile_all, main
 from benchmarks.ops import LAUNCHES
 from cgkernels._offline import _compiling
 from cgkernels._triton import HAS_TRITON, tl, triton
-from cgkernels.ops import decode_attention
+from cgkernels.ops.decode_attention import launch as decode_attention
 from cgkernels.ops.norm_linear import launch as norm_linear
 from cgkernels.testing import Launch, compile_launch, problems
 
