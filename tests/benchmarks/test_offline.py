@@ -19,7 +19,7 @@ from cgkernels._triton import HAS_TRITON, tl, triton
 from cgkernels.ops import decode_attention, norm_linear
 from cgkernels.testing import Launch, compile_launch, problems
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 compiles = pytest.mark.skipif(
     not HAS_TRITON or triton.knobs.runtime.interpret,
