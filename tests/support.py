@@ -48,6 +48,20 @@ KERNEL_DEVICES = [
 """Where kernels run: on CPU tensors by their launchers, interpreted; on a GPU as users run them."""
 
 
+# Other libraries ----------------------------------------------------------------------------------
+class Peer:
+    """A module of another library (`pytest.mark.peers`), imported when first used.
+
+    So its tests can be collected, and counted, where it is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
 # Samples ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sample:
@@ -110,18 +124,49 @@ def op_modules() -> list[types.ModuleType]:
     return [importlib.import_module(f"tests.ops.{n}") for n in names if n.startswith("test_")]
 
 
-def every_sample(**only: Any) -> list[Any]:
-    """Parameters (module, label) for pytest: all samples of all ops, or those with a property."""
-    return [
-        pytest.param(
-            module,
-            sample.label,
-            id=f"{module.__name__.removeprefix('tests.ops.test_')}: {sample.label}",
-        )
-        for module in op_modules()
-        for sample in module.samples(torch.float32, torch.device("cpu"))
-        if all(bool(getattr(sample, name)) == value for name, value in only.items())
-    ]
+def every_sample(*, costly: bool = False, **only: Any) -> list[Any]:
+    """Parameters (module, label) for pytest: all samples of all ops, or those with a property.
+
+    costly: samples that bring no argument of a new kind are slow.
+    """
+    parameters = []
+    for module in op_modules():
+        samples = list(module.samples(torch.float32, torch.device("cpu")))
+        needed = new_kinds(samples) if costly else {sample.label for sample in samples}
+        for sample in samples:
+            if all(bool(getattr(sample, name)) == value for name, value in only.items()):
+                marks = [] if sample.label in needed else [pytest.mark.slow]
+                name = f"{module.__name__.removeprefix('tests.ops.test_')}: {sample.label}"
+                parameters.append(pytest.param(module, sample.label, id=name, marks=marks))
+    return parameters
+
+
+def new_kinds(samples: list[Sample]) -> set[str]:
+    """Labels of a few samples in which every argument of the others is, in kind.
+
+    Which code a call takes is decided by the dtypes and ranks of its tensors, by what is given at
+    all, and by what is no number; the others differ in values, sizes and strides.
+    """
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, value.dim()
+        if isinstance(value, tuple | list):
+            return len(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return type(value) if is_number else value
+
+    kinds = {}
+    for sample in samples:
+        names = {name for other in samples if other.fn is sample.fn for name in other.inputs}
+        given = {name: kind(value) for name, value in sample.inputs.items()}
+        kinds[sample.label] = {(sample.fn, name, given.get(name, "absent")) for name in names}
+    missing, chosen = set().union(*kinds.values()), set()
+    while missing:
+        best = max(kinds, key=lambda label: len(kinds[label] & missing))
+        chosen.add(best)
+        missing -= kinds[best]
+    return chosen
 
 
 def sample_of(module, label, dtype=torch.float32, device="cpu") -> Sample:

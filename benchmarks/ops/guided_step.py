@@ -94,7 +94,7 @@ def _diffusers_step(sampler: str) -> dict[str, Provider]:
 
 def _langevin_inputs(shape, dtype, generator, device):
     """A state and the gradient of its energy."""
-    from cgm.families.energy import langevin_table  # kernels alone are judged without cgm
+    from cgm.sampling.langevin import langevin_table  # kernels are judged without cgm
 
     return {
         "x": normal(shape, dtype, generator, device),

@@ -23,7 +23,7 @@ class ConvertOptions:
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     # Folder of the checkpoint to write.
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    # Side of the pictures, pixels; the file does not tell.
+    # Side of the images, pixels; the file does not tell.
     size: int = 256
     # Whether a U-Net of pix2pix has dropout; the file does not tell.
     dropout: bool = True
@@ -42,4 +42,4 @@ def run(argv: Sequence[str]) -> None:
     for network, source in sources.items():
         print(f"{network}: {source}")
     print(f"The model is in {out}. To draw from it:")
-    print(f"  cgm sample {shlex.quote(str(out))} --cond PICTURE")
+    print(f"  cgm sample {shlex.quote(str(out))} --cond IMAGE")

@@ -13,7 +13,7 @@ class DemoOptions:
     """Draws all ten classes of clothes and completes upper halves, under a minute on two cores.
 
     Writes demo.png; prints samples per second, in plain PyTorch and by this library, and how many
-    of the pictures a classifier puts in the class that was asked for.
+    of the images a classifier puts in the class that was asked for.
     """
 
     # Folder for demo.png.

@@ -22,11 +22,11 @@ _Solver = TypeVar("_Solver")
 
 @dataclass(frozen=True)
 class EvaluateOptions(Generic[_Solver]):
-    """Measures a model that was trained on a task, on pictures kept from its training.
+    """Measures a model that was trained on a task, on images kept from its training.
 
     Bits per dimension of a model with likelihoods, and how much its condition tells it; of a model
     of the ten classes the share of samples in the class that was asked for. Then how its samples
-    compare with real pictures, and whether they are copies of the training pictures.
+    compare with real images, and whether they are copies of the training images.
     """
 
     solver: Annotated[_Solver, tyro.conf.arg(name="")]
@@ -36,7 +36,7 @@ class EvaluateOptions(Generic[_Solver]):
         tuple[str, ...],
         tyro.conf.arg(metavar="NAME ...", help_behavior_hint="(default: all that fit)"),
     ] = ()
-    # What pictures are compared by: classifier (the shipped one), pixels or inception (by
+    # What images are compared by: classifier (the shipped one), pixels or inception (by
     # torchmetrics, which downloads it).
     features: Annotated[
         str | None,
@@ -44,11 +44,11 @@ class EvaluateOptions(Generic[_Solver]):
             metavar="NAME", help_behavior_hint="(default: classifier if it fits, else pixels)"
         ),
     ] = None
-    # Samples to compare with real pictures; any number of them.
+    # Samples to compare with real images; any number of them.
     samples: int = 200
-    # Held-out pictures of the task, the first ones; a sample is drawn for each.
+    # Held-out images of the task, the first ones; a sample is drawn for each.
     rows: int = 200
-    # Folder for evaluation.json and nearest.png, samples beside the training pictures nearest to
+    # Folder for evaluation.json and nearest.png, samples beside the training images nearest to
     # them.
     out: Annotated[
         Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")
@@ -97,7 +97,7 @@ def run(argv: Sequence[str]) -> None:
                 **settings,
             )
             samples = comparison.samples[: options.rows]
-            tables.append(("Samples beside real pictures", comparison.measures))
+            tables.append(("Samples beside real images", comparison.measures))
         if "task" in options.measures or not options.measures:
             if samples is not None and len(samples) < options.rows:
                 samples = None
@@ -109,7 +109,7 @@ def run(argv: Sequence[str]) -> None:
                 samples=samples,
                 **settings,
             )
-            tables.insert(0, (f"{path.name} on pictures of {task} that it never saw", found))
+            tables.insert(0, (f"{path.name} on images of {task} that it never saw", found))
     for title, measures in tables:
         compared = comparison is not None and measures is comparison.measures
         console.print(_table_of(title, measures, compared=compared))
@@ -120,7 +120,7 @@ def run(argv: Sequence[str]) -> None:
     if comparison is not None and comparison.first is not None:
         file = options.out / "nearest.png"
         write_nearest(file, comparison, training, held_out, stacked=task == "complete")
-        print(f"{file}: samples, and the training pictures nearest to them")
+        print(f"{file}: samples, and the training images nearest to them")
     what = {"checkpoint": argv[0], "task": task, "samples": options.samples, **settings}
     if extractor is not None:
         what["features"] = {"name": extractor.name, "fingerprint": extractor.fingerprint}
@@ -129,19 +129,19 @@ def run(argv: Sequence[str]) -> None:
 
 # What the second table cannot say in its columns.
 _WHAT_IT_SAYS = (
-    "held out: the same of real pictures that the model never saw, as many as the last column "
+    "held out: the same of real images that the model never saw, as many as the last column "
     "says. Features of {name}, fingerprint {fingerprint}: only figures of Inception can be "
-    "compared with published ones. memorization z far below 0: closer to the training pictures "
-    "than unseen ones are, as copies are, and pictures smoother than real ones."
+    "compared with published ones. memorization z far below 0: closer to the training images "
+    "than unseen ones are, as copies are, and images smoother than real ones."
 )
 
 
 def _table_of(title: str, measures: "list[Measure]", *, compared: bool) -> "Table":
-    """compared: real pictures stand beside the samples, which have no standard errors."""
+    """compared: real images stand beside the samples, which have no standard errors."""
     from rich.table import Table
 
     table = Table(title=title)
-    columns = ["mean", "standard error", "pictures"]
+    columns = ["mean", "standard error", "images"]
     if compared:
         columns = ["value", "samples", "training", "held out", "of"]
     table.add_column("")

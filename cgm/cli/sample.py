@@ -24,14 +24,14 @@ _Solver = TypeVar("_Solver")
 
 @dataclass(frozen=True)
 class SampleOptions(Generic[_Solver]):
-    """Draws from a trained model and writes one labeled picture.
+    """Draws from a trained model and writes one labeled image.
 
     A sample depends on the seed, on the number of its condition and of its draw, and on nothing
     else: fewer draws are the first of more.
     """
 
     solver: Annotated[_Solver, tyro.conf.arg(name="")]
-    # The picture to write, a PNG.
+    # The image to write, a PNG.
     out: Path = Path("samples.png")
     # Draws for each condition.
     n: int = 8
@@ -40,13 +40,13 @@ class SampleOptions(Generic[_Solver]):
         tuple[str, ...],
         tyro.conf.arg(metavar="CLASS ...", help_behavior_hint="(default: the first ten)"),
     ] = ()
-    # Conditions, for a model trained on a task with pictures as conditions: rows of the pictures
+    # Conditions, for a model trained on a task with images as conditions: rows of the images
     # kept from training.
     rows: Annotated[
         tuple[int, ...],
         tyro.conf.arg(metavar="ROW ...", help_behavior_hint="(default: the first eight)"),
     ] = ()
-    # Conditions of your own: a picture, or a folder of them, of the size the model was trained on.
+    # Conditions of your own: an image, or a folder of them, of the size the model was trained on.
     cond: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     # Seed of the noise.
     seed: int = 0
@@ -60,7 +60,7 @@ class SampleOptions(Generic[_Solver]):
 
 @dataclass(frozen=True)
 class _Conditions:
-    """What to draw from: a row each, and what the picture says of it."""
+    """What to draw from: a row each, and what the image says of it."""
 
     cond: "Tensor | None"
     labels: tuple[str, ...]
@@ -86,13 +86,13 @@ def run(argv: Sequence[str]) -> None:
         what = {"checkpoint": argv[0], "seed": options.seed, "index": options.index, **solver}
         write_tensors(options.save_array, tensors, what)
         print(f"{options.save_array}: samples {tuple(samples.shape)}")
-    _write_picture(options.out, samples, given, stacked=task_of(data) == "complete")
+    _write_image(options.out, samples, given, stacked=task_of(data) == "complete")
     shown = samples.shape[1:2] if samples.shape[2:] == POINT else samples.shape[:2]
-    cut = f"; the picture has the first {_SHOWN}" if max(shown) > _SHOWN else ""
+    cut = f"; the image has the first {_SHOWN}" if max(shown) > _SHOWN else ""
     print(f"{options.out}: {samples.shape[0]} draws for each of {samples.shape[1]}{cut}")
 
 
-def _write_picture(file: Path, samples: "Tensor", given: _Conditions, *, stacked: bool) -> None:
+def _write_image(file: Path, samples: "Tensor", given: _Conditions, *, stacked: bool) -> None:
     from cgm.viz.plots import POINT, sample_grid
 
     cond = None if given.cond is None or given.cond.dim() != 4 else given.cond[:_SHOWN]
@@ -114,7 +114,7 @@ def _draw(model: "Model", cond: "Tensor | None", options: Any, solver: dict[str,
     rows = 1 if cond is None else len(cond)
     if not 0 <= options.index <= 2**32 - rows:
         raise ValueError(f"--index must be in [0, 2^32 - {rows}], got {options.index}")
-    device = next(model.parameters()).device
+    device = model.device
     at_once = max(1, _ROWS_AT_ONCE // rows)
     parts = []
     with Console().status("") as status:
@@ -141,7 +141,7 @@ def _conditions(config: Any, data: dict[str, Any], options: Any) -> _Conditions:
     asked = {"--classes": options.classes, "--rows": options.rows, "--cond": options.cond}
     fitting = {"none": (), "class": ("--classes",), "image": ("--rows", "--cond")}
     if kind not in fitting:
-        raise ValueError(f"CHECKPOINT must have no condition, classes or pictures, has {kind}")
+        raise ValueError(f"CHECKPOINT must have no condition, classes or images, has {kind}")
     given = [name for name, value in asked.items() if value]
     for name in given:
         if name not in fitting[kind]:
@@ -153,7 +153,7 @@ def _conditions(config: Any, data: dict[str, Any], options: Any) -> _Conditions:
     if len(given) > 1:
         raise ValueError("one of --rows and --cond can be given, not both")
     if options.cond is not None:
-        return _picture_conditions(options.cond, config.cond_shape)
+        return _image_conditions(options.cond, config.cond_shape)
     task = task_of(data)
     if task is None:
         raise ValueError("--cond must be given: this model was not trained on a shipped task")
@@ -185,28 +185,28 @@ def _class_conditions(num_classes: int, names: Sequence[str], asked: Sequence[st
     return _Conditions(torch.tensor(ids), tuple(names[i] for i in ids))
 
 
-def _picture_conditions(path: Path, shape: Sequence[int]) -> _Conditions:
-    """Pictures of exactly this shape (C, H, W)."""
+def _image_conditions(path: Path, shape: Sequence[int]) -> _Conditions:
+    """Images of exactly this shape (C, H, W)."""
     import numpy as np
     import torch
 
     from cgm.data import to_float
-    from cgm.data.folders import picture_files, read_picture
+    from cgm.data.folders import image_files, read_image
 
-    files = picture_files(path) if path.is_dir() else [path]
+    files = image_files(path) if path.is_dir() else [path]
     channels, height, width = shape
     if channels not in (1, 3):
-        raise ValueError(f"--cond must not be given: no picture has {channels} channels")
-    pictures = []
+        raise ValueError(f"--cond must not be given: no image has {channels} channels")
+    images = []
     for file in files:
-        picture = read_picture(file, channels)
-        if picture.size != (width, height):
+        image = read_image(file, channels)
+        if image.size != (width, height):
             raise ValueError(
-                f"{file}: must be {width} x {height} pixels, got {picture.width} x {picture.height}"
+                f"{file}: must be {width} x {height} pixels, got {image.width} x {image.height}"
             )
-        pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
-        pictures.append(to_float(pixels).movedim(2, 0))
-    return _Conditions(torch.stack(pictures), tuple(file.stem for file in files))
+        pixels = torch.from_numpy(np.array(image)).reshape(height, width, channels)
+        images.append(to_float(pixels).movedim(2, 0))
+    return _Conditions(torch.stack(images), tuple(file.stem for file in files))
 
 
 def _check_target(flag: str, file: Path, suffix: str) -> None:

@@ -23,28 +23,28 @@ _Training = TypeVar("_Training")
 
 @dataclass(frozen=True)
 class TrainOptions(Generic[_Model, _Training]):
-    """Trains a model on one of the tasks, or on a folder of your own pictures.
+    """Trains a model on one of the tasks, or on a folder of your own images.
 
     Ctrl-C saves and stops; the same command with --resume continues with the same bits.
     """
 
     model: _Model
     training: _Training
-    # What to learn: class_to_image, complete, colorize or edges_to_image on the shipped pictures;
+    # What to learn: class_to_image, complete, colorize or edges_to_image on the shipped images;
     # bouncing_ball, two_moons or eight_gaussians on data that are drawn.
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    # A folder of your own pictures, instead of a task.
+    # A folder of your own images, instead of a task.
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    # What is in that folder: pairs (A and B side by side in each picture), two_folders (A and B
+    # What is in that folder: pairs (A and B side by side in each image), two_folders (A and B
     # with equal names), unpaired (A and B, unrelated) or classes (one folder for each).
     layout: str = "pairs"
-    # Side to which its pictures are resized, pixels.
+    # Side to which its images are resized, pixels.
     size: int = 64
     # Side of the square that training takes out of them, somewhere else in each epoch; 0 for all.
     crop: int = 0
     # Mirror half of them left to right, others in each epoch.
     flip: tyro.conf.FlagCreatePairsOff[bool] = False
-    # 3 to read its pictures in color, 1 in gray.
+    # 3 to read its images in color, 1 in gray.
     channels: int = 3
     # AtoB makes B from A, BtoA makes A from B.
     direction: str = "AtoB"
@@ -104,16 +104,16 @@ def run(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(str(stop)) from None
     if options.training.sheet_every:
         print(f"What it drew while it learned is in {out / 'index.html'}.")
-    if not hasattr(model_class, "sampling_config"):
+    if model_class.sampling_config is None:
         print(f"The model is in {out}.")
         return
     print(f"The model is in {out}. To draw from it:")
-    cond = " --cond PICTURE" if options.data and dataset.cond_kind == "image" else ""
+    cond = " --cond IMAGE" if options.data and dataset.cond_kind == "image" else ""
     print(f"  cgm sample {shlex.quote(str(out))}{cond}")
 
 
 def _shown(options: Any) -> "Shown | None":
-    """What the sheets show: of a task pictures kept from training, of other data the first rows."""
+    """What the sheets show: of a task images kept from training, of other data the first rows."""
     if not options.training.sheet_every or options.task is None:
         return None
     from cgm.data import load_task
@@ -155,6 +155,6 @@ def _load_data(options: TrainOptions) -> "Dataset":
         return load_folder(options.data, **values)
     for name, value in values.items():
         if value != getattr(TrainOptions, name):
-            raise ValueError(f"--{name} belongs to --data; a task has its own pictures")
+            raise ValueError(f"--{name} belongs to --data; a task has its own images")
     assert options.task is not None
     return load_task(options.task)

@@ -1,6 +1,6 @@
-"""Fashion-MNIST's 10,000 test pictures, which ship with the package (MIT, see the license beside).
+"""Fashion-MNIST's 10,000 test images, which ship with the package (MIT, see the license beside).
 
-The file is xz: the labels in published order, one byte each, then the pictures sorted by class
+The file is xz: the labels in published order, one byte each, then the images sorted by class
 (stable) and stored column by column, 28 x 28 bytes each: 3,576,188 bytes, read in about 0.2 s. PNG
 and lossless WebP mosaics in the same order take 3.80 MB. `python -m cgm.data.pack` makes it.
 
@@ -30,12 +30,12 @@ CLASS_NAMES = (
     "ankle boot",
 )
 SIDE = 28
-HELD_OUT = 100  # pictures per class kept from training
+HELD_OUT = 100  # images per class kept from training
 
 
 @functools.cache
 def read() -> tuple[Tensor, Tensor]:
-    """Pictures (10000, 1, 28, 28) uint8 and labels (10000,) int64, in published order."""
+    """Images (10000, 1, 28, 28) uint8 and labels (10000,) int64, in published order."""
     images, labels = unpack(resources.files("cgm.data").joinpath(FILE).read_bytes())
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 

@@ -11,7 +11,7 @@ Palette = tuple[tuple[float, float], ...]  # colors of two channels
 def to_bins(y: Tensor, bins: int) -> Tensor:
     """The bin 0 .. bins - 1 of each value in [-1, 1], int64; beyond the range, the outermost.
 
-    The 256 values of an 8-bit picture are shared out evenly; `from_bins` gives the middle of those
+    The 256 values of an 8-bit image are shared out evenly; `from_bins` gives the middle of those
     that became one.
     """
     steps = ((y + 1) * 127.5).round().long().clamp(0, 255)
@@ -37,7 +37,7 @@ def to_palette(y: Tensor, palette: Tensor) -> Tensor:
 
 
 def check_palette(palette: Palette, event_shape: tuple[int, int, int]) -> None:
-    """Raises ValueError if a palette, unless it is (), is not one of such pictures."""
+    """Raises ValueError if a palette, unless it is (), is not one of such images."""
     if not palette:
         return
     if event_shape[0] != 2:

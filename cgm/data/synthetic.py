@@ -5,7 +5,7 @@ two_moons         moon, a class id -> a point (2, 1, 1) on that half circle, blu
 bouncing_ball     a frame (3, 12, 12) -> the next one, of a ball whose velocity no frame shows
 
 Everything is a function of the split and of the row: the test rows are the ones after those of
-training. Densities are exact, per unit of area. `digits` are pictures that no model is trained on.
+training. Densities are exact, per unit of area. `digits` are images that no model is trained on.
 """
 
 import math
@@ -142,7 +142,7 @@ def _frames(position: Tensor, color: Tensor) -> Tensor:
     return (2 * color[:, :, None, None] * light[:, None] - 1).float()
 
 
-# Pictures that are no clothes ---------------------------------------------------------------------
+# Images that are no clothes -----------------------------------------------------------------------
 # Ends of the strokes of a display of seven, across and down in [0, 1]; and the strokes of a digit.
 _CORNERS = ((0, 0), (1, 0), (0, 0.5), (1, 0.5), (0, 1), (1, 1))
 _STROKES = ((0, 1), (0, 2), (1, 3), (2, 3), (2, 4), (3, 5), (4, 5))
@@ -150,7 +150,7 @@ _DIGITS = ("0124567", "25", "02346", "02356", "1235", "01356", "013456", "025", 
 
 
 def digits(n: int, seed: int = 0) -> Tensor:
-    """Pictures (n, 1, 28, 28) in [-1, 1] that look like written digits: strokes, white on black.
+    """Images (n, 1, 28, 28) in [-1, 1] that look like written digits: strokes, white on black.
 
     Digit i mod 10 of seven strokes, whose height, width, slant, thickness and place vary.
     """

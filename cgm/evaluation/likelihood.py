@@ -19,6 +19,7 @@ from torch import Tensor
 from cgkernels.checks import check_shape
 from cgm.data import Dataset
 from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
+from cgm.model import Model
 
 _ROWS_AT_ONCE = 50
 
@@ -34,34 +35,30 @@ class Measure:
     value: float
     error: float | None
     rows: int
-    reference: int | None = None  # real pictures of training that it compares with
-    floor: float | None = None  # the same of real pictures that training never saw
+    reference: int | None = None  # real images of training that it compares with
+    floor: float | None = None  # the same of real images that training never saw
     floor_rows: int | None = None  # how many these were
 
 
-def bits_per_dimension(model: Any, y: Tensor, cond: Tensor | None) -> Tensor:
-    """(B,) float64 on the CPU of pictures y (B, *event) in [-1, 1] with their conditions."""
-    device = next(model.parameters()).device
-    of_model = getattr(model, "bits_per_dimension", None)  # where log_prob is no probability
+def bits_per_dimension(model: Model, y: Tensor, cond: Tensor | None) -> Tensor:
+    """(B,) float64 on the CPU of images y (B, *event) in [-1, 1] with their conditions."""
+    device = model.device
     parts = []
     for rows in torch.arange(len(y)).split(_ROWS_AT_ONCE):
-        some, pictures = None if cond is None else cond[rows].to(device), y[rows].to(device)
-        if of_model is not None:
-            parts.append(of_model(pictures, cond=some, index=rows.to(device)).cpu().double())
-        else:
-            nats = model.log_prob(pictures, cond=some).cpu().double()
-            parts.append(-nats / (math.prod(y.shape[1:]) * math.log(2)))
+        some, images = None if cond is None else cond[rows].to(device), y[rows].to(device)
+        bits = model.bits_per_dimension(images, cond=some, index=rows.to(device))
+        parts.append(bits.cpu().double())
     return torch.cat(parts)
 
 
 def check_rows(rows: int, held_out: Dataset) -> None:
-    """ValueError unless there are so many held-out pictures, and at least 2 asked for."""
+    """ValueError unless there are so many held-out images, and at least 2 asked for."""
     if not 2 <= rows <= len(held_out):
         raise ValueError(f"rows must be from 2 to {len(held_out)}, got {rows}")
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     held_out: Dataset,
     *,
     rows: int = 200,
@@ -70,17 +67,17 @@ def evaluate(
     samples: Tensor | None = None,
     **solver: Any,
 ) -> list[Measure]:
-    """What can be measured of a model on the first `rows` held-out pictures, and on its samples.
+    """What can be measured of a model on the first `rows` held-out images, and on its samples.
 
-    Of a model with likelihoods: bits per dimension of the real pictures; the same given the
-    condition of another picture, which must be more if the condition is used; of samples of the
+    Of a model with likelihoods: bits per dimension of the real images; the same given the
+    condition of another image, which must be more if the condition is used; of samples of the
     model with these conditions, and of samples that were drawn with another's; and with weights
     of 8 bits, where it has them. Of a model of the shipped classes: class accuracy. Of one without
-    likelihoods that makes pictures of pictures: how far they are from the real ones, |y - y'| with
-    values in [-1, 1], and those made of another picture's condition.
+    likelihoods that makes images of images: how far they are from the real ones, |y - y'| with
+    values in [-1, 1], and those made of another image's condition.
 
     solver: options of `sample`. say: is told what is being done. samples: of this model for these
-    pictures' conditions, (rows, *event), if they were drawn before.
+    images' conditions, (rows, *event), if they were drawn before.
 
     Raises:
         ValueError: rows does not fit, or nothing here can be measured of this model.
@@ -90,7 +87,7 @@ def evaluate(
         check_shape("samples", samples, (rows, *held_out.event_shape))
     batch = held_out.batch(torch.arange(rows))
     y, cond = batch["y"], batch["cond"]
-    device = next(model.parameters()).device
+    device = model.device
 
     def draw(cond: Tensor | None) -> Tensor:
         n = rows if cond is None else None
@@ -102,7 +99,7 @@ def evaluate(
         return draw(cond) if samples is None else samples
 
     found = []
-    say("likelihoods of real pictures")
+    say("likelihoods of real images")
     with contextlib.suppress(NotImplementedError):  # of a family that has no exact log_prob
         found += _likelihoods(model, y, cond, own, draw, say)
     if held_out.cond_kind == "class" and held_out.name == "class_to_image":
@@ -110,7 +107,7 @@ def evaluate(
         assert cond is not None
         accuracy = class_accuracy(own(), cond)
         found.append(Measure("share of samples in the asked class", accuracy, None, rows))
-        found.append(Measure("... of real pictures", held_out_accuracy(), None, len(held_out)))
+        found.append(Measure("... of real images", held_out_accuracy(), None, len(held_out)))
     if not found and held_out.cond_kind == "image" and held_out.paired:
         say("distances of samples")
         assert cond is not None
@@ -119,14 +116,14 @@ def evaluate(
             found.append(mean_measure(name, (drawn - y).abs().flatten(1).mean(1)))
     if not found:
         raise ValueError(
-            "model must have likelihoods, make pictures of pictures, or draw the classes of "
+            "model must have likelihoods, make images of images, or draw the classes of "
             "class_to_image"
         )
     return found
 
 
 def _likelihoods(
-    model: Any,
+    model: Model,
     y: Tensor,
     cond: Tensor | None,
     own: Callable[[], Tensor],
@@ -136,10 +133,10 @@ def _likelihoods(
     real = bits_per_dimension(model, y, cond)
     found = [mean_measure("bits per dimension, held out", real)]
     if cond is not None:
-        other = cond.roll(1, 0)  # no picture keeps its own
+        other = cond.roll(1, 0)  # no image keeps its own
         swapped = bits_per_dimension(model, y, other)
         found.append(mean_measure("... given another's condition", swapped))
-    if hasattr(model, "int8"):
+    if model.has_int8:
         say("likelihoods with weights of 8 bits")
         rounded = bits_per_dimension(model.int8(), y, cond)
         found.append(mean_measure("... with weights of 8 bits", rounded))

@@ -1,19 +1,19 @@
-"""How samples compare with real pictures: measures of feature matrices, in float64 on the CPU.
+"""How samples compare with real images: measures of feature matrices, in float64 on the CPU.
 
 frechet_distance   |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)      copies win it
 kernel_distance    unbiased squared MMD, kernel (x . y / d + 1)^3
-InceptionScore     exp(mean KL(p(class | x) || p(class)))                knows no real picture
+InceptionScore     exp(mean KL(p(class | x) || p(class)))                knows no real image
 PrecisionRecall    precision, recall, density, coverage: balls around neighbors
-Memorization       are samples closer to the training pictures than unseen pictures are?
+Memorization       are samples closer to the training images than unseen images are?
 Birthday           1 / sum p^2 of what is drawn, from the duplicates among draws
 best_of_n          smallest of the first n distances to the real y, for each condition
 diversity          mean distance of two draws for one condition
 
-Features are rows (N, d); no measure makes them. Each has a blind side: training pictures returned
-as samples have a perfect Frechet distance, noise may have a good precision, one good picture a
-density above 1. They are to be read together, and beside the same measure of real pictures that
+Features are rows (N, d); no measure makes them. Each has a blind side: training images returned
+as samples have a perfect Frechet distance, noise may have a good precision, one good image a
+density above 1. They are to be read together, and beside the same measure of real images that
 were kept from training, at the same number of rows: the Frechet distance of two sets of real
-pictures is not 0, but falls like 1 / N.
+images is not 0, but falls like 1 / N.
 
 Samples come in parts, any number of them: `add` them one part after another. The result depends on
 the rows and their order, not on the parts, and memory does not grow with the rows. What measures
@@ -202,8 +202,8 @@ class InceptionScore:
 
     The probabilities come from any classifier; the score is between 1 and the number of classes.
     Of each `splits` rows that follow one another each split gets one, by Philox: splits are equal,
-    and an order of the rows (by class, say) does no harm. The score sees no real picture, and is
-    as high for copies or a hundred pictures repeated as for real ones.
+    and an order of the rows (by class, say) does no harm. The score sees no real image, and is
+    as high for copies or a hundred images repeated as for real ones.
     """
 
     def __init__(self, splits: int = 10, seed: int = 0) -> None:
@@ -261,7 +261,7 @@ class PrecisionRecall:
 
     Precision and recall with k = 3 and <=; density and coverage with k = 5 and <, as their sources
     have them. A row is not its own neighbor. Compare as many real rows as samples: all four depend
-    on both numbers. Noise or one picture may have a high precision and density; their recall and
+    on both numbers. Noise or one image may have a high precision and density; their recall and
     coverage are near 0.
 
     held: recall is of so many samples at most, a random choice. The others are of all samples.
@@ -337,9 +337,9 @@ class Memorization:
                           that has learned their distribution
 
     Of unseen rows z is a standard normal and `close` 0.01; of a model that returns training
-    pictures z is far below -10, and `close` near 1. Without a correction for ties |z| is a little
-    too small where copies are exact. A z below 0 alone is no proof: pictures that are smoother than
-    real ones are close to all pictures. Of them `nearer_training` is as expected, of copies it is
+    images z is far below -10, and `close` near 1. Without a correction for ties |z| is a little
+    too small where copies are exact. A z below 0 alone is no proof: images that are smoother than
+    real ones are close to all images. Of them `nearer_training` is as expected, of copies it is
     near 1. It means nothing of samples that were made from the unseen rows' own conditions, and
     are near them for that reason.
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape
 from cgkernels.random import (
     STREAM_CONDITION_DROPOUT,
     STREAM_INITIAL,
@@ -25,24 +24,15 @@ from cgkernels.random import (
     uniform,
 )
 from cgkernels.samplers import make_schedule, make_table, x0_coefficients
-from cgm.model import Model, numbered, solver_options
+from cgm.model import Draws, GuidedConfig, Model, Step, check_not_negative, check_positive
 from cgm.networks.unet import KeysValues, UNet
 from cgm.sampling.cuda_graph import captured
 
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(GuidedConfig):
     """What is generated from what, the network, and what it learns."""
-
-    # Shape (C, H, W) of what is generated.
-    event_shape: tuple[int, int, int] = (1, 28, 28)
-    # Kind of condition.
-    cond_kind: Literal["none", "class", "image", "tokens"] = "none"
-    # Number of classes, or of different tokens.
-    num_classes: int = 0
-    # Shape of one condition: (C, H, W) of a picture, (M,) of tokens, else ().
-    cond_shape: tuple[int, ...] = ()
 
     # Width of the U-Net at full resolution.
     channels: int = 32
@@ -71,15 +61,11 @@ class DiffusionConfig:
     learned_variance: bool = False
     # Weight of the variational bound, from which the variance is learned.
     bound_weight: float = 0.001
-    # Share of training examples whose condition is dropped, so that guidance has its other half.
-    cond_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if len(self.event_shape) != 3 or min(self.event_shape) < 1:
-            raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
-        for name in ("channels", "blocks", "heads", "patch", "timesteps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, "channels", "blocks", "heads", "patch", "timesteps")
+        check_not_negative(self, "bound_weight")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be positive, got {self.multipliers}")
         if not 0 <= self.attention_levels <= len(self.multipliers):
@@ -91,17 +77,6 @@ class DiffusionConfig:
             raise ValueError(
                 f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
             )
-        if self.cond_kind in ("class", "tokens") and self.num_classes < 1:
-            raise ValueError(f"num_classes must be positive for {self.cond_kind} conditions")
-        if self.cond_kind == "image" and self.cond_shape[1:] != self.event_shape[1:]:
-            raise ValueError(
-                f"cond_shape must have the height and width of event_shape {self.event_shape}, "
-                f"got {self.cond_shape}: a condition picture is concatenated to the input"
-            )
-        if self.cond_kind == "tokens" and len(self.cond_shape) != 1:
-            raise ValueError(f"cond_shape must be (M,) for tokens, got {self.cond_shape}")
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
         if self.prediction == "epsilon" and self.zero_terminal_snr:
             raise ValueError("prediction must be x0 or v with zero_terminal_snr, got epsilon")
 
@@ -126,6 +101,10 @@ class SamplingConfig:
     clip: bool = True
     # On a GPU, replay one captured step instead of launching every kernel.
     graph: bool = True
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -168,29 +147,14 @@ class ConditionalDiffusion(Model):
             self.register_buffer("bound_table", bound, persistent=False)
 
     # Loss -----------------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """Denoising loss of each example at one random timestep.
 
-        y is (B, C, H, W) in [-1, 1]; noise, timestep and condition dropout of an example depend on
-        (seed, index) only. Returns {"total": (B,), "denoising": (B,)}, with a learned variance also
-        "bound", in bits per dimension.
+        Noise, timestep and condition dropout are random. Returns {"total", "denoising"}, with a
+        learned variance also "bound", in bits per dimension.
         """
-        self.check_phase(phase)
-        config = self.config
-        check_shape("y", y, (y.shape[0], *config.event_shape))
-        rows = y.shape[0]
-        self.check_cond(cond, rows, self._highest())
-        if index is None:
-            index = torch.arange(rows, device=y.device)
-        draws: dict[str, Any] = {"seed": seed, "index": index}
+        config, rows = self.config, len(y)
+        draws: dict[str, Any] = {"seed": step.seed, "index": step.index}
         u = uniform((rows,), step=1, stream=STREAM_TRAINING, dtype=torch.float32, **draws)
         t = (u * config.timesteps).long()
         noise: dict[str, Any] = {
@@ -237,45 +201,12 @@ class ConditionalDiffusion(Model):
         return terms.flatten(1).mean(1) / math.log(2)
 
     # Sampling -------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Samples of p(y | cond), in [-1, 1].
+    def _guidance(self, options: SamplingConfig) -> float:
+        return options.guidance
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids, (B, C, H, W) pictures or (B, M) tokens; None for a model without
-                condition, or for p(y) where training dropped conditions.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            solver: fields of `SamplingConfig`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
-        """
-        options = solver_options(SamplingConfig, solver)
-        if not math.isfinite(options.guidance):
-            raise ValueError(f"guidance must be finite, got {options.guidance}")
-        config, device = self.config, self.noise_table.device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, self._highest(), options.guidance)
-        elements = (*shape, *config.event_shape)
-        if index.numel() == 0:
-            return torch.empty(elements, device=device)
-        run = _Run(self, cond, index, as_seed(seed, device)[0], options)
-        return run.solve().reshape(elements)
+    def _draw(self, draws: Draws, options: SamplingConfig) -> Tensor:
+        """In [-1, 1]."""
+        return _Run(self, draws, options).solve()
 
     # Conditions -----------------------------------------------------------------------------------
     def _null_cond(self, rows: int) -> Tensor | None:
@@ -299,7 +230,7 @@ class ConditionalDiffusion(Model):
             return None, cond, None
         return None, None, self.unet.token_context(cond)
 
-    def _highest(self) -> int:
+    def _highest_id(self) -> int:
         return self.config.num_classes - (self.config.cond_kind == "class")  # tokens may be padded
 
 
@@ -310,14 +241,8 @@ class _Run:
     conditional; of its channels the first are the state, the rest a condition picture that stays.
     """
 
-    def __init__(
-        self,
-        model: ConditionalDiffusion,
-        cond: Tensor | None,
-        index: Tensor,
-        seed: Tensor,
-        options: SamplingConfig,
-    ) -> None:
+    def __init__(self, model: ConditionalDiffusion, draws: Draws, options: SamplingConfig) -> None:
+        cond, index = draws.cond, draws.index
         config, device, rows = model.config, index.device, index.shape[0]
         learned = config.learned_variance and options.sampler == "ddpm"
         plan = make_table(
@@ -337,7 +262,7 @@ class _Run:
         dtype = torch.float64 if model.noise_table.dtype == torch.float64 else torch.float32
         self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
         self.index = index
-        self.seed = seed
+        self.seed = draws.seed
         self.table = plan.table.to(device, dtype)
         self.noise_seed = self.seed if plan.stochastic else None
         self.initial_scale = plan.initial_scale
@@ -345,7 +270,7 @@ class _Run:
 
         # Everything that does not change from step to step is made here, in one batch.
         self.time = self.unet.time_film(plan.timesteps.to(device))
-        batch = model._null_cond(rows) if cond is None else cond.to(device)
+        batch = model._null_cond(rows) if cond is None else cond
         conditions = 0 if batch is None else batch.shape[0]
         order = torch.arange(rows, device=device) % max(1, conditions)  # one condition, many draws
         null = model._null_cond(conditions)

@@ -26,18 +26,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape
+from cgkernels.checks import check_shape
 from cgkernels.library import using_reference
 from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, uniform
-from cgm.model import Model, PictureConfig, numbered, solver_options
-from cgm.networks.layers import ActNorm, check_positive
+from cgm.model import (
+    Density,
+    Draws,
+    ImageConfig,
+    Model,
+    Step,
+    check_not_negative,
+    check_positive,
+)
+from cgm.networks.layers import ActNorm
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 from cgm.sampling.cuda_graph import captured
 
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class FlowConfig(PictureConfig):
+class FlowConfig(ImageConfig):
     """What is generated from what, the levels and their networks, and what is done to the data."""
 
     # Steps of each level, the finest first; a level halves the sides where both are even.
@@ -68,8 +76,7 @@ class FlowConfig(PictureConfig):
             raise ValueError(f"limit must be above 0 and at most 80, got {self.limit}")
         if self.values and not 2 <= self.values <= 65536:
             raise ValueError(f"values must be 0 or from 2 to 65536, got {self.values}")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise must not be negative, got {self.noise}")
+        check_not_negative(self, "noise")
         if self.noise and self.values:
             raise ValueError(
                 f"noise is for real numbers, values 0: those of pictures have noise of their own, "
@@ -86,6 +93,9 @@ class FlowSampling:
     # On a GPU, replay a captured call instead of launching every kernel; one is kept for the last
     # number of samples.
     graph: bool = True
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "temperature")
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -282,22 +292,17 @@ class ConditionalFlow(Model):
                 module.network.compile(mode=mode, dynamic=False)
 
     # Likelihood -----------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Minus the logarithm of the likelihood of y (B, C, H, W) in [-1, 1], with its noise.
+    @property
+    def density(self) -> Density:
+        return "bound" if self.config.values else "exact"
 
-        Returns {"total": (B,) nats per dimension, "bits": (B,) bits per dimension}: bounds of those
-        of the picture, or, of real numbers, those of the density of y with its noise.
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
+        """Minus the logarithm of the likelihood of y with its noise.
+
+        Returns {"total": nats per dimension, "bits": bits per dimension}: bounds of those of the
+        image, or, of real numbers, those of the density of y with its noise.
         """
-        self.check_phase(phase)
-        total = -self._noisy_log_prob(y, cond, seed, index) / self.dimensions
+        total = -self._noisy_log_prob(y, cond, step.seed, step.index) / self.dimensions
         return {"total": total, "bits": total / math.log(2)}
 
     @torch.no_grad()
@@ -307,8 +312,8 @@ class ConditionalFlow(Model):
         It is a density over [-1, 1], in the units of y, of what pictures become with their noise,
         and no probability; `elbo` bounds that of a picture.
         """
-        self._check(y, cond)
-        return self._log_density(y, cond)
+        self.check_inputs(y, cond)
+        return self._density_at(y, cond)
 
     @torch.no_grad()
     def elbo(
@@ -325,6 +330,7 @@ class ConditionalFlow(Model):
         """
         if not self.config.values:
             raise NotImplementedError("a flow of real numbers has a density: see log_prob")
+        self.check_inputs(y, cond)
         return self._noisy_log_prob(y, cond, seed, index)
 
     def bits_per_dimension(
@@ -346,7 +352,6 @@ class ConditionalFlow(Model):
         self, y: Tensor, cond: Tensor | None, seed: int | Tensor, index: Tensor | None
     ) -> Tensor:
         """Of y with its noise: the bound of a picture, the density of real numbers."""
-        self._check(y, cond)
         config = self.config
         draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
         constant = 0.0
@@ -358,9 +363,9 @@ class ConditionalFlow(Model):
         elif config.noise:
             z = cgkernels.philox_normal(tuple(y.shape), dtype=y.dtype, device=y.device, **draws)
             y = y + config.noise * z
-        return self._log_density(y, cond) - constant
+        return self._density_at(y, cond) - constant
 
-    def _log_density(self, y: Tensor, cond: Tensor | None) -> Tensor:
+    def _density_at(self, y: Tensor, cond: Tensor | None) -> Tensor:
         z, logdet = self._encode(y, self._planes(cond, len(y)))
         return logdet - (z.square().sum(1) + self.dimensions * math.log(2 * math.pi)) / 2
 
@@ -368,14 +373,14 @@ class ConditionalFlow(Model):
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The latent numbers z (B, C H W) of y (B, C, H, W), and log |det dz/dy| (B,)."""
-        self._check(y, cond)
+        self.check_inputs(y, cond)
         return self._encode(y, self._planes(cond, len(y)))
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """The y (B, C, H, W) that has these latent numbers, (B, C H W)."""
         check_shape("z", z, (len(z), self.dimensions))
-        self.check_cond(cond, len(z), self.config.num_classes - 1)
+        self.check_cond(cond, len(z))
         return self._decode(z, self._planes(cond, len(z)))
 
     def _encode(self, y: Tensor, planes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -407,56 +412,16 @@ class ConditionalFlow(Model):
     def _levels(self) -> list[Level]:
         return cast(list[Level], list(self.levels))
 
-    def _check(self, y: Tensor, cond: Tensor | None) -> None:
-        check_shape("y", y, (len(y), *self.config.event_shape))
-        if not y.is_floating_point():
-            raise TypeError(f"y must be floating, got {y.dtype}")
-        self.check_cond(cond, len(y), self.config.num_classes - 1)
-
     # Sampling -------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Samples of p(y | cond), of pictures within [-1, 1] and with their noise.
+    def _draw(self, draws: Draws, options: FlowSampling) -> Tensor:
+        """Of images within [-1, 1]; of real numbers with their noise."""
+        temperature = torch.full((), options.temperature, dtype=self.dtype, device=self.device)
+        inputs = [draws.seed, draws.index, temperature]
+        inputs += [] if draws.cond is None else [draws.cond]
+        replaying = options.graph and self.device.type == "cuda"
+        return (self._replay if replaying else self._generate)(*inputs)
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids or (B, C, H, W) pictures; None for a model without condition.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            solver: fields of `FlowSampling`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
-        """
-        options = solver_options(FlowSampling, solver)
-        if not 0 <= options.temperature < math.inf:
-            raise ValueError(f"temperature must not be negative, got {options.temperature}")
-        config, device = self.config, next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=device)
-        dtype = next(self.parameters()).dtype
-        temperature = torch.full((), float(options.temperature), dtype=dtype, device=device)
-        inputs = [as_seed(seed, device)[0], index, temperature]
-        inputs += [] if cond is None else [cond.to(device)]
-        draw = self._replayed if options.graph and device.type == "cuda" else self._draw
-        return draw(*inputs).view(*shape, *config.event_shape)
-
-    def _draw(
+    def _generate(
         self, seed: Tensor, index: Tensor, temperature: Tensor, cond: Tensor | None = None
     ) -> Tensor:
         """A sample for each index: those of one draw stand together, in the order of cond."""
@@ -469,8 +434,8 @@ class ConditionalFlow(Model):
         y = self._decode(z, [p.repeat(len(index) // rows, 1, 1, 1) for p in planes])
         return y.clamp(-1, 1) if self.config.values else y
 
-    def _replayed(self, *inputs: Tensor) -> Tensor:
-        """`_draw` as a CUDA graph, kept for calls of the same sizes on the same weights."""
+    def _replay(self, *inputs: Tensor) -> Tensor:
+        """`_generate` as a CUDA graph, kept for calls of the same sizes on the same weights."""
         key = (
             [(t.shape, t.dtype) for t in inputs],
             [t.data_ptr() for t in (*self.parameters(), *self.buffers())],
@@ -484,14 +449,14 @@ class ConditionalFlow(Model):
 
 
 class _Graph:
-    """One captured `_draw`, on tensors of its own."""
+    """One captured `_generate`, on tensors of its own."""
 
     def __init__(self, model: ConditionalFlow, key: Any, inputs: tuple[Tensor, ...]) -> None:
         self.key, self.inputs = key, [t.clone() for t in inputs]
         self.out = inputs[2].new_empty(len(inputs[1]), *model.config.event_shape)
 
         def draw() -> None:
-            self.out.copy_(model._draw(*self.inputs))
+            self.out.copy_(model._generate(*self.inputs))
 
         self.replay = captured(draw)
 

@@ -19,28 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgkernels.checks import as_seed, check_shape
 from cgkernels.random import STREAM_LATENTS, normal
 from cgm.families.gan_losses import (
     IMAGE_TO_IMAGE_TRAINING,
-    LOSSES,
     AdversarialModel,
     ImageToImageConfig,
     Loss,
     channels_last,
-    check_weights,
     discriminator_loss,
     image_generator,
-    once,
     row_loss,
 )
-from cgm.model import PictureConfig, numbered, solver_options
-from cgm.networks.layers import check_choice, check_positive
-from cgm.networks.patch_discriminator import (
-    PATCHES,
-    PatchDiscriminator,
-    PatchDiscriminatorConfig,
-)
+from cgm.model import Draws, ImageConfig, Step, check_not_negative, check_positive
+from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 
 
@@ -59,7 +50,7 @@ class Pix2PixConfig(ImageToImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "l1_weight", "r1_weight")
+        check_not_negative(self, "l1_weight", "r1_weight")
         if self.r1_weight and self.norm == "batch":
             raise ValueError("norm must not be batch with r1_weight: rows would depend on another")
 
@@ -96,78 +87,43 @@ class Pix2Pix(AdversarialModel):
         )
         channels_last(self)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "discriminator",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-        shared: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """The objective of a phase, of each row.
 
-        y and cond are pictures (B, C, H, W) in [-1, 1]; the dropout depends on (seed, index).
-        Returns {"total", "real", "fake"} of the discriminator, with a penalty also "r1"; and
-        {"total", "adversarial", "l1"} of the generator.
+        The dropout is random. Returns {"total", "real", "fake"} of the discriminator, with a
+        penalty also "r1"; and {"total", "adversarial", "l1"} of the generator.
         """
-        self.check_phase(phase)
-        check_shape("y", y, (y.shape[0], *self.config.event_shape))
-        self.check_cond(cond, y.shape[0], 0)
-        assert cond is not None  # check_cond wants one
+        assert cond is not None  # it was checked
         cond, y = (t.contiguous(memory_format=torch.channels_last) for t in (cond, y))
         config = self.config
 
         def draw() -> Tensor:
-            return self.generator(cond, seed=seed if config.dropout else None, index=index)
+            seed = step.seed if config.dropout else None
+            return self.generator(cond, seed=seed, index=step.index)
 
-        fake = once("fake", draw, shared)
-        if phase == "generator":
+        fake = step.draw_once("fake", draw)
+        if step.phase == "generator":
             adversarial = row_loss(self.discriminator, cond, fake, config.loss, "generator")
             l1 = (fake - y).abs().flatten(1).mean(1)
             total = adversarial + config.l1_weight * l1
             return {"total": total, "adversarial": adversarial, "l1": l1}
         return discriminator_loss(self.discriminator, cond, y, fake, config.loss, config.r1_weight)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Pictures (B, C, H, W) in (-1, 1) of conditions (B, C', H, W); (n, B, C, H, W) of n draws.
+    def _draw(self, draws: Draws, options: Pix2PixSampling) -> Tensor:
+        """In (-1, 1).
 
-        index: (B,) int64 numbers of the conditions, default 0 .. B - 1. solver: fields of
-        `Pix2PixSampling`. Call it on a model in evaluation mode: batch norm in training mode looks
-        at the whole batch.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        Of a model in evaluation mode: batch norm in training mode looks at the whole batch.
         """
-        options = solver_options(Pix2PixSampling, solver)
-        device = next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_cond(cond, rows, 0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *self.config.event_shape), device=device)
-        noisy = options.dropout and self.config.dropout
-        cond = cond.contiguous(memory_format=torch.channels_last)
-        if noisy:
-            cond = cond.repeat(len(index) // rows, 1, 1, 1)
-            y = self.generator(cond, seed=as_seed(seed, device)[0], index=index)
-        else:  # all draws are one
-            y = self.generator(cond).repeat(len(index) // rows, 1, 1, 1)
-        return y.contiguous().view(*shape, *self.config.event_shape)
+        assert draws.cond is not None  # it was checked
+        cond = draws.cond.contiguous(memory_format=torch.channels_last)
+        if options.dropout and self.config.dropout:
+            return self.generator(draws.repeat(cond), seed=draws.seed, index=draws.index)
+        return draws.repeat(self.generator(cond))  # all draws are one
 
 
 # With latent vectors ------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class GANConfig(PictureConfig):
+class GANConfig(ImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
     # Numbers of the latent vector z.
@@ -188,9 +144,7 @@ class GANConfig(PictureConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "latents", "width", "levels", "discriminator_width")
-        check_choice(self, "patch", tuple(PATCHES))
-        check_choice(self, "loss", LOSSES)
-        check_weights(self, "r1_weight")
+        check_not_negative(self, "r1_weight")
 
 
 @dataclass(frozen=True)
@@ -199,6 +153,9 @@ class GANSampling:
 
     # Factor of the latent vector; less than 1 is nearer to the usual picture, and less varied.
     truncation: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "truncation")
 
 
 class LatentGenerator(nn.Module):
@@ -281,68 +238,28 @@ class ConditionalGAN(AdversarialModel):
         )
         channels_last(self)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "discriminator",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-        shared: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """The objective of a phase, of each row.
 
-        y is (B, C, H, W) in [-1, 1]; the latent vectors depend on (seed, index) only. Returns
-        {"total", "real", "fake"} of the discriminator, with a penalty also "r1"; {"total"} of the
-        generator.
+        The latent vectors are random. Returns {"total", "real", "fake"} of the discriminator, with
+        a penalty also "r1"; {"total"} of the generator.
         """
-        self.check_phase(phase)
-        config, rows = self.config, y.shape[0]
-        check_shape("y", y, (rows, *config.event_shape))
-        self.check_cond(cond, rows, config.num_classes - 1)
+        config = self.config
         y = y.contiguous(memory_format=torch.channels_last)
-        index = torch.arange(rows, device=y.device) if index is None else index
         planes = self._planes(cond)
-        fake = once("fake", lambda: self._draw(cond, seed, index, 1.0), shared)
-        if phase == "generator":
+        fake = step.draw_once("fake", lambda: self._generate(cond, step.seed, step.index, 1.0))
+        if step.phase == "generator":
             return {"total": row_loss(self.discriminator, planes, fake, config.loss, "generator")}
         return discriminator_loss(
             self.discriminator, planes, y, fake, config.loss, config.r1_weight
         )
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Pictures in (-1, 1): (B, C, H, W) of cond; (n, B, C, H, W); (n, C, H, W) of none.
+    def _draw(self, draws: Draws, options: GANSampling) -> Tensor:
+        """In (-1, 1)."""
+        cond = None if draws.cond is None else draws.repeat(draws.cond)
+        return self._generate(cond, draws.seed, draws.index, options.truncation)
 
-        index: (B,) int64 numbers of the conditions, default 0 .. B - 1; without cond of the draws.
-        solver: fields of `GANSampling`.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
-        """
-        options = solver_options(GANSampling, solver)
-        if not 0 <= options.truncation < float("inf"):
-            raise ValueError(f"truncation must not be negative, got {options.truncation}")
-        config, device = self.config, next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=device)
-        if cond is not None:
-            cond = cond.repeat(len(index) // rows, *[1] * (cond.dim() - 1))
-        y = self._draw(cond, as_seed(seed, device)[0], index, options.truncation)
-        return y.contiguous().view(*shape, *config.event_shape)
-
-    def _draw(
+    def _generate(
         self, cond: Tensor | None, seed: int | Tensor, index: Tensor, truncation: float
     ) -> Tensor:
         config = self.config

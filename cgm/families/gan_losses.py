@@ -12,13 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cgkernels.random import STREAM_POOL, uniform
-from cgm.model import Model
-from cgm.networks.layers import check_choice, check_positive
-from cgm.networks.patch_discriminator import PATCHES
+from cgm.model import ImageConfig, Model, check_positive
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
 from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 
-LOSSES = ("lsgan", "vanilla", "hinge", "nonsaturating", "wgan")
 Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
 Target = Literal["real", "fake", "generator"]
 
@@ -31,15 +28,15 @@ IMAGE_TO_IMAGE_TRAINING: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class ImageToImageConfig:
+class ImageToImageConfig(ImageConfig):
     """What models from pictures to pictures share: what is made of what, and the networks."""
 
     # Shape (C, H, W) of what is generated.
     event_shape: tuple[int, int, int] = (3, 256, 256)
+    # Kind of condition: images.
+    cond_kind: Literal["image"] = "image"
     # Shape (C, H, W) of one condition, with the sides of event_shape.
     cond_shape: tuple[int, int, int] = (3, 256, 256)
-    # Kind of condition: pictures.
-    cond_kind: Literal["image"] = "image"
 
     # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
     generator: Literal["unet", "resnet"] = "unet"
@@ -58,35 +55,17 @@ class ImageToImageConfig:
     loss: Loss = "vanilla"
 
     def __post_init__(self) -> None:
-        for name in ("event_shape", "cond_shape"):
-            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be (C, H, W), got {getattr(self, name)}")
-        if self.cond_kind != "image":
-            raise ValueError(f"cond_kind must be image: from pictures, got {self.cond_kind!r}")
-        sides = self.event_shape[1:]
-        if sides != self.cond_shape[1:]:
-            raise ValueError(
-                f"cond_shape must have the sides of event_shape {self.event_shape}, "
-                f"got {self.cond_shape}"
-            )
-        check_choice(self, "generator", ("unet", "resnet"))
-        check_choice(self, "norm", ("batch", "instance", "none"))
-        check_choice(self, "patch", tuple(PATCHES))
-        check_choice(self, "loss", LOSSES)
+        super().__post_init__()
         check_positive(self, "width", "discriminator_width")
         if self.depth < 0:
             raise ValueError(f"depth must not be negative, got {self.depth}")
+        sides = self.event_shape[1:]
         unit = 2 ** max(self.depth, 2) if self.generator == "unet" else 4
         if any(side % unit for side in sides):
             raise ValueError(
                 f"event_shape must have sides that are multiples of {unit} for this generator and "
                 f"depth, got {self.event_shape}"
             )
-
-    @property
-    def cond_dropout(self) -> float:
-        """Share of conditions dropped in training: none."""
-        return 0.0
 
 
 class AdversarialModel(Model):
@@ -131,16 +110,9 @@ def _pair(x: Tensor | None, y: Tensor) -> tuple[Tensor, ...]:
     return (y,) if x is None else (x, y)
 
 
-def once(name: str, draw: Callable[[], Tensor], shared: dict[str, Tensor] | None) -> Tensor:
-    """What the phases of one step draw in common; without `shared` each draws for itself."""
-    if shared is None:
-        return draw()
-    if name not in shared:
-        shared[name] = draw()
-    return shared[name]
-
-
-def image_generator(config: Any, channels: int, out: int, *, dropout: bool) -> nn.Module:
+def image_generator(
+    config: ImageToImageConfig, channels: int, out: int, *, dropout: bool
+) -> nn.Module:
     """The network from pictures of so many channels to pictures that a config asks for."""
     kind: dict[str, Any] = {"width": config.width, "norm": config.norm}
     depth = config.depth or _usual_depth(config)
@@ -151,7 +123,7 @@ def image_generator(config: Any, channels: int, out: int, *, dropout: bool) -> n
     return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=depth, **kind))
 
 
-def _usual_depth(config: Any) -> int:
+def _usual_depth(config: ImageToImageConfig) -> int:
     """Levels of a U-Net: as many as the sides allow, 8 at most; or residual blocks as published."""
     sides = config.event_shape[1:]
     if config.generator == "unet":
@@ -162,13 +134,6 @@ def _usual_depth(config: Any) -> int:
 def channels_last(model: nn.Module) -> None:
     """Convolutions in the format in which they, and the norms between them, are fastest."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def check_weights(config: object, *names: str) -> None:
-    """ValueError unless these fields of a config are finite and not negative."""
-    for name in names:
-        if not 0 <= getattr(config, name) < float("inf"):
-            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}")
 
 
 # Penalties ----------------------------------------------------------------------------------------

@@ -285,16 +285,3 @@ def check_picture(name: str, x: Tensor, channels: int | None, least: int = 1) ->
             f"{name} must have shape (B, {channels or 'C'}, H, W) with H and W of at least "
             f"{least}, got {tuple(x.shape)}"
         )
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Raise unless these fields of a config are at least 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
-
-
-def check_choice(config: object, name: str, choices: tuple[object, ...]) -> None:
-    """Raise unless this field of a config is one of the choices."""
-    if (value := getattr(config, name)) not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
+from cgm.model import check_choices, check_positive
 from cgm.networks.layers import (
     before_norm,
-    check_choice,
     check_picture,
-    check_positive,
     folded,
     has_bias,
     init_normal,
@@ -55,8 +54,7 @@ class PatchDiscriminatorConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "in_channels", "width")
-        check_choice(self, "patch", tuple(PATCHES))
-        check_choice(self, "norm", ("batch", "instance", "none", "actnorm"))
+        check_choices(self)
 
 
 class PatchDiscriminator(nn.Module):

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgm.model import PictureConfig
-from cgm.networks.layers import check_positive
+from cgm.model import ImageConfig, check_positive
 from cgm.networks.unet import ResidualBlock, group_norm, zeroed
 
 
 @dataclass(frozen=True)
-class ResidualConfig(PictureConfig):
+class ResidualConfig(ImageConfig):
     """What is generated from what, and the size of the networks."""
 
     # Channels of the networks at full resolution, twice as many at each level below.
@@ -49,7 +48,7 @@ class ConditionPlanes(nn.Module):
 
     LEARNED = 4  # planes of a class, and of none
 
-    def __init__(self, config: PictureConfig) -> None:
+    def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         self.planes = config.cond_shape[0] if config.cond_kind == "image" else self.LEARNED
         self.learned = None

@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cgm.model import check_choices, check_positive
 from cgm.networks.layers import (
     before_norm,
-    check_choice,
     check_picture,
-    check_positive,
     dropout,
     has_bias,
     init_normal,
@@ -51,7 +50,7 @@ class ResnetGeneratorConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "in_channels", "out_channels", "blocks", "width")
-        check_choice(self, "norm", ("batch", "instance", "none"))
+        check_choices(self)
 
 
 class ResnetBlock(nn.Module):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
+from cgm.model import check_choices, check_positive
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (positions, D / 2)
 _ROWS = 64  # of one launch of norm_linear
@@ -63,9 +64,8 @@ class TransformerConfig:
     tied: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "length", "layers", "width", "heads", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_choices(self)
+        check_positive(self, "vocabulary", "length", "layers", "width", "heads", "hidden")
         if self.width % self.heads:
             raise ValueError(f"heads must divide width {self.width}, got {self.heads}")
         if self.kv_heads < 0 or self.heads % max(1, self.kv_heads):

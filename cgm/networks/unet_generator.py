@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cgm.model import check_choices, check_positive
 from cgm.networks.layers import (
     before_norm,
-    check_choice,
     check_picture,
-    check_positive,
     dropout,
     has_bias,
     init_normal,
@@ -60,7 +59,7 @@ class UNetGeneratorConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "in_channels", "out_channels", "width")
-        check_choice(self, "norm", ("batch", "instance", "none"))
+        check_choices(self)
         if self.downs < 2:
             raise ValueError(f"downs must be at least 2, got {self.downs}")
         if self.dropout and self.downs < 6:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cgkernels
 from cgkernels.checks import as_seed, readable
-from cgm.model import numbered, solver_options
+from cgm.model import number_samples, solver_options
 from cgm.networks.transformer import Rope, Transformer, fused_linear
 from cgm.sampling.cuda_graph import captured
 
@@ -216,13 +216,13 @@ def generate(
     most = c.length - prompt.shape[1]
     if not 0 < length <= most:
         raise ValueError(f"length must be from 1 to {most} after this prompt, got {length}")
-    rows, shape, index = numbered(n, prompt, index, prompt.device)
+    shape, index = number_samples(n, len(prompt), index, prompt.device)
     if index.numel() == 0:
         return torch.empty((*shape, length), dtype=torch.int64, device=prompt.device)
     rope = None
     if c.positions == "rotary":
         places = torch.arange(prompt.shape[1] + length - 1, device=prompt.device)
         rope = network.rope_table(places)
-    order = torch.arange(len(index), device=prompt.device) % rows
+    order = torch.arange(len(index), device=prompt.device) % len(prompt)
     run = Decoder(network, prompt, order, length, options, seed=seed, index=index, rope=rope)
     return run.run().view(*shape, length)

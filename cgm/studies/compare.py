@@ -34,11 +34,11 @@ from cgm.evaluation.ground_truth import Scores
 from cgm.model import Model, family_class, make_model
 from cgm.studies.contests import CONTESTS, Contest, Entry, entry_config
 from cgm.training import TrainingConfig, train
-from cgm.viz.plots import POINT, as_pictures, picture_grid, point_map
+from cgm.viz.plots import POINT, as_images, image_grid, point_map
 
 _TIMED, _WARM = 6, 2  # steps that are timed, and those before
 _SEED = 0
-_SHOWN, _SHOWN_DRAWS = 6, 3  # conditions in the picture, and draws of each
+_SHOWN, _SHOWN_DRAWS = 6, 3  # conditions in the image, and draws of each
 RESULT_FILE, SAMPLES_FILE = "result.json", "samples.safetensors"
 
 
@@ -91,7 +91,7 @@ def compare(
         _check_folder(out / entry.family, seconds)
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
-    results, pictures = [], {}
+    results, images = [], {}
     spawned = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(1, spawned, max_tasks_per_child=1) as pool,
@@ -103,11 +103,11 @@ def compare(
                 run_entry, task, contest, entry, out / entry.family, seconds, str(device)
             )
             results.append(job.result())
-            pictures[entry.family] = read_tensors(out / entry.family / SAMPLES_FILE)[0]["samples"]
+            images[entry.family] = read_tensors(out / entry.family / SAMPLES_FILE)[0]["samples"]
             _write_csv(out / "compare.csv", results)  # what is done survives an interruption
     _print(console, f"{task}, {contest.draws} draws for each of {contest.rows}", results)
     held_out = load_task(task, "test").batch(torch.arange(contest.rows))
-    _draw(out / "compare.png", pictures, held_out, stacked=task == "complete")
+    _draw(out / "compare.png", images, held_out, stacked=task == "complete")
     console.print(f"{out / 'compare.csv'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
     return results
 
@@ -184,7 +184,7 @@ def _samples(
     model: Model, held_out: Batch, contest: Contest, solver: dict[str, Any]
 ) -> tuple[Tensor, float]:
     """Samples (draws, rows, *event) on the CPU, and how many a second, warmed up."""
-    device = next(model.parameters()).device
+    device = model.device
     cond = None if held_out["cond"] is None else held_out["cond"].to(device)
 
     def draw() -> Tensor:
@@ -265,7 +265,7 @@ def _print(console: Console, title: str, results: Sequence[Result]) -> None:
         console.print(table)
 
 
-def _draw(file: Path, pictures: Mapping[str, Tensor], held_out: Batch, *, stacked: bool) -> None:
+def _draw(file: Path, images: Mapping[str, Tensor], held_out: Batch, *, stacked: bool) -> None:
     """A column of draws for each family, beside the conditions and what is true."""
     y, cond = held_out["y"], held_out["cond"]
     if y.shape[1:] == POINT:
@@ -277,15 +277,15 @@ def _draw(file: Path, pictures: Mapping[str, Tensor], held_out: Batch, *, stacke
             parts = [points.flatten(0, 1)[of_draws == kind][:, None] for kind in kinds]
             return torch.stack([point_map(part)[0] for part in parts])[None]
 
-        groups = [(name, mapped(points)) for name, points in pictures.items()]
-        picture_grid(file, [*groups, ("true", mapped(y[None]))])
+        groups = [(name, mapped(points)) for name, points in images.items()]
+        image_grid(file, [*groups, ("true", mapped(y[None]))])
         return
     shown = None if cond is None or cond.dim() != 4 else cond[:_SHOWN]
     groups = [
-        (name, as_pictures(drawn[:_SHOWN_DRAWS, :_SHOWN], shown, stacked=stacked))
-        for name, drawn in pictures.items()
+        (name, as_images(drawn[:_SHOWN_DRAWS, :_SHOWN], shown, stacked=stacked))
+        for name, drawn in images.items()
     ]
     if shown is not None:
-        groups.insert(0, ("given", as_pictures(shown)[None]))
-    groups.append(("true", as_pictures(y[:_SHOWN], shown, stacked=stacked)[None]))
-    picture_grid(file, groups)
+        groups.insert(0, ("given", as_images(shown)[None]))
+    groups.append(("true", as_images(y[:_SHOWN], shown, stacked=stacked)[None]))
+    image_grid(file, groups)

@@ -83,7 +83,7 @@ def _balls(samples: Tensor, held_out: Batch) -> Scores:
 
 
 def _clothes(samples: Tensor, held_out: Batch) -> Scores:
-    """Share in the asked class; Frechet distance to the held-out pictures, not comparable to FID.
+    """Share in the asked class; Frechet distance to the held-out images, not comparable to FID.
 
     The distance depends on the number of samples: of so many real ones it is the floor.
     """
@@ -115,7 +115,7 @@ def _anomalies(model: Model, held_out: Batch) -> Scores:
     return {f"AUROC, {name}": value for name, value in found.items()}
 
 
-def _pictures(samples: Tensor, held_out: Batch) -> Scores:
+def _images(samples: Tensor, held_out: Batch) -> Scores:
     """Mean |y - y'| of the draws, of the best of them, and between two of them."""
     errors = (samples - held_out["y"]).abs().flatten(2).mean(2)
     pairs = [(a - b).abs().mean() for a, b in combinations(samples, 2)]
@@ -129,11 +129,11 @@ def _pictures(samples: Tensor, held_out: Batch) -> Scores:
 # Entries ------------------------------------------------------------------------------------------
 _SMALL: dict[str, Any] = {"width": 16}
 _BATCH: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "ema_decay": 0.99}
-# With the usual base of 10,000 most wavelengths are longer than these pictures.
+# With the usual base of 10,000 most wavelengths are longer than these images.
 _TRANSFORMER: dict[str, Any] = {
     "layers": 1, "width": 64, "heads": 4, "hidden": 256, "rope_base": 100.0
 }  # fmt: skip
-# Many steps of few pictures: each is some hundred values to predict.
+# Many steps of few images: each is some hundred values to predict.
 _SEQUENCES: dict[str, Any] = {**_BATCH, "batch_size": 4, "learning_rate": 3e-3}
 _COLORS = (TEAL, PINK, (0.0, 0.0))
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
@@ -148,7 +148,7 @@ _POINT_UNET: dict[str, Any] = {
     "cond_dropout": 0.0,
 }  # fmt: skip
 _POINT_FLOW: dict[str, Any] = {"steps": (8,), "depth": 1, "values": 0, "noise": 0.02}
-# The data are finer than the noise on pictures, and f of two numbers can be as large as -log p.
+# The data are finer than the noise on images, and f of two numbers can be as large as -log p.
 _POINT_ENERGY: dict[str, Any] = {
     "patch": 1, "levels": 1, "width": 64, "hidden": 256, "temperature": 0.2, "step_size": 0.002,
     "data_noise": 0.0, "chains": 4096, "chain_steps": 5, "square_weight": 1e-4,
@@ -175,7 +175,7 @@ _OF_POINTS = (
     # drift, on which chains that begin anew have no say.
     Entry("energy", _POINT_ENERGY, {"batch_size": 256, "learning_rate": 2e-3}, {"steps": 100}),
 )
-_OF_PICTURES = (
+_OF_IMAGES = (
     *(
         Entry(family, _SMALL, _BATCH)
         for family in (
@@ -223,7 +223,7 @@ CONTESTS = {
         score=_clothes,
         judge=_anomalies,
         entries=(
-            *_OF_PICTURES,
+            *_OF_IMAGES,
             Entry("autoregressive", _TRANSFORMER, _SEQUENCES),
             Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
             Entry("diffusion", {}, _BATCH, {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0}),
@@ -235,9 +235,9 @@ CONTESTS = {
         task: Contest(
             rows=50,
             draws=4,
-            score=_pictures,
+            score=_images,
             entries=(
-                *_OF_PICTURES,
+                *_OF_IMAGES,
                 Entry("autoregressive", {**_TRANSFORMER, "cond_dropout": 0.0}, _SEQUENCES),
                 Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
                 Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),

@@ -1,9 +1,9 @@
-"""`cgm demo`: pictures of clothes from the shipped models, and how fast and how good they come.
+"""`cgm demo`: images of clothes from the shipped models, and how fast and how good they come.
 
-Diffusion draws clothes of each class. Every picture that is timed is also judged: the draws are
+Diffusion draws clothes of each class. Every image that is timed is also judged: the draws are
 made in batches, each numbered on from the one before; the first batches are drawn twice, in plain
 PyTorch and by this library. Then an autoregressive model completes upper halves in several ways,
-and a GAN makes pictures of edges. A second sheet has every family on one question with two right
+and a GAN makes images of edges. A second sheet has every family on one question with two right
 answers: is this garment teal or pink?
 """
 
@@ -30,19 +30,19 @@ from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
 from cgm.evaluation.ground_truth import color_scores
 from cgm.model import Model
 from cgm.studies.contests import CONTESTS
-from cgm.viz.plots import as_pictures, picture_grid
+from cgm.viz.plots import as_images, image_grid
 
 CHECKPOINT, COMPLETING = "class_to_image_diffusion", "complete_autoregressive"
 TRANSLATING = "edges_to_image_pix2pix"
 PLAIN, LIBRARY = "plain PyTorch", "this library"
 _SEED = 0
 _DRAWS = 2  # of each class in a batch
-_SHOWN = 8  # of each class in the picture
+_SHOWN = 8  # of each class in the image
 _WAYS_ON = 4  # completions of each upper half
-_OF_EDGES = 2  # pictures of each edge map
+_OF_EDGES = 2  # images of each edge map
 COLORING = "colorize_"  # what the names of the models of the second sheet begin with
 _GARMENTS, _COLORED = 6, 4  # of that sheet, and draws of each garment
-# Half a level of a picture with 256 of them: what is below cannot be seen or saved.
+# Half a level of an image with 256 of them: what is below cannot be seen or saved.
 _VISIBLE = 1 / 255
 
 
@@ -55,7 +55,7 @@ class _Shipped:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
     def draw(self, n: int, *, cond: Tensor, **changed: Any) -> Tensor:
         """(n, B, *event) of cond (B, ...)."""
@@ -93,10 +93,10 @@ def demo(
     """Writes out/demo.png and out/families.png, and prints what they show as numbers.
 
     seconds: time for drawing; no batch is begun that might not end in it, except for those that
-    the picture needs, of which two are drawn in both ways. samples: to draw and judge, at most.
+    the image needs, of which two are drawn in both ways. samples: to draw and judge, at most.
     timed: batches to draw in both ways.
 
-    Raises RuntimeError if the two ways draw visibly different pictures.
+    Raises RuntimeError if the two ways draw visibly different images.
     """
     console = console or Console()
     file, sheet = out / "demo.png", out / "families.png"
@@ -131,7 +131,7 @@ def demo(
     options = ", ".join(f"{name} {value}" for name, value in diffusion.preset.items())
     upper = real.clone()
     upper[:, :, upper.shape[2] // 2 :] = 1  # white
-    picture_grid(
+    image_grid(
         file,
         [
             (f"diffusion: {options}", measured.samples[:_SHOWN]),
@@ -144,17 +144,17 @@ def demo(
         row_labels=CLASS_NAMES,
     )
     luminance = garments["cond"]
-    picture_grid(
+    image_grid(
         sheet,
         [
             ("given", luminance[None]),
-            *((name, as_pictures(ab, luminance)) for name, ab in colored.items()),
+            *((name, as_images(ab, luminance)) for name, ab in colored.items()),
         ],
     )
     _print(console, measured, torch.device(device))
     _print_colors(console, colored, luminance)
     console.print(
-        f"{file}: clothes that diffusion drew; upper halves of pictures that no model ever saw, "
+        f"{file}: clothes that diffusion drew; upper halves of images that no model ever saw, "
         f"each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; the "
         "real ones.",
         highlight=False,
@@ -206,7 +206,7 @@ def _complete(model: _Shipped, real: Tensor) -> tuple[Tensor, float]:
     start = time.perf_counter()
     lower = model.draw(_WAYS_ON, cond=upper).cpu()  # waits for the device
     rate = lower.shape[0] * lower.shape[1] / (time.perf_counter() - start)
-    return as_pictures(lower, upper.cpu(), stacked=True), rate
+    return as_images(lower, upper.cpu(), stacked=True), rate
 
 
 def _draw(
@@ -245,7 +245,7 @@ def _draw(
         late = last + longest - begin > seconds
         if late and number * _DRAWS >= _SHOWN:
             break
-        say(f"drawing, {number * _DRAWS * len(cond)} of {samples} pictures")
+        say(f"drawing, {number * _DRAWS * len(cond)} of {samples} images")
         ways = (PLAIN, LIBRARY) if number % 2 == 0 else (LIBRARY, PLAIN)
         drawn = {}
         for way in ways if number < (2 if late else timed) else (LIBRARY,):
@@ -283,14 +283,14 @@ def _print(console: Console, measured: Measured, device: torch.device) -> None:
         else "the network is the same, and what differs are the ops around it"
     )
     shares, counts = [], []
-    for pictures in (measured.samples, measured.completed, measured.translated):
-        labels = torch.arange(pictures.shape[1]).repeat(len(pictures))
-        shares.append(class_accuracy(pictures.flatten(0, 1), labels))
+    for images in (measured.samples, measured.completed, measured.translated):
+        labels = torch.arange(images.shape[1]).repeat(len(images))
+        shares.append(class_accuracy(images.flatten(0, 1), labels))
         counts.append(len(labels))
     lines = (
         f"This library to plain PyTorch, batch by batch: {ratio:.2f}; {why}.",
         f"Same weights, seed and numbers: largest difference {measured.difference:.1e} of [-1, 1].",
-        f"The shipped classifier puts {shares[0]:.1%} of {counts[0]} drawn pictures in the asked "
+        f"The shipped classifier puts {shares[0]:.1%} of {counts[0]} drawn images in the asked "
         f"class, {shares[1]:.1%} of {counts[1]} completed ones in that of their upper half, "
         f"{shares[2]:.1%} of {counts[2]} made of edges in theirs, and {held_out_accuracy():.1%} of "
         "1000 real ones.",

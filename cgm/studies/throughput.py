@@ -23,7 +23,7 @@ from cgm.checkpoints import drawable_names, load_model, replacing, sampling_pres
 from cgm.evaluation.execution import WAYS, compiled_copy, conditions, difference_of, model_call
 from cgm.model import Model
 
-_VISIBLE = 1 / 255  # half a level of a picture with 256 of them
+_VISIBLE = 1 / 255  # half a level of an image with 256 of them
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ def command(*arguments, **environment):
 
 
 @compiles
+@pytest.mark.slow
 def test_the_command_prints_and_writes_a_table(tmp_path):
     done = command("philox_normal", "--arch", "90", "--csv", str(tmp_path / "table.csv"))
     assert done.returncode == 0, done.stdout + done.stderr

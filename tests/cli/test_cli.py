@@ -29,7 +29,7 @@ from cgm.families.gan import GANConfig, Pix2PixConfig
 from cgm.families.vae import VAEConfig
 from cgm.model import FAMILIES, make_model
 from cgm.training import TrainingConfig
-from cgm.viz.plots import as_pictures, picture_grid, point_map, sample_grid
+from cgm.viz.plots import as_images, image_grid, point_map, sample_grid
 
 TINY = shlex.split(
     "--model.channels 8 --model.multipliers 1 --model.blocks 1 --model.heads 2 "
@@ -63,7 +63,7 @@ def everything_in(folder):
     return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
-def picture(file, width, height=None, mode="RGB"):
+def image(file, width, height=None, mode="RGB"):
     file.parent.mkdir(parents=True, exist_ok=True)
     levels = np.random.default_rng(0).integers(0, 255, (height or width, width, 3), np.uint8)
     Image.fromarray(levels).convert(mode).save(file)
@@ -103,7 +103,7 @@ def test_help_lists_the_commands_without_torch():
         "info",
     ],
 )
-def test_help_draws_nothing(line):
+def test_help_of_a_command_loads_no_plots(line):
     script = (
         f"import sys; from cgm.cli import main; main({line.split()} + ['--help']); "
         "print([m for m in sys.modules if m in ('matplotlib', 'cgm.studies.demo')])"
@@ -192,13 +192,13 @@ def test_evaluate_prints_what_is_measured(cgm, trained):
         f"evaluate {trained['class_to_image']} --rows 20 --steps 1 --measures task"
     )
     assert code == 0 and err == ""
-    assert "class_to_image on pictures of class_to_image that it never saw" in " ".join(out.split())
+    assert "class_to_image on images of class_to_image that it never saw" in " ".join(out.split())
     assert re.search(r"share of samples in the asked class\s*│\s*0\.\d+ │\s*│\s*20 │", out)
     assert "held out:" not in out
 
 
-def test_evaluate_compares_samples_with_real_pictures(cgm, trained, tmp_path):
-    """All that fits lower halves, of one drawing: as a table, as figures and as a picture."""
+def test_evaluate_compares_samples_with_real_images(cgm, trained, tmp_path):
+    """All that fits lower halves, of one drawing: as a table, as figures and as an image."""
     line = f"evaluate {trained['complete']} --rows 20 --samples 20 --steps 1 --seed 3"
     code, out, err = cgm(line, "--out", tmp_path)
     assert code == 0 and err == ""
@@ -338,7 +338,7 @@ def test_samples_are_the_model_s(cgm, trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("task, width", [("complete", 28), ("colorize", 28)])
-def test_pictures_as_conditions_are_held_out_ones(cgm, trained, tmp_path, task, width):
+def test_images_as_conditions_are_held_out_ones(cgm, trained, tmp_path, task, width):
     array = tmp_path / "a.safetensors"
     code, _, err = cgm(
         f"sample {trained[task]} --rows 4 9 --n 2 --steps 2",
@@ -367,28 +367,28 @@ def test_no_condition(cgm, tmp_path):
 
 def test_pairs_of_the_user(cgm, tmp_path):
     for i in range(5):
-        picture(tmp_path / "complete" / f"{i}.png", 32, 16)  # the name of a task is no task
+        image(tmp_path / "complete" / f"{i}.png", 32, 16)  # the name of a task is no task
     out = tmp_path / "run"
     code, printed, _ = cgm(
         f"train diffusion --data {tmp_path / 'complete'} --size 16 --direction BtoA --out {out} "
         "--training.steps 1",
         *TINY,
     )
-    assert code == 0 and "--cond PICTURE" in printed
+    assert code == 0 and "--cond IMAGE" in printed
     line = f"sample {out} --n 2 --steps 2 --out {tmp_path / 'a.png'}"
     code, _, err = cgm(line)
     assert code == 2 and err.count("\n") == 1 and "--cond must be given" in err
-    right = picture(tmp_path / "conditions" / "right.png", 16)
+    right = image(tmp_path / "conditions" / "right.png", 16)
     code, _, _ = cgm(line, "--cond", right)
     assert code == 0 and (tmp_path / "a.png").exists()
-    wrong = picture(tmp_path / "conditions" / "wrong.png", 16, 20)
+    wrong = image(tmp_path / "conditions" / "wrong.png", 16, 20)
     code, _, err = cgm(line, "--cond", wrong.parent)
     assert code == 2 and f"{wrong}: must be 16 x 16 pixels, got 16 x 20" in err
 
 
 def test_classes_of_the_user(cgm, tmp_path):
     for name in ("cats", "1"):
-        picture(tmp_path / "pets" / name / "a.png", 8)
+        image(tmp_path / "pets" / name / "a.png", 8)
     line = f"train diffusion --data {tmp_path / 'pets'} --layout classes --size 8 --channels 1"
     code, _, _ = cgm(line, "--out", tmp_path / "run", "--training.steps", 1, *TINY)
     assert code == 0
@@ -441,7 +441,7 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
     assert cgm("train diffusion --task complete") == (130, "", "cgm: interrupted\n")
 
 
-# Pictures from pictures ---------------------------------------------------------------------------
+# Images from images -------------------------------------------------------------------------------
 ADVERSARIAL = shlex.split(
     "--model.generator unet --model.depth 2 --model.width 4 --model.discriminator-width 4 "
     "--model.patch 16 --training.steps 3 --training.log-every 1 --training.threads 1 --device cpu"
@@ -450,7 +450,7 @@ ADVERSARIAL = shlex.split(
 
 def test_pix2pix_on_crops_with_sheets(cgm, tmp_path):
     for i in range(3):
-        picture(tmp_path / "facades" / f"{i}.png", 40, 20)
+        image(tmp_path / "facades" / f"{i}.png", 40, 20)
     out = tmp_path / "run"
     line = (
         f"train pix2pix --data {tmp_path / 'facades'} --size 20 --crop 16 --flip --out {out} "
@@ -471,22 +471,22 @@ def test_pix2pix_on_crops_with_sheets(cgm, tmp_path):
     assert code == 2 and "data.augmentation.flip was True and is now False" in err
     line = line.replace("sheet-every 2", "sheet-every 0")
     assert cgm(line, "--resume", *ADVERSARIAL)[0] == 0
-    cond = picture(tmp_path / "cond.png", 16)
+    cond = image(tmp_path / "cond.png", 16)
     code, _, err = cgm(f"sample {out} --n 1 --out {tmp_path / 'a.png'}", "--cond", cond)
     assert code == 0 and err == ""
 
 
 def test_cyclegan_learns_from_unrelated_folders(cgm, tmp_path):
     for i in range(3):
-        picture(tmp_path / "h2z" / "trainA" / f"{i}.png", 16)
-        picture(tmp_path / "h2z" / "trainB" / f"b{i}.png", 16)
+        image(tmp_path / "h2z" / "trainA" / f"{i}.png", 16)
+        image(tmp_path / "h2z" / "trainB" / f"b{i}.png", 16)
     folder, out = tmp_path / "h2z" / "train", tmp_path / "run"
     line = f"--data {folder} --layout unpaired --size 16 --crop 8 --out {out}"
     code, _, err = cgm(f"train pix2pix {line}", *ADVERSARIAL)
     assert code == 2 and "pix2pix learns from pairs, got unpaired" in err
     code, _, err = cgm(f"train cyclegan {line} --training.sheet-every 3", *ADVERSARIAL)
     assert code == 0 and err == ""
-    cond = picture(tmp_path / "cond.png", 8)
+    cond = image(tmp_path / "cond.png", 8)
     line = f"sample {out} --n 1 --way back --out {tmp_path / 'a.png'}"
     assert cgm(line, "--cond", cond)[0] == 0
     assert (tmp_path / "a.png").exists()
@@ -516,8 +516,8 @@ def test_points_are_learned_and_shown_as_a_map(cgm, tmp_path):
     line = f"train diffusion --task two_moons --out {out}"
     assert cgm(line, *TINY, *flags)[0] == 0
     assert cgm(f"sample {out} --n 40 --steps 2 --out {file}")[0] == 0
-    with Image.open(file) as picture, Image.open(out / "samples" / "step_000002.png") as sheet:
-        assert picture.height > 2 * 64 and sheet.height > 6 * 64
+    with Image.open(file) as image, Image.open(out / "samples" / "step_000002.png") as sheet:
+        assert image.height > 2 * 64 and sheet.height > 6 * 64
 
 
 def test_a_point_map_has_the_points_where_they_are():
@@ -553,7 +553,7 @@ def test_a_point_map_has_the_points_where_they_are():
         ("convert {tmp}/corrupt/b.png {new}", "b.png: is damaged, or holds more than tensors"),
         ("convert {tmp}/none_net_G.pth {new}", "none_net_G.pth: cannot be read"),
         ("train diffusion --data {tmp}/nothing --out {new}", "{tmp}/nothing: no such folder"),
-        ("train diffusion --data {tmp}/corrupt --out {new}", "b.png: cannot be read as a picture"),
+        ("train diffusion --data {tmp}/corrupt --out {new}", "b.png: cannot be read as an image"),
         ("train diffusion --data {tmp}/corrupt --layout rows --out {new}", "layout must be one of"),
         ("train diffusion --task complete --out {tmp}", "out must be an empty folder"),
         ("train diffusion --task complete --out {tmp}/corrupt/b.png", "out must be an empty"),
@@ -611,7 +611,7 @@ def test_a_point_map_has_the_points_where_they_are():
 )
 def test_user_errors(cgm, tmp_path, trained, line, words):
     """One line that names the problem, no traceback, and nothing written."""
-    picture(tmp_path / "corrupt" / "a.png", 32, 16)
+    image(tmp_path / "corrupt" / "a.png", 32, 16)
     (tmp_path / "corrupt" / "b.png").write_bytes(b"\x89PNG and no more")
     save_model(tmp_path / "classifier", make_model(Classifier, ClassifierConfig()))
     shutil.copytree(trained["class_to_image"], tmp_path / "pairs")
@@ -657,12 +657,12 @@ def test_info(cgm):
     assert out.count("plain PyTorch") == out.count(fused) == len(OPS)
 
 
-# Pictures -----------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------
 def test_grid_pixels_are_squares_of_the_levels(tmp_path):
     levels = torch.randint(0, 256, (3, 2, 3, 5, 7), generator=torch.Generator().manual_seed(0))
     file = tmp_path / "grid.png"
     groups = [("seven", levels.float() / 127.5 - 1), ("one", torch.full((1, 2, 1, 3, 2), 9.0))]
-    picture_grid(file, groups, row_labels=("a $b$", "long label"), title="Title")
+    image_grid(file, groups, row_labels=("a $b$", "long label"), title="Title")
     shown = np.asarray(Image.open(file).convert("RGB"))
     scale = -(-64 // 7)
     for column in range(3):
@@ -680,25 +680,25 @@ def test_grid_pixels_are_squares_of_the_levels(tmp_path):
 
 
 def test_grid_refuses_what_does_not_fit(tmp_path):
-    pictures = torch.zeros(2, 3, 1, 4, 4)
+    images = torch.zeros(2, 3, 1, 4, 4)
     for groups, labels in (
-        ([("", pictures), ("", pictures[:, :2])], ()),
-        ([("", pictures[:, :, :, 0])], ()),
+        ([("", images), ("", images[:, :2])], ()),
+        ([("", images[:, :, :, 0])], ()),
         ([("", torch.zeros(2, 3, 2, 4, 4))], ()),
-        ([("", pictures)], ("a",)),
+        ([("", images)], ("a",)),
         ([], ()),
     ):
         with pytest.raises(ValueError, match="must"):
-            picture_grid(tmp_path / "grid.png", groups, row_labels=labels)
+            image_grid(tmp_path / "grid.png", groups, row_labels=labels)
     assert not list(tmp_path.iterdir())
 
 
-def test_as_pictures():
+def test_as_images():
     generator = torch.Generator().manual_seed(0)
     y, cond = (torch.rand(n, generator=generator) for n in ((4, 3, 2, 5, 5), (3, 1, 5, 5)))
-    assert as_pictures(y, cond).shape == (4, 3, 3, 5, 5)
-    torch.testing.assert_close(as_pictures(y, cond)[2], as_pictures(y[2], cond))
+    assert as_images(y, cond).shape == (4, 3, 3, 5, 5)
+    torch.testing.assert_close(as_images(y, cond)[2], as_images(y[2], cond))
     lower = torch.rand(4, 3, 1, 2, 5, generator=generator)
-    assert torch.equal(as_pictures(lower, cond, stacked=True)[1, 2, :, 5:], lower[1, 2])
-    assert torch.equal(as_pictures(lower, cond, stacked=True)[1, 2, :, :5], cond[2])
-    assert as_pictures(cond) is cond
+    assert torch.equal(as_images(lower, cond, stacked=True)[1, 2, :, 5:], lower[1, 2])
+    assert torch.equal(as_images(lower, cond, stacked=True)[1, 2, :, :5], cond[2])
+    assert as_images(cond) is cond

@@ -1,4 +1,4 @@
-"""The classifier that generated pictures are judged by: shipped, small, right, and made again."""
+"""The classifier that generated images are judged by: shipped, small, right, and made again."""
 
 import dataclasses
 import runpy
@@ -38,18 +38,18 @@ def test_shipped_classifier():
 
 
 def test_class_accuracy(held_out):
-    pictures, labels = held_out
+    images, labels = held_out
     accuracy = held_out_accuracy()
-    assert class_accuracy(pictures.float() / 127.5 - 1, labels) == pytest.approx(accuracy)
-    assert class_accuracy(pictures, (labels + 1) % 10) < 0.1
-    right = [class_accuracy(pictures[labels == c], labels[labels == c]) for c in range(10)]
+    assert class_accuracy(images.float() / 127.5 - 1, labels) == pytest.approx(accuracy)
+    assert class_accuracy(images, (labels + 1) % 10) < 0.1
+    right = [class_accuracy(images[labels == c], labels[labels == c]) for c in range(10)]
     assert sum(right) / 10 == pytest.approx(accuracy)
     assert class_accuracy(torch.full((20, 1, 28, 28), -1.0), torch.arange(20) // 2) == 0.1
 
 
 @pytest.mark.parametrize("shape, n", [((4, 28, 28), 4), ((4, 1, 28, 28), 3), ((0, 1, 28, 28), 0)])
 def test_class_accuracy_errors(shape, n):
-    with pytest.raises(ValueError, match=r"pictures must be \(\d, 1, 28, 28\) with N > 0, got"):
+    with pytest.raises(ValueError, match=r"images must be \(\d, 1, 28, 28\) with N > 0, got"):
         class_accuracy(torch.zeros(shape), torch.zeros(n, dtype=torch.int64))
 
 
@@ -72,12 +72,12 @@ def test_command_line_says_what_it_needs(monkeypatch):
 
 # The network --------------------------------------------------------------------------------------
 def test_augmentation_shifts_and_mirrors(held_out):
-    pictures = held_out[0][:200].float() / 127.5 - 1
+    images = held_out[0][:200].float() / 127.5 - 1
     reach = 1
     model = Classifier(ClassifierConfig(shift=reach))
     index = torch.arange(200) + 2**40
-    augmented = model._augment(pictures, 3, index)
-    padded = F.pad(pictures, (reach,) * 4, value=-1.0)
+    augmented = model._augment(images, 3, index)
+    padded = F.pad(images, (reach,) * 4, value=-1.0)
     places = range(2 * reach + 1)
     variants = [padded[:, :, i : i + 28, j : j + 28] for i in places for j in places]
     variants += [variant.flip(3) for variant in variants]
@@ -85,21 +85,21 @@ def test_augmentation_shifts_and_mirrors(held_out):
     assert found.any(0).all()
     counts = (found & (found.sum(0) == 1)).sum(1)
     assert (counts > 0).all(), "every shift, both ways round"
-    alone = model._augment(pictures[7:8], 3, index[7:8])
+    alone = model._augment(images[7:8], 3, index[7:8])
     assert torch.equal(alone, augmented[7:8])
 
 
 def test_without_augmentation(held_out):
-    pictures, labels = held_out[0][:8].float() / 127.5 - 1, held_out[1][:8]
+    images, labels = held_out[0][:8].float() / 127.5 - 1, held_out[1][:8]
     model = Classifier(ClassifierConfig(shift=0, mirror=False, label_smoothing=0.0))
-    assert torch.equal(model._augment(pictures, 0, None), pictures)
-    loss = model.loss(pictures, cond=labels, seed=0)
+    assert torch.equal(model._augment(images, 0, None), images)
+    loss = model.loss(images, cond=labels, seed=0)
     torch.testing.assert_close(
-        loss["total"], -model(pictures).log_softmax(1)[torch.arange(8), labels]
+        loss["total"], -model(images).log_softmax(1)[torch.arange(8), labels]
     )
-    assert torch.equal(loss["error"], (model(pictures).argmax(1) != labels).float())
-    with pytest.raises(ValueError, match="cond must be class ids"):
-        model.loss(pictures, seed=0)
+    assert torch.equal(loss["error"], (model(images).argmax(1) != labels).float())
+    with pytest.raises(ValueError, match="cond must be given"):
+        model.loss(images, seed=0)
 
 
 def test_other_sizes():

@@ -15,14 +15,14 @@ from cgm.training import TrainingConfig, train
 
 
 def stripes(rows, seed=0):
-    """Pictures of four values in stripes, with noise, whose condition is the phase."""
+    """Images of four values in stripes, with noise, whose condition is the phase."""
     generator = torch.Generator().manual_seed(seed)
     phase = torch.randint(4, (rows,), generator=generator)
     value = (torch.arange(16) + phase[:, None]) % 4
     noise = torch.rand(rows, 16, generator=generator) < 0.1
     value = torch.where(noise, torch.randint(4, (rows, 16), generator=generator), value)
-    pictures = ((dequantise(value, 4, (1, 4, 4)) + 1) * 127.5).round().to(torch.uint8)
-    return Dataset("stripes", pictures, phase, "class", 4)
+    images = ((dequantise(value, 4, (1, 4, 4)) + 1) * 127.5).round().to(torch.uint8)
+    return Dataset("stripes", images, phase, "class", 4)
 
 
 def untrained():
@@ -81,11 +81,11 @@ def test_class_accuracy_of_samples(monkeypatch):
     assert real.value == held_out_accuracy()
     with pytest.raises(ValueError, match="rows must be from 2 to 1000, got 1001"):
         evaluate(model, held_out, rows=1001)
-    with pytest.raises(ValueError, match="model must have likelihoods, make pictures"):
+    with pytest.raises(ValueError, match="model must have likelihoods, make images"):
         evaluate(model, stripes(10), rows=5)
 
 
-def test_distances_of_pictures_made_of_pictures(monkeypatch):
+def test_distances_of_images_made_of_images(monkeypatch):
     """Of a model that answers with the condition itself."""
     monkeypatch.setattr(Pix2Pix, "sample", lambda self, n, *, cond, seed, **solver: cond)
     shape = {"event_shape": (1, 4, 4), "cond_shape": (1, 4, 4), "generator": "resnet"}
@@ -97,6 +97,7 @@ def test_distances_of_pictures_made_of_pictures(monkeypatch):
     assert (other.name, other.value) == ("... of another's", pytest.approx(0.75))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shipped_model_knows_lower_halves_by_their_upper_ones():
     model = load_model(shipped("complete_autoregressive"))

@@ -399,7 +399,7 @@ N = 400
 
 @pytest.fixture(scope="module")
 def known():
-    """{name: pictures (N, 1, 28, 28)} made of pictures held out, the others, and training."""
+    """{name: images (N, 1, 28, 28)} made of images held out, the others, and training."""
     test, train = load_task("class_to_image", "test"), load_task("class_to_image")
     batch = test.batch(torch.arange(1000))
     real, rest, labels = batch["y"][:N], batch["y"][-N:], batch["cond"][:N]
@@ -416,7 +416,7 @@ def known():
         "noise .3": real + 0.3 * noise,
         "classes dropped": torch.cat([half, half, half])[:N],
         "uniform noise": 2 * torch.rand(real.shape, generator=generator) - 1,
-        "one picture": real[:1].expand(N, -1, -1, -1),
+        "one image": real[:1].expand(N, -1, -1, -1),
         "40 repeated": real[:40].repeat(10, 1, 1, 1),
         "copies, noise .05": training[copied] + 0.05 * noise,
     }
@@ -428,8 +428,8 @@ def known():
 def features(known):
     model = load_classifier()
 
-    def extract(pictures):
-        return torch.cat([model.features(part) for part in pictures.split(500)])
+    def extract(images):
+        return torch.cat([model.features(part) for part in images.split(500)])
 
     samples, rest, training = known
     return {k: extract(v) for k, v in samples.items()}, extract(rest), extract(training)
@@ -463,7 +463,7 @@ def test_orders_of_recall_and_coverage(features):
     assert found["classes dropped"].recall < held_out.recall - 0.25
     assert found["classes dropped"].coverage < held_out.coverage - 0.25
     assert found["40 repeated"].recall < 0.01 and found["40 repeated"].coverage < 0.4
-    for name in ("uniform noise", "one picture"):
+    for name in ("uniform noise", "one image"):
         assert found[name].recall < 0.05 and found[name].coverage < 0.05
 
 
@@ -474,13 +474,13 @@ def test_inception_scores(features):
     found = {
         name: result(InceptionScore(), head(rows).softmax(1))[0] for name, rows in samples.items()
     }
-    assert found["one picture"] == pytest.approx(1) and found["uniform noise"] < 2
+    assert found["one image"] == pytest.approx(1) and found["uniform noise"] < 2
     assert found["classes dropped"] < found["held out"] - 1
     assert found["training copies"] > found["held out"] - 0.3  # it sees no copying
 
 
 @pytest.mark.parametrize("space", ["pixels", "features"])
-def test_memorization_catches_copies_and_passes_held_out_pictures(known, features, space):
+def test_memorization_catches_copies_and_passes_held_out_images(known, features, space):
     samples, rest, training = known if space == "pixels" else features
 
     def found(name):
@@ -497,8 +497,8 @@ def test_memorization_catches_copies_and_passes_held_out_pictures(known, feature
     assert found("uniform noise").z > 10
 
 
-def test_birthday_of_pictures_that_repeat(known):
-    """With noise that hides the copies from equality: 60 pictures, or as many as are drawn."""
+def test_birthday_of_images_that_repeat(known):
+    """With noise that hides the copies from equality: 60 images, or as many as are drawn."""
     samples, rest, _ = known
     real = samples["held out"].flatten(1)
     threshold = nearest(real[:200], real[200:])[0].quantile(0.01).item()

@@ -1,4 +1,4 @@
-"""How samples compare with real pictures: of models that return what we know."""
+"""How samples compare with real images: of models that return what we know."""
 
 import math
 import sys
@@ -25,6 +25,7 @@ from cgm.evaluation.metrics import (
     standardize,
 )
 from cgm.evaluation.sample_quality import MEASURES, against_real, check_measures, write_nearest
+from cgm.model import Model
 
 
 def of_rows(dataset, rows):
@@ -34,20 +35,20 @@ def of_rows(dataset, rows):
 
 @pytest.fixture(scope="module")
 def data():
-    """Few of the shipped pictures: training, held out, and others that no one has seen."""
+    """Few of the shipped images: training, held out, and others that no one has seen."""
     training, test = load_task("class_to_image"), load_task("class_to_image", "test")
     parts = (training, 600), (test, 200)
     rest = test.batch(torch.arange(400, 1000))["y"]
     return *(of_rows(dataset, torch.arange(n)) for dataset, n in parts), rest
 
 
-class Returns(nn.Module):
-    """A model whose sample of number i is picture i."""
+class Returns(Model):
+    """A model whose sample of number i is image i."""
 
-    def __init__(self, pictures):
+    def __init__(self, images):
         super().__init__()
-        self.device = nn.Parameter(torch.zeros(()))
-        self.pictures, self.calls = pictures, []
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.images, self.calls = images, []
 
     def sample(self, n=None, *, cond=None, seed, index=None, steps=1):
         if index is None:
@@ -56,7 +57,7 @@ class Returns(nn.Module):
             index = index + torch.arange(n)[:, None] * 2**32
         self.calls.append((index.clone(), cond, seed, steps))
         rows, draws = index % 2**32, index // 2**32
-        return self.pictures[(rows + 200 * draws) % len(self.pictures)]
+        return self.images[(rows + 200 * draws) % len(self.images)]
 
 
 def values(found):
@@ -69,14 +70,14 @@ def values(found):
 
 
 # What is measured ---------------------------------------------------------------------------------
-def test_held_out_pictures_and_copies(data):
+def test_held_out_images_and_copies(data):
     """Copies win the Frechet distance; the memorization test tells them, and passes the others."""
     training, held_out, rest = data
     copied = training.y[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
     found, names = {}, ("fd", "precision_recall", "memorization", "birthday")
-    for name, pictures in (("real", rest), ("copies", copied)):
+    for name, images in (("real", rest), ("copies", copied)):
         result = against_real(
-            Returns(pictures),
+            Returns(images),
             training,
             held_out,
             ClassifierFeatures(),
@@ -106,7 +107,7 @@ def test_the_measures_are_those_of_the_features(data):
     model = Returns(rest)
     result = against_real(model, training, held_out, extractor, samples=230, seed=5, steps=3)
     found = values(result.measures)
-    # Picture 200 is draw 1 of row 0.
+    # Image 200 is draw 1 of row 0.
     assert torch.equal(result.samples, rest[:200])
     assert torch.cat([call[0] for call in model.calls]).tolist() == [
         *range(200),
@@ -140,7 +141,7 @@ def test_the_measures_are_those_of_the_features(data):
 
 
 def test_duplicates(data):
-    """A model with 40 pictures: each equals one in 40."""
+    """A model with 40 images: each equals one in 40."""
     training, held_out, rest = data
     ids = torch.randint(40, (1000,), generator=torch.Generator().manual_seed(0))
     found = against_real(
@@ -153,11 +154,11 @@ def test_duplicates(data):
 
 
 def test_diversity_in_a_class(data):
-    """1 of real pictures, more of samples of any class, 0 if all are one."""
+    """1 of real images, more of samples of any class, 0 if all are one."""
     training, held_out, rest = data
     found = []
-    for pictures in (held_out.batch(torch.arange(200))["y"], rest, rest[:1]):
-        model = Returns(pictures)
+    for images in (held_out.batch(torch.arange(200))["y"], rest, rest[:1]):
+        model = Returns(images)
         found += against_real(
             model, training, held_out, Pixels(), samples=200, measures=("conditions",)
         ).measures
@@ -205,32 +206,31 @@ def test_samples_drawn_before_are_not_drawn_again(data):
     with pytest.raises(ValueError, match=r"samples must have shape \(30, 1, 28, 28\)"):
         evaluate(Returns(held_out.y), shipped_task, rows=30, samples=held_out.y[:20])
     model = Returns(held_out.y)
-    model.log_prob = lambda y, cond: (_ for _ in ()).throw(NotImplementedError)
     found = evaluate(
         model, shipped_task, rows=30, samples=shipped_task.batch(torch.arange(30))["y"]
     )
     assert model.calls == [] and found[0].value > 0.7
 
 
-# The picture --------------------------------------------------------------------------------------
-def test_nearest_neighbors_as_a_picture(data, tmp_path):
+# The image ----------------------------------------------------------------------------------------
+def test_nearest_neighbors_as_an_image(data, tmp_path):
     training, held_out, rest = data
-    pictures = rest.clone()
-    pictures[150:153] = training.y[77:80]
+    images = rest.clone()
+    images[150:153] = training.y[77:80]
     result = against_real(
-        Returns(pictures), training, held_out, Pixels(), samples=200, measures=("memorization",)
+        Returns(images), training, held_out, Pixels(), samples=200, measures=("memorization",)
     )
     assert result.closest.nearest[:3].tolist() == [77, 78, 79]
     assert result.closest.conditions[:3].tolist() == [150, 151, 152]
     assert torch.equal(result.closest.samples[:3], training.y[77:80])
-    assert torch.equal(result.first.samples, pictures[:8])
-    every = (pictures[:8, None] - training.y).flatten(2).norm(dim=2)
+    assert torch.equal(result.first.samples, images[:8])
+    every = (images[:8, None] - training.y).flatten(2).norm(dim=2)
     assert torch.equal(result.first.nearest, every.argmin(1))
     write_nearest(tmp_path / "a.png", result, training, held_out)
     assert Image.open(tmp_path / "a.png").height > 8 * 64
 
 
-def test_pictures_of_the_tasks(tmp_path):
+def test_images_of_the_tasks(tmp_path):
     """Colors are shown on their luminance, lower halves below the upper ones."""
     sizes = {}
     for task in ("colorize", "complete"):
@@ -245,17 +245,17 @@ def test_pictures_of_the_tasks(tmp_path):
 
 # Features -----------------------------------------------------------------------------------------
 def test_features(data):
-    pictures = data[2][:5]
+    images = data[2][:5]
     classifier = load_features(None, (1, 28, 28))
     model = load_classifier()
     assert classifier.name == "classifier" and len(classifier.fingerprint) == 8
-    features = classifier(pictures)
+    features = classifier(images)
     assert features.shape == (5, 648)
     with torch.no_grad():
-        torch.testing.assert_close(classifier.probabilities(features), model(pictures).softmax(1))
+        torch.testing.assert_close(classifier.probabilities(features), model(images).softmax(1))
     pixels = load_features(None, (2, 28, 28))
     assert pixels.name == "pixels" and pixels.probabilities(features) is None
-    assert torch.equal(pixels(pictures), pictures.flatten(1))
+    assert torch.equal(pixels(images), images.flatten(1))
 
 
 class FakeInception(nn.Module):
@@ -284,9 +284,9 @@ def torchmetrics(monkeypatch):
 def test_inception_is_given_levels_in_three_channels(torchmetrics, data):
     extractor = load_features("inception", (1, 28, 28))
     assert isinstance(extractor, InceptionFeatures)
-    pictures = data[2][:3]
-    levels = ((pictures + 1) * 127.5).round()
-    features = extractor(pictures * 1.0000001)
+    images = data[2][:3]
+    levels = ((images + 1) * 127.5).round()
+    features = extractor(images * 1.0000001)
     assert torch.equal(features, levels.expand(-1, 3, -1, -1).flatten(1)[:, :2048])
     assert extractor(torch.full((1, 1, 28, 28), 1.2)).max() == 255
     probabilities = extractor.probabilities(features / 255)
@@ -334,7 +334,7 @@ def test_features_that_do_not_fit(name, shape, words):
 def test_measures_that_do_not_fit(data):
     training, held_out, rest = data
     assert check_measures(None, held_out, ClassifierFeatures()) == MEASURES
-    none = Dataset("pictures", rest)
+    none = Dataset("images", rest)
     assert set(MEASURES) - set(check_measures(None, none, Pixels())) == {
         "inception_score",
         "conditions",
@@ -345,7 +345,7 @@ def test_measures_that_do_not_fit(data):
     ):
         with pytest.raises(ValueError, match=words):
             against_real(Returns(rest), training, held_out, Pixels(), measures=names)
-    with pytest.raises(ValueError, match="conditions: it needs classes or pairs of pictures"):
+    with pytest.raises(ValueError, match="conditions: it needs classes or pairs of images"):
         against_real(Returns(rest), none, none, Pixels(), measures=("conditions",))
     with pytest.raises(ValueError, match="samples must be at least 20, got 19"):
         against_real(Returns(rest), training, held_out, Pixels(), samples=19)
@@ -356,7 +356,7 @@ def test_measures_that_do_not_fit(data):
 def test_a_model_without_condition(data):
     rest = data[2]
     model = Returns(rest[:200].repeat(4, 1, 1, 1))
-    some = Dataset("pictures", rest[200:])
+    some = Dataset("images", rest[200:])
     model.sample = lambda n, seed, index: rest[index // 2**32]
     found = against_real(
         model, some, Dataset("more", rest[-50:]), Pixels(), samples=60, measures=("fd",)

@@ -12,15 +12,9 @@ import cgkernels
 from cgkernels.random import STREAM_INITIAL, STREAM_SAMPLER, normal
 from cgm.checkpoints import load_model, save_model
 from cgm.data import Dataset
-from cgm.families.energy import (
-    Chains,
-    ConditionalEBM,
-    EnergyConfig,
-    annealed_weights,
-    langevin,
-    with_gradient,
-)
+from cgm.families.energy import Chains, ConditionalEBM, EnergyConfig
 from cgm.model import make_model
+from cgm.sampling.langevin import annealed_weights, langevin, with_gradient
 from cgm.training import TrainingConfig, train
 from tests.support import assert_equal
 

@@ -158,7 +158,7 @@ def test_the_gan_by_hand():
     model = small_gan(loss="hinge", r1_weight=0.0)
     y = torch.full((1, 1, 8, 8), 0.25)
     model.generator = Fixed({})
-    model._draw = lambda *args: torch.full((1, 1, 8, 8), -0.5)
+    model._generate = lambda *args: torch.full((1, 1, 8, 8), -0.5)
     model.discriminator = Fixed({0.25: MAP, -0.5: MAP})
     cond = torch.tensor([2])
     values = model.loss(y, cond=cond, phase="discriminator", seed=0)
@@ -329,7 +329,7 @@ def test_wrong_configs(make, changes, message):
 def test_the_usual_depth(generator, side, depth):
     sizes = {"width": 1, "discriminator_width": 1, "norm": "instance", "depth": 0}
     shape = (1, side, side)
-    config = Pix2PixConfig(shape, shape, generator=generator, **sizes)
+    config = Pix2PixConfig(event_shape=shape, cond_shape=shape, generator=generator, **sizes)
     made: Any = Pix2Pix(config).generator.config
     assert (made.downs if generator == "unet" else made.blocks) == depth
     assert made.dropout == (generator == "resnet" or depth >= 6)
@@ -369,7 +369,7 @@ def test_wrong_arguments(family):
 
 
 def test_wrong_options():
-    with pytest.raises(ValueError, match="way must be forward or back"):
+    with pytest.raises(ValueError, match="way must be one of forward, back"):
         small_cyclegan().sample(cond=pictures(1), way="BtoA")
     with pytest.raises(ValueError, match="truncation must not be negative"):
         small_gan().sample(cond=torch.tensor([0]), truncation=-1.0)
@@ -428,7 +428,7 @@ def squares(rows: int, side: int = 16) -> Dataset:
 GAN_TRAINING = {"learning_rate": 2e-3, "beta1": 0.5, "warmup": 0, "decay": "late_linear"}
 
 
-@pytest.mark.parametrize("loss", ["lsgan", "vanilla"])
+@pytest.mark.parametrize("loss", ["lsgan", pytest.param("vanilla", marks=pytest.mark.slow)])
 def test_pix2pix_learns_to_fill_squares(tmp_path, loss):
     model = make_model(Pix2Pix, Pix2PixConfig(**{**SAME, "width": 8, "loss": loss}), seed=1)
     data = squares(32)

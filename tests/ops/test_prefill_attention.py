@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cgkernels
 from cgkernels import decode_attention, prefill_attention
 from cgkernels.testing import assert_within_budget, plain_and_modelled
-from tests.support import FLOATS, Sample, assert_refused, compiled, normals
+from tests.support import FLOATS, Sample, assert_refused, compiled, new_kinds, normals
 
 LAUNCHERS: dict = {}
 
@@ -158,7 +158,14 @@ def test_few_tokens(options, rows, length, reference):
     assert all(g.shape == x.shape for g, x in zip(gradients, leaves, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+KINDS = new_kinds(
+    [Sample(case, prefill_attention, inputs_of(**changes)) for case, changes in CASES.items()]
+)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in KINDS else [pytest.mark.slow]) for c in CASES]
+)
 def test_it_compiles_to_one_graph(case):
     inputs = inputs_of(**CASES[case])
     counts, run = compiled(Sample("", prefill_attention, inputs))

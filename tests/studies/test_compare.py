@@ -68,8 +68,8 @@ def test_a_comparison_trains_once_and_then_loads(small, tmp_path):
     assert float(rows[0]["on a Gaussian"]) == round(results[0].scores["on a Gaussian"], 3)
     text = console.export_text()
     assert "least share" in text and "samples/s" in text and "20" in text
-    with Image.open(tmp_path / "compare.png") as picture:
-        assert picture.width > 3 * 64
+    with Image.open(tmp_path / "compare.png") as image:
+        assert image.width > 3 * 64
     weights = (tmp_path / "gan" / "model.safetensors").read_bytes()
     again = run_entry("eight_gaussians", small, TINY["gan"], tmp_path / "gan", 0.3, "cpu")
     assert (tmp_path / "gan" / "model.safetensors").read_bytes() == weights

@@ -53,7 +53,7 @@ def tiny(tmp_path, monkeypatch):
         study.TRANSLATING: "translating",
     }
     monkeypatch.setattr(study, "shipped", lambda name: tmp_path / folders[name])
-    monkeypatch.setattr(study, "class_accuracy", lambda pictures, labels: 0.25)
+    monkeypatch.setattr(study, "class_accuracy", lambda images, labels: 0.25)
     monkeypatch.setattr(study, "held_out_accuracy", lambda: 0.75)
     return load_model(tmp_path / "tiny")
 

@@ -88,8 +88,8 @@ def test_table_and_files(tmp_path, tiny, capsys):
     with (tmp_path / "bench.csv").open() as opened:
         rows = list(csv.DictReader(opened))
     assert [float(row["p50"]) for row in rows] == [r.p50 for r in results]
-    picture = Image.open(tmp_path / "bench.png")
-    assert picture.width > 300 and len(picture.getcolors(10**6)) > 10
+    image = Image.open(tmp_path / "bench.png")
+    assert image.width > 300 and len(image.getcolors(10**6)) > 10
 
 
 def test_rates_are_samples_a_second(tmp_path, tiny, monkeypatch):
