@@ -50,7 +50,7 @@ def test_a_model_loads_no_plots_and_no_command_line():
 
 
 def test_benchmarks_load_neither_studies_nor_plots():
-    found = loaded("import torch", "import benchmarks.run")
+    found = loaded("import torch", "import benchmarks.run, benchmarks.gpu, benchmarks.tune")
     assert "benchmarks.run" in found and not found & {"matplotlib", "tyro"}
     assert not {name for name in found if name.startswith("cgm.studies")}
 

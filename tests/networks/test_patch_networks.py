@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from benchmarks.plain_networks import PlainDiscriminator, PlainPixel, PlainResnet, PlainUNet
+from benchmarks.models.plain_networks import PlainDiscriminator, PlainPixel, PlainResnet, PlainUNet
 from cgm.networks import layers
 from cgm.networks.patch_discriminator import (
     PATCHES,

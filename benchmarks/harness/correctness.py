@@ -41,7 +41,7 @@ class Skipped(Exception):
 
 
 # Ops ----------------------------------------------------------------------------------------------
-def materialise(
+def materialize(
     args: Sequence[Any], seed: int, device: torch.device, zero: Sequence[int] = ()
 ) -> list[Any]:
     """The arguments with random values in place of meta tensors, laid out in memory as they are.
@@ -134,7 +134,7 @@ def judge(op: Op, args: Sequence[Any], run: Run, device: torch.device) -> str:
     found: list[tuple[list[Tensor], ...]] = []
     with poisoned_empty():
         while not found or min(len(found) * t.numel() for t in found[0][0]) < _LEAST_VALUES:
-            given = materialise(args, len(found), device, written(op, args))
+            given = materialize(args, len(found), device, written(op, args))
             places = [i for i, a in enumerate(given) if isinstance(a, Tensor)]
             with guarded(*(given[i] for i in places)) as copies:
                 actual = list(given)
@@ -176,7 +176,7 @@ def _judge_large(op: Op, args: Sequence[Any], run: Run, device: torch.device) ->
         if needed > free:
             wants = f"needs {needed / 2**30:.0f} GiB of GPU memory"
             raise Skipped(f"{wants}, {free / 2**30:.0f} GiB are free")
-    given = materialise(args, 0, device, written(op, args))
+    given = materialize(args, 0, device, written(op, args))
     with poisoned_empty():
         found = results(op, run, given)
         for i, result in enumerate(found):
@@ -215,7 +215,7 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
 # Graphs -------------------------------------------------------------------------------------------
 def judge_graph(op: Op, args: Sequence[Any], run: Run, device: torch.device) -> str:
     """Asserts that a captured call, replayed on values and on others, does what eager calls do."""
-    values = [materialise(args, seed, device, written(op, args)) for seed in (0, 1)]
+    values = [materialize(args, seed, device, written(op, args)) for seed in (0, 1)]
     expected = [results(op, run, copy.deepcopy(given)) for given in values]
     still = copy.deepcopy(values[0])
     found, replay = _capture(lambda: results(op, run, still))

@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 
-from benchmarks import history
+from benchmarks.harness import history
+from benchmarks.harness.records import OK, OURS, Row, Writer, version_of
 from benchmarks.ops import source_of
-from benchmarks.records import OK, OURS, Row, Writer, version_of
 from benchmarks.report import main
 
 SOURCE = "cgkernels.ops.add_noise"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.records import OK, OURS, Row, read, version_of
+from benchmarks.harness.records import OK, OURS, Row, read, version_of
 
 _POSSIBLE = 0.95  # share of the floor that a time on a GPU must reach
 

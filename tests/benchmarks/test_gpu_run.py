@@ -11,20 +11,21 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import cases as declared
-from benchmarks import correctness, gpu, opcase, tune
+from benchmarks import gpu, suites, tune
 from benchmarks import run as door
-from benchmarks.correctness import Skipped, is_large, judge, judge_graph, materialise
 from benchmarks.gpu import FAILED, OK, SKIPPED, STARTED, Check, Journal, Look, Lost, Runner
+from benchmarks.harness import case as harness_case
+from benchmarks.harness import correctness
+from benchmarks.harness.ceilings import ROOT, Ceilings
+from benchmarks.harness.correctness import Skipped, is_large, judge, judge_graph, materialize
+from benchmarks.harness.records import OURS, Row, Writer, read
 from benchmarks.ops import LAUNCHES
 from benchmarks.ops.guided_step import meta_numbers
-from benchmarks.records import OURS, Row, Writer, read
-from benchmarks.timing import ROOT, Ceilings
 from cgkernels.library import OPS, using_reference
 from cgkernels.ops.guided_step.launch import _launch_inplace
 from cgm import checkpoints
 from cgm.families.autoregressive import dequantize
-from tests.test_benchmarks import ENVIRONMENT
+from tests.benchmarks.test_benchmarks import ENVIRONMENT
 
 CPU = torch.device("cpu")
 CALLS = itertools.count()
@@ -54,7 +55,7 @@ def step_arguments(shape=(4, 3, 8, 8), dtype=torch.float32, **options):
 def test_arguments_become_real():
     inner = torch.empty(4, 6, dtype=torch.int64, device="meta")[1:, 2:4]
     meta = (*arguments("guided_step_fwd", "short rows")[:4], step_arguments()[0], inner, "v", None)
-    real = materialise(meta, 0, CPU)
+    real = materialize(meta, 0, CPU)
     for abstract, concrete in zip(meta, real, strict=True):
         if not isinstance(abstract, torch.Tensor):
             assert concrete is abstract
@@ -66,9 +67,9 @@ def test_arguments_become_real():
     low, high = real[3][:, 8], real[3][:, 9]
     assert (low < high).all()  # of clipping
     assert not torch.equal(real[0], real[1])  # one meta tensor, two arguments
-    again, other = (materialise(meta, seed, CPU) for seed in (0, 1))
+    again, other = (materialize(meta, seed, CPU) for seed in (0, 1))
     assert torch.equal(again[0], real[0]) and not torch.equal(other[0], real[0])
-    index = materialise(arguments("philox_normal", "(16, 10)"), 0, CPU)[1]
+    index = materialize(arguments("philox_normal", "(16, 10)"), 0, CPU)[1]
     assert index.dtype == torch.int64 and 0 <= index.min() < index.max() < 16
 
 
@@ -139,7 +140,7 @@ def test_small_results_are_judged_together():
     small = [a[..., :4, :4] if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
     with mock.patch.object(correctness, "assert_within_budget") as judged:
         judge(OPS["diffusion_loss_fwd"], small, OPS["diffusion_loss_fwd"], CPU)
-    actual, same, exact = judged.call_args.args
+    actual, same, exact, _ = judged.call_args.args
     assert len(actual) == len(same) == len(exact) == 16 and actual[0].numel() == 16
     assert not torch.equal(actual[0], actual[1]) and exact[0].dtype == torch.float64
 
@@ -439,7 +440,7 @@ def test_a_gpu_that_is_lost_ends_the_run(tmp_path):
 def small(monkeypatch):
     """One op, one case, nothing slow."""
     launches = [next(launch for launch in LAUNCHES["philox_normal"]() if "10)" in launch.label)]
-    (case,) = declared.select(
+    (case,) = suites.select(
         "ops", CPU, names=["philox_normal"], sizes=["fashion"], dtypes=["float32"],
         providers=[OURS],
     )  # fmt: skip
@@ -448,7 +449,7 @@ def small(monkeypatch):
     gpu.LAUNCHES["philox_normal"].__module__ = "cgkernels.ops.philox_normal"
     monkeypatch.setattr(correctness, "_capture", stand_in)
     monkeypatch.setattr(correctness, "cuda_syncs", lambda call: 3)
-    monkeypatch.setattr(declared, "cases", lambda suite, device: [case] * (suite == "all"))
+    monkeypatch.setattr(suites, "cases", lambda suite, device: [case] * (suite == "all"))
     monkeypatch.setattr(checkpoints, "drawable_names", lambda: MODELS)
     monkeypatch.setattr(gpu, "measure_ceilings", lambda *_: Ceilings(1e9, {"float32": 1e12}, 5, 1))
     monkeypatch.setattr(door, "_SECONDS", 0.01)
@@ -491,7 +492,7 @@ def test_all_stages(tmp_path, small, capsys):
 
 
 def test_a_case_that_is_wrong_or_late_is_no_result(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(opcase.Case, "version", "1")
+    monkeypatch.setattr(harness_case.Case, "version", "1")
     refused = mock.Mock(side_effect=door.GateError("less accurate than plain"))
     monkeypatch.setattr(door, "run_case", refused)
     stage = [("tables", gpu.tables, 1.0)]

@@ -1,16 +1,27 @@
-"""What a case is, and how an op declares its own: shapes, cost, sweep, other ways to compute it."""
+"""What a case is, and how an op declares its own: shapes, cost, sweep, other ways to compute it.
+
+A case is a call of ours on random inputs of a shape that a known model has, with the bytes that it
+must move, the operations that it must do, and the other ways to compute the same.
+
+Plain PyTorch is what one would write without this library: noise comes from PyTorch's own
+generator, whose draws depend on the batch and on the device, and which is cheaper than ours on a
+CPU. That a sample depends on its seed and index alone is part of what ours is timed for.
+"""
 
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.records import version_of
-from benchmarks.timing import Call, input_sets, name_of
+import cgkernels
+from benchmarks.harness.ceilings import Call, input_sets, name_of
+from benchmarks.harness.records import OURS, version_of
+from cgkernels.testing import assert_within_budget, float32_normals, plain_and_modelled
 
 Inputs = dict[str, Any]
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
@@ -161,11 +172,98 @@ def passes(passes: int, flops: int) -> Callable[[tuple[int, ...], int], tuple[in
     return lambda shape, size: (passes * math.prod(shape) * size, flops * math.prod(shape))
 
 
-def normal(shape, dtype, generator, device):
-    """Drawn on the CPU, so that a seed gives the same inputs everywhere."""
-    return torch.randn(shape, generator=generator).to(device, dtype)
+# An op of one size --------------------------------------------------------------------------------
+def op_case(
+    suite: str, name: str, op: OpCase, size: str, shape: tuple[int, ...], label: str,
+    dtype: torch.dtype, rank: int, extent: Extent | None = None,
+) -> Case:  # fmt: skip
+    """The case of the op of this name on inputs of a shape and dtype; `Case` has the arguments."""
+    numel = math.prod(shape)
+    nbytes, flops = op.cost(shape, dtype.itemsize)
+
+    def inputs(seed: int, device: torch.device) -> Inputs:
+        return op.make(shape, dtype, torch.Generator().manual_seed(seed), device)
+
+    def build(function: Callable[..., Any], sets: Sequence[Inputs]) -> list[Call]:
+        return [lambda i=i: op.finish(function(**i), i) for i in sets]  # type: ignore[misc]
+
+    def compiled(mode: str, sets: Sequence[Inputs]) -> list[Call]:
+        return build(torch.compile(op.plain, mode=mode, dynamic=False), sets)
+
+    providers = {
+        OURS: Provider(partial(build, op.ours)),
+        "eager": Provider(partial(build, op.plain)),
+    }
+    for mode, provider in COMPILED.items():
+        providers[provider] = Provider(partial(compiled, mode), cuda=mode != "default")
+    return Case(
+        suite, name, op.variant, size, label, dtype, inputs,
+        partial(_gate, op, inputs), providers | op.peers(),
+        nbytes=nbytes, flops=flops, items=numel,
+        source=f"cgkernels.ops.{name}", rank=rank, extent=extent,
+    )  # fmt: skip
 
 
-def numbers(generator, device, rows):
-    seed = torch.randint(2**62, (1,), generator=generator).to(device)
-    return {"seed": seed, "index": torch.arange(rows, device=device)}
+def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
+    """Ours on these inputs against the truth, all sets together where one gives few values."""
+    results: list[tuple[list[Tensor], ...]] = []
+    sets, extra = list(sets), 0
+    while True:
+        for given in sets:
+            ours = _outputs(op, op.ours, _fresh(given))
+            with float32_normals():
+                plain, modelled = plain_and_modelled(partial(_plain_outputs, op, given))
+            exact = _outputs(op, _plainly(op.exact or op.ours), _fresh(given, torch.float64))
+            results.append((ours, plain, exact, modelled))
+        fewest = min(sum(r[0][i].numel() for r in results) for i in range(len(results[0][0])))
+        if fewest >= op.values:
+            break
+        extra += 1
+        sets = [make(10_000 + extra, _device_of(sets[0]))]
+    for of_output in range(len(results[0][0])):
+        ours, plain, exact, modelled = ([r[i][of_output] for r in results] for i in range(4))
+        if ours[0].is_floating_point():
+            assert_within_budget(ours, plain, exact, modelled)
+        else:
+            _assert_equal(ours, exact)
+
+
+def _assert_equal(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Whole numbers, such as tokens, have no budget."""
+    wrong = sum(int((a.cpu() != b).sum()) for a, b in zip(ours, exact, strict=True))
+    if wrong:
+        raise AssertionError(f"{wrong} of {sum(t.numel() for t in ours)} whole numbers are wrong")
+
+
+def _outputs(op: OpCase, function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    result = op.finish(function(**inputs), inputs)
+    return [t.detach() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+def _plain_outputs(op: OpCase, inputs: Inputs) -> list[Tensor]:
+    return _outputs(op, _plainly(op.ours), _fresh(inputs))
+
+
+def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(**inputs: Any) -> Any:
+        with cgkernels.reference():
+            return function(**inputs)
+
+    return call
+
+
+def _fresh(inputs: Inputs, dtype: torch.dtype | None = None) -> Inputs:
+    """Copies; in float64 on the CPU, where alone the references take it."""
+    made = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            copy = value.detach().clone()
+            if dtype is not None:
+                copy = copy.cpu().to(dtype if copy.is_floating_point() else copy.dtype)
+            value = copy.requires_grad_(value.requires_grad)
+        made[name] = value
+    return made
+
+
+def _device_of(inputs: Inputs) -> torch.device:
+    return next(v.device for v in inputs.values() if isinstance(v, Tensor))

@@ -24,7 +24,7 @@ __all__ = [
     "verdict",
 ]  # fmt: skip
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _SMI = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
 
 

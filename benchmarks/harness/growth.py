@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from benchmarks.records import OK, Row
+from benchmarks.harness.records import OK, Row
 
 TOLERANCE = 0.5  # for noise, and for caches that a larger size falls out of; a wrong loop adds 1
 

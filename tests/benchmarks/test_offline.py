@@ -20,7 +20,7 @@ from cgkernels.ops.decode_attention import launch as decode_attention
 from cgkernels.ops.norm_linear import launch as norm_linear
 from cgkernels.testing import Launch, compile_launch, problems
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 compiles = pytest.mark.skipif(
     not HAS_TRITON or triton.knobs.runtime.interpret,

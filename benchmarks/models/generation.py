@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import cgkernels
-from benchmarks.opcase import COMPILED, Case, Inputs, Provider
-from benchmarks.records import OURS
-from benchmarks.timing import Call
+from benchmarks.harness.case import COMPILED, Case, Inputs, Provider
+from benchmarks.harness.ceilings import Call
+from benchmarks.harness.records import OURS
 from cgm.networks.transformer import GPT2, Transformer, TransformerConfig
 from cgm.sampling.decoding import generate
 

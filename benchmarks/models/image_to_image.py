@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.opcase import COMPILED, Case, Inputs, Provider
-from benchmarks.plain_networks import PlainDiscriminator, PlainResnet, PlainUNet
-from benchmarks.records import OURS
-from benchmarks.timing import Call
+from benchmarks.harness.case import COMPILED, Case, Inputs, Provider
+from benchmarks.harness.ceilings import Call
+from benchmarks.harness.records import OURS
+from benchmarks.models.plain_networks import PlainDiscriminator, PlainResnet, PlainUNet
 from cgkernels.testing import assert_within_budget, plain_and_modelled
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.model import make_model

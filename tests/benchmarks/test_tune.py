@@ -10,10 +10,22 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.cases import OP_CASES, select
-from benchmarks.opcase import Provider
-from benchmarks.records import OURS
-from benchmarks.tune import Sweep, Tunable, choose, lines, passes, sweep
+from benchmarks.harness.case import Provider
+from benchmarks.harness.records import OURS
+from benchmarks.harness.tuning import Tunable, row_blocks
+from benchmarks.ops import (
+    CASES,
+    affine_coupling,
+    conv2d_stats,
+    decode_attention,
+    norm_linear,
+    pair_conv2d,
+    patch_head_loss,
+    sample_logits,
+)
+from benchmarks.ops import instance_norm_act as norms
+from benchmarks.suites import select
+from benchmarks.tune import Sweep, choose, lines, passes, sweep
 from cgkernels import rows
 from cgkernels._triton import HAS_TRITON
 from cgkernels.ops.instance_norm_act.launch import _launch_config as norm_config
@@ -54,13 +66,13 @@ def toy(monkeypatch):
 # What is swept ------------------------------------------------------------------------------------
 def test_every_op_is_tuned():
     """But the one that has no kernel of ours."""
-    assert tune.TUNABLES.keys() == OP_CASES.keys() - {"prefill_attention"}
+    assert tune.TUNABLES.keys() == CASES.keys() - {"prefill_attention"}
 
 
 @pytest.mark.parametrize("numel", [1, 300, 3072, 2**34])
 @pytest.mark.parametrize("dense", [True, False])
 def test_candidates_can_be_launched(numel, dense):
-    found = list(tune._row_blocks(numel, dense))
+    found = list(row_blocks(numel, dense))
     assert (
         found
         and found[0]["BLOCK"] == 256
@@ -74,7 +86,7 @@ def test_candidates_can_be_launched(numel, dense):
 
 @pytest.mark.parametrize("numel", [1, 2352, 3072, 2**20, 2**24])
 def test_candidates_for_rows_in_parts_include_the_present(numel):
-    found = list(tune._row_splits(numel, True))
+    found = list(affine_coupling._row_splits(numel, True))
     assert found and all(c["SPLIT"] % c["BLOCK"] == 0 for c in found)
     assert all(math.ceil(numel / c["SPLIT"]) <= 1024 for c in found)
     if numel > 2**12:
@@ -84,7 +96,7 @@ def test_candidates_for_rows_in_parts_include_the_present(numel):
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("head_size", [32, 64, 80, 128, 256])
 def test_candidates_for_splits_include_the_present(head_size, itemsize):
-    found = [json.dumps(config) for config in tune._splits(head_size, itemsize)]
+    found = [json.dumps(config) for config in decode_attention._splits(head_size, itemsize)]
     present = tune.TUNABLES["decode_attention"].function(head_size, itemsize)
     assert json.dumps(present) in found and len(set(found)) == len(found) < 80
     assert {json.loads(config)["PDL"] for config in found} == {False, True}
@@ -93,7 +105,7 @@ def test_candidates_for_splits_include_the_present(head_size, itemsize):
 @pytest.mark.parametrize("features", [40, 768, 3072])
 @pytest.mark.parametrize("activation", [None, "swiglu"])
 def test_candidates_for_tiles_cover_the_features(features, activation):
-    found = list(tune._linear_tiles(768, features, torch.bfloat16, activation))
+    found = list(norm_linear._linear_tiles(768, features, torch.bfloat16, activation))
     assert len({json.dumps(c) for c in found}) == len(found)
     assert {config["PDL"] for config in found} == {False, True}
     for config in found:
@@ -104,7 +116,7 @@ def test_candidates_for_tiles_cover_the_features(features, activation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_candidates_for_pixels_include_the_present(dtype):
-    found = list(tune._pixel_tiles(961, dtype))
+    found = list(patch_head_loss._pixel_tiles(961, dtype))
     assert tune.TUNABLES["patch_head_loss"].function(961, dtype) in found
     assert len({json.dumps(c) for c in found}) == len(found) < 40
 
@@ -112,7 +124,7 @@ def test_candidates_for_pixels_include_the_present(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("features", "outputs"), [(48, 64), (3, 64), (576, 128)])
 def test_candidates_for_windows_include_the_present(features, outputs, dtype):
-    found = list(tune._window_tiles(features, outputs, dtype))
+    found = list(pair_conv2d._window_tiles(features, outputs, dtype))
     assert tune.TUNABLES["pair_conv2d"].function(features, outputs, dtype) in found
     assert len({json.dumps(c) for c in found}) == len(found) < 80
     assert all(c["num_warps"] <= 4 for c in found)
@@ -121,7 +133,7 @@ def test_candidates_for_windows_include_the_present(features, outputs, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(4096, 128, 64), (4096, 256, 256), (961, 512, 256), (900, 7, 3)])
 def test_candidates_for_convolutions_include_the_present_and_no_eight_warps(size, dtype):
-    found = list(tune._convolution_tiles(*size, dtype))
+    found = list(conv2d_stats._convolution_tiles(*size, dtype))
     assert tune.TUNABLES["conv2d_stats"].function(*size, dtype) in found
     assert len({json.dumps(c) for c in found}) == len(found) < 80
     assert all(c["num_warps"] == 4 and c["BLOCK_N"] >= 16 <= c["BLOCK_K"] for c in found)
@@ -129,7 +141,7 @@ def test_candidates_for_convolutions_include_the_present_and_no_eight_warps(size
 
 @pytest.mark.parametrize("vocabulary", [1, 100, 1000, 16384, 32000, 2**18])
 def test_candidates_for_vocabularies_hold_what_fits(vocabulary):
-    found = list(tune._vocabulary_walks(vocabulary))
+    found = list(sample_logits._vocabulary_walks(vocabulary))
     assert found and len({json.dumps(c) for c in found}) == len(found)
     for config in found:
         assert config["PIECE"] <= config["BLOCK"]
@@ -140,7 +152,7 @@ def test_candidates_for_vocabularies_hold_what_fits(vocabulary):
 @pytest.mark.parametrize("pixels", [2, 961, 1024, 4096, 2**20])
 @pytest.mark.parametrize("channels, channels_last", [(3, True), (512, True), (64, False)])
 def test_candidates_for_norms_take_all_pixels(pixels, channels, channels_last):
-    found = list(tune._norm_tiles(pixels, channels, channels_last))
+    found = list(norms._norm_tiles(pixels, channels, channels_last))
     assert found and len({json.dumps(c) for c in found}) == len(found)
     for config in found:
         assert config["split"] % config["BLOCK_P"] == 0
@@ -320,7 +332,7 @@ def test_ops_that_share_a_function_are_judged_together(toy, monkeypatch):
         ([], "the following arguments are required: OP"),
         (
             ["conv"],
-            "OP must be of guided_step, add_noise, diffusion_loss, philox_normal, ",
+            "OP must be of add_noise, affine_coupling, conv2d_stats, decode_attention, ",
         ),
         (["add_noise", "--minutes", "0"], "--minutes must be positive, got 0"),
         (["add_noise"], "needs a CUDA GPU, found none"),
