@@ -249,6 +249,7 @@ class ModelChecks:
 
         self.model: Any = load_model(shipped(name), device)
         self.solver = sampling_preset(shipped(name))
+        assert self.model.sampling_config is not None, "it is drawn from"
         self.options = {f.name for f in dataclasses.fields(self.model.sampling_config)}
         self.cond = conditions(self.model, _ROWS)
         self.index = torch.arange(_ROWS, device=device) * (2**32 if self.cond is None else 1)

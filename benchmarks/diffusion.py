@@ -10,7 +10,7 @@ import cgkernels
 from benchmarks.opcase import Inputs, OpCase, Provider, normal, numbers, passes
 from benchmarks.timing import Call
 from cgkernels.samplers import make_schedule, make_table
-from cgm.families.energy import langevin_table
+from cgm.sampling.langevin import langevin_table
 
 
 @cache

@@ -37,14 +37,14 @@ from cgkernels import rows
 from cgkernels.ops import (
     affine_coupling,
     conv2d_stats,
-    decode_attention,
     embed_tokens,
-    instance_norm_act,
-    norm_linear,
     pair_conv2d,
     patch_head_loss,
-    sample_logits,
 )
+from cgkernels.ops.decode_attention import launch as decode_attention_launch
+from cgkernels.ops.instance_norm_act import launch as instance_norm_act_launch
+from cgkernels.ops.norm_linear import launch as norm_linear_launch
+from cgkernels.ops.sample_logits import launch as sample_logits_launch
 
 Config = dict[str, Any]
 
@@ -239,15 +239,15 @@ TUNABLES = {
     "diffusion_loss": _ROWS,
     "philox_normal": _ROWS,
     "sample_and_kl": _ROWS,
-    "instance_norm_act": Tunable(instance_norm_act, "_launch_config", _norm_tiles),
-    "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
+    "instance_norm_act": Tunable(instance_norm_act_launch, "_launch_config", _norm_tiles),
+    "norm_linear": Tunable(norm_linear_launch, "_launch_config", _linear_tiles),
     "pair_conv2d": Tunable(pair_conv2d, "_launch_config", _window_tiles),
     "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),
     "conv2d_stats": Tunable(conv2d_stats, "_launch_config", _convolution_tiles),
     "affine_coupling": Tunable(affine_coupling, "_launch_config", _row_splits),
-    "sample_logits": Tunable(sample_logits, "_launch_config", _vocabulary_walks),
+    "sample_logits": Tunable(sample_logits_launch, "_launch_config", _vocabulary_walks),
     "embed_tokens": Tunable(embed_tokens, "_launch_config", _vector_blocks),
-    "decode_attention": Tunable(decode_attention, "_launch_config", _splits),
+    "decode_attention": Tunable(decode_attention_launch, "_launch_config", _splits),
 }
 """For each op of the benchmarks."""
 

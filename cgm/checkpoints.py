@@ -194,10 +194,9 @@ def sampling_preset(path: str | Path) -> dict[str, Any]:
         model_class = family_class(info["family"])
     except ValueError as error:
         raise ValueError(f"{Path(path) / CONFIG_FILE}: {error}") from error
-    options = getattr(model_class, "sampling_config", None)
-    if options is None:
+    if model_class.sampling_config is None:
         raise ValueError(f"{where} must be absent: a model of {info['family']} draws nothing")
-    hints = typing.get_type_hints(options)
+    hints = typing.get_type_hints(model_class.sampling_config)
     for name, value in preset.items():
         if name not in hints:
             raise ValueError(f"{where} has {name}, which is none of {', '.join(hints)}")

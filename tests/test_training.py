@@ -24,7 +24,8 @@ from cgm.families.cyclegan import CycleGAN, CycleGANConfig
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families.gan import ConditionalGAN, GANConfig, Pix2Pix, Pix2PixConfig
 from cgm.model import FAMILIES, Model, make_model
-from cgm.training import TrainingConfig, TrainingInterrupted, learning_rate, train
+from cgm.training import TrainingConfig, TrainingInterrupted, learning_rate, loop, train
+from cgm.training.progress import Log
 from cgm.viz import sample_page
 from cgm.viz.plots import sample_grid
 
@@ -356,17 +357,17 @@ def test_no_update_follows_one_that_is_not_finite(tmp_path):
     wrong.y[:] = math.nan
     for bad in range(1, 4):
         model = toy()
-        loop = training._Run(model, toy_data(), CONFIG, torch.device("cpu"))
+        run = loop._Run(model, toy_data(), CONFIG, torch.device("cpu"))
         for _ in range(bad):
-            loop.train_step(0.1)
+            run.train_step(0.1)
         before = [p.clone() for p in model.parameters()]
-        loop.dataset = wrong
-        loop.train_step(0.1)
-        loop.dataset = toy_data()
-        loop.train_step(0.1)
+        run.dataset = wrong
+        run.train_step(0.1)
+        run.dataset = toy_data()
+        run.train_step(0.1)
         assert all(map(torch.equal, model.parameters(), before))
         with pytest.raises(FloatingPointError, match=f"phase first .* step {bad + 1};"):
-            loop.save(tmp_path)
+            run.save(tmp_path)
         assert not any(tmp_path.iterdir())
 
 
@@ -465,8 +466,8 @@ def test_bar_on_a_terminal(tmp_path):
 
 def test_log_keeps_large_steps(tmp_path):
     file = tmp_path / "log.csv"
-    training._Log(file, ["step", "seconds"], 0).write([12345678, 0.5])
-    assert training._Log(file, ["step", "seconds"], 12345678).seconds == 0.5
+    Log(file, ["step", "seconds"], 0).write([12345678, 0.5])
+    assert Log(file, ["step", "seconds"], 12345678).seconds == 0.5
     assert file.read_text().splitlines() == ["step,seconds", "12345678,0.5"]
 
 

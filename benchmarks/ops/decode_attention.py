@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from cgkernels.ops.decode_attention import _launch_append, _launch_fwd
+from cgkernels.ops.decode_attention.launch import _launch_append, _launch_fwd
 from cgkernels.testing import Launch
 
 

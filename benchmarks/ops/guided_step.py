@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from cgkernels.ops.guided_step import _launch_bwd, _launch_fwd, _launch_inplace
+from cgkernels.ops.guided_step.launch import _launch_bwd, _launch_fwd, _launch_inplace
 from cgkernels.testing import Launch
 
 

@@ -5,13 +5,8 @@ from functools import partial
 
 import torch
 
-from cgkernels.ops.instance_norm_act import (
-    _empty_padded,
-    _empty_statistics,
-    _launch_bwd,
-    _launch_fwd,
-    _launch_inplace,
-)
+from cgkernels.ops.instance_norm_act.launch import _launch_bwd, _launch_fwd, _launch_inplace
+from cgkernels.ops.instance_norm_act.reference import _empty_padded, _empty_statistics
 from cgkernels.testing import Launch
 
 

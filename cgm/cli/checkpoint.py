@@ -25,7 +25,7 @@ def checkpoint_options(
     path = find_checkpoint(checkpoint)
     info = read_config(path)
     model_class = family_class(info["family"])
-    if not hasattr(model_class, "sampling_config"):
+    if model_class.sampling_config is None:
         raise ValueError(f"{path}: is a model of the family {info['family']}, which draws nothing")
     prog = f"cgm {command} {shlex.quote(checkpoint)}"
     solver = with_defaults(model_class.sampling_config, sampling_preset(path))

@@ -114,7 +114,7 @@ def _draw(model: "Model", cond: "Tensor | None", options: Any, solver: dict[str,
     rows = 1 if cond is None else len(cond)
     if not 0 <= options.index <= 2**32 - rows:
         raise ValueError(f"--index must be in [0, 2^32 - {rows}], got {options.index}")
-    device = next(model.parameters()).device
+    device = model.device
     at_once = max(1, _ROWS_AT_ONCE // rows)
     parts = []
     with Console().status("") as status:

@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt(str(stop)) from None
     if options.training.sheet_every:
         print(f"What it drew while it learned is in {out / 'index.html'}.")
-    if not hasattr(model_class, "sampling_config"):
+    if model_class.sampling_config is None:
         print(f"The model is in {out}.")
         return
     print(f"The model is in {out}. To draw from it:")

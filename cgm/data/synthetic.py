@@ -142,7 +142,7 @@ def _frames(position: Tensor, color: Tensor) -> Tensor:
     return (2 * color[:, :, None, None] * light[:, None] - 1).float()
 
 
-# Images that are no clothes ---------------------------------------------------------------------
+# Images that are no clothes -----------------------------------------------------------------------
 # Ends of the strokes of a display of seven, across and down in [0, 1]; and the strokes of a digit.
 _CORNERS = ((0, 0), (1, 0), (0, 0.5), (1, 0.5), (0, 1), (1, 1))
 _STROKES = ((0, 1), (0, 2), (1, 3), (2, 3), (2, 4), (3, 5), (4, 5))

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from cgkernels.random import STREAM_AUGMENTATION, uniform
 from cgm.checkpoints import load_model, save_model, shipped
 from cgm.data import load_task
 from cgm.data.dataset import to_float
-from cgm.model import Model, make_model
+from cgm.model import ImageConfig, Model, Step, make_model
 from cgm.training import TrainingConfig, describe_data, train
 
 CHECKPOINT = "fashion_classifier"
@@ -44,11 +44,11 @@ RECIPE = TrainingConfig(
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(ImageConfig):
     """Size of the network, and what it is trained with."""
 
-    # Shape (C, H, W) of an image.
-    event_shape: tuple[int, int, int] = (1, 28, 28)
+    # What it learns is the class given the image: the class is its condition.
+    cond_kind: Literal["class"] = "class"
     # Number of classes.
     num_classes: int = 10
     # Width of each block, multiples of 8.
@@ -95,26 +95,17 @@ class Classifier(Model):
         """What the last layer sees, (B, channels[-1] grid^2)."""
         return F.adaptive_avg_pool2d(self.blocks(y), self.config.grid).flatten(1)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """{"total": cross entropy with smoothed labels, "error": 0 or 1}, (B,) each."""
-        if cond is None:
-            raise ValueError("cond must be class ids (B,), got None")
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
+        """{"total": cross entropy with smoothed labels, "error": 0 or 1}."""
+        assert cond is not None  # it was checked
         config = self.config
-        logits = self(self._augment(y, seed, index))
+        logits = self(self._augment(y, step.seed, step.index))
         total = F.cross_entropy(
             logits, cond, label_smoothing=config.label_smoothing, reduction="none"
         )
         return {"total": total, "error": (logits.detach().argmax(1) != cond).float()}
 
-    def _augment(self, y: Tensor, seed: int | Tensor, index: Tensor | None) -> Tensor:
+    def _augment(self, y: Tensor, seed: int | Tensor, index: Tensor) -> Tensor:
         """Shifted and mirrored images; the border is filled with -1, black."""
         n, _, height, width = y.shape
         reach = self.config.shift

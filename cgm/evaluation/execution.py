@@ -21,7 +21,7 @@ WAYS = ("fused", "plain", "compiled")
 
 def conditions(model: Model, rows: int, seed: int = 0) -> Tensor | None:
     """Random conditions of the kind that a model has, on its device."""
-    config, device = model.config, next(model.parameters()).device
+    config, device = model.config, model.device
     generator = torch.Generator().manual_seed(seed)
     if config.cond_kind == "none":
         return None
@@ -41,6 +41,7 @@ def model_call(
     n = rows if cond is None else None
     if way == "fused":
         return lambda: model.sample(n, cond=cond, seed=seed, **solver)
+    assert model.sampling_config is not None, "it is drawn from"
     if "graph" in {field.name for field in dataclasses.fields(model.sampling_config)}:
         solver["graph"] = False
 

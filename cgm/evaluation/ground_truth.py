@@ -26,7 +26,7 @@ _STEP_PERMUTATION = 6  # of the data's stream
 _SEEN = 0.3  # of the brightest pixel: what counts as the ball
 
 
-# Colors ------------------------------------------------------------------------------------------
+# Colors -------------------------------------------------------------------------------------------
 def color_scores(samples: Tensor, luminance: Tensor) -> Scores:
     """Of garments colored n times each: samples (n, B, 2, H, W), luminance (B, 1, H, W).
 

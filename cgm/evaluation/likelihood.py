@@ -19,6 +19,7 @@ from torch import Tensor
 from cgkernels.checks import check_shape
 from cgm.data import Dataset
 from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
+from cgm.model import Model
 
 _ROWS_AT_ONCE = 50
 
@@ -39,18 +40,14 @@ class Measure:
     floor_rows: int | None = None  # how many these were
 
 
-def bits_per_dimension(model: Any, y: Tensor, cond: Tensor | None) -> Tensor:
+def bits_per_dimension(model: Model, y: Tensor, cond: Tensor | None) -> Tensor:
     """(B,) float64 on the CPU of images y (B, *event) in [-1, 1] with their conditions."""
-    device = next(model.parameters()).device
-    of_model = getattr(model, "bits_per_dimension", None)  # where log_prob is no probability
+    device = model.device
     parts = []
     for rows in torch.arange(len(y)).split(_ROWS_AT_ONCE):
         some, images = None if cond is None else cond[rows].to(device), y[rows].to(device)
-        if of_model is not None:
-            parts.append(of_model(images, cond=some, index=rows.to(device)).cpu().double())
-        else:
-            nats = model.log_prob(images, cond=some).cpu().double()
-            parts.append(-nats / (math.prod(y.shape[1:]) * math.log(2)))
+        bits = model.bits_per_dimension(images, cond=some, index=rows.to(device))
+        parts.append(bits.cpu().double())
     return torch.cat(parts)
 
 
@@ -61,7 +58,7 @@ def check_rows(rows: int, held_out: Dataset) -> None:
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     held_out: Dataset,
     *,
     rows: int = 200,
@@ -90,7 +87,7 @@ def evaluate(
         check_shape("samples", samples, (rows, *held_out.event_shape))
     batch = held_out.batch(torch.arange(rows))
     y, cond = batch["y"], batch["cond"]
-    device = next(model.parameters()).device
+    device = model.device
 
     def draw(cond: Tensor | None) -> Tensor:
         n = rows if cond is None else None
@@ -126,7 +123,7 @@ def evaluate(
 
 
 def _likelihoods(
-    model: Any,
+    model: Model,
     y: Tensor,
     cond: Tensor | None,
     own: Callable[[], Tensor],
@@ -139,7 +136,7 @@ def _likelihoods(
         other = cond.roll(1, 0)  # no image keeps its own
         swapped = bits_per_dimension(model, y, other)
         found.append(mean_measure("... given another's condition", swapped))
-    if hasattr(model, "int8"):
+    if model.has_int8:
         say("likelihoods with weights of 8 bits")
         rounded = bits_per_dimension(model.int8(), y, cond)
         found.append(mean_measure("... with weights of 8 bits", rounded))

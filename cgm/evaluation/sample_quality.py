@@ -212,7 +212,7 @@ def _drawn(
     say: Callable[[str], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows of the conditions, samples on the CPU), part by part."""
-    device = next(model.parameters()).device
+    device = model.device
     for numbers in torch.arange(samples).split(_AT_ONCE):
         say(f"drawing, {int(numbers[0])} of {samples}")
         rows, draws = numbers % len(held_out), numbers // len(held_out)
@@ -448,7 +448,7 @@ def _several(
     rows = torch.arange(min(_CONDITIONS, len(held_out)))
     batch = held_out.batch(rows)
     assert batch["cond"] is not None
-    cond = batch["cond"].to(next(model.parameters()).device)
+    cond = batch["cond"].to(model.device)
     draws = model.sample(_DRAWS, cond=cond, seed=seed, **solver).cpu()
     real = extractor(batch["y"]).double().cpu()
     features = extractor(draws.flatten(0, 1)).double().cpu().unflatten(0, (_DRAWS, -1))

@@ -184,7 +184,7 @@ def _samples(
     model: Model, held_out: Batch, contest: Contest, solver: dict[str, Any]
 ) -> tuple[Tensor, float]:
     """Samples (draws, rows, *event) on the CPU, and how many a second, warmed up."""
-    device = next(model.parameters()).device
+    device = model.device
     cond = None if held_out["cond"] is None else held_out["cond"].to(device)
 
     def draw() -> Tensor:

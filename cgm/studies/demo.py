@@ -55,7 +55,7 @@ class _Shipped:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.model.device
 
     def draw(self, n: int, *, cond: Tensor, **changed: Any) -> Tensor:
         """(n, B, *event) of cond (B, ...)."""

@@ -64,7 +64,7 @@ class Sheets:
 
     def __init__(self, model: Model, shown: Shown, out: Path) -> None:
         """ValueError if the model draws nothing, or nothing that can be shown."""
-        if not hasattr(model, "sampling_config"):
+        if model.sampling_config is None:
             raise ValueError(f"sheet_every must be 0: {model.family} draws nothing")
         self.model, self.shown, self.out = model, shown, out
         self.cond = shown.cond if shown.cond is not None and shown.cond.dim() == 4 else None
@@ -101,7 +101,7 @@ class Sheets:
         cond = self.shown.cond
         if cond is None:
             return self.model.sample(ROWS * self.draws, seed=0)[:, None].cpu()
-        device = next(self.model.parameters()).device
+        device = self.model.device
         samples = self.model.sample(self.draws, cond=cond.to(device), seed=0).cpu()
         return samples[:1] if (samples == samples[:1]).all() else samples
 

@@ -441,7 +441,7 @@ def test_ctrl_c_elsewhere(cgm, monkeypatch):
     assert cgm("train diffusion --task complete") == (130, "", "cgm: interrupted\n")
 
 
-# Images from images ---------------------------------------------------------------------------
+# Images from images -------------------------------------------------------------------------------
 ADVERSARIAL = shlex.split(
     "--model.generator unet --model.depth 2 --model.width 4 --model.discriminator-width 4 "
     "--model.patch 16 --training.steps 3 --training.log-every 1 --training.threads 1 --device cpu"
@@ -657,7 +657,7 @@ def test_info(cgm):
     assert out.count("plain PyTorch") == out.count(fused) == len(OPS)
 
 
-# Images -----------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------
 def test_grid_pixels_are_squares_of_the_levels(tmp_path):
     levels = torch.randint(0, 256, (3, 2, 3, 5, 7), generator=torch.Generator().manual_seed(0))
     file = tmp_path / "grid.png"

@@ -98,7 +98,7 @@ def test_without_augmentation(held_out):
         loss["total"], -model(images).log_softmax(1)[torch.arange(8), labels]
     )
     assert torch.equal(loss["error"], (model(images).argmax(1) != labels).float())
-    with pytest.raises(ValueError, match="cond must be class ids"):
+    with pytest.raises(ValueError, match="cond must be given"):
         model.loss(images, seed=0)
 
 

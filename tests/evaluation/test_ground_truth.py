@@ -26,7 +26,7 @@ def coins(*shape, seed=0):
     return torch.randint(2, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Colors ------------------------------------------------------------------------------------------
+# Colors -------------------------------------------------------------------------------------------
 def test_true_colors_score_as_the_truth(garments):
     luminance, mask = garments
     scores = ground_truth.color_scores(colored(mask, coins(64, 40, 1, 1)), luminance)

@@ -25,11 +25,16 @@ class Templates(Model):
             event_shape=(1, 28, 28), cond_kind="class" if classes else "none",
             num_classes=classes, values=256,
         )  # fmt: skip
+        self.kind = kind
         self.centers = torch.nn.Parameter(torch.linspace(-1, 1, max(classes, 1)))
         if kind == "elbo":
             self.elbo = lambda y, *, cond, seed: self.of(y, cond) - 1
         if kind == "energy":
             self.energy = lambda y, *, cond: -self.of(y, cond)
+
+    @property
+    def density(self):
+        return {"elbo": "bound", "energy": "energy", "none": None}[self.kind]
 
     def of(self, y, cond):
         center = self.centers[0] if cond is None else self.centers[cond][:, None, None, None]

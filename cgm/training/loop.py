@@ -1,111 +1,34 @@
-"""One training loop for all families.
+"""The loop, and the state that it keeps: see `cgm.training`."""
 
-Everything is a function of (config, data, step): the order of the rows, the noise of each example
-(index = row + 2^32 epoch), the learning rate. Nothing is drawn from a global generator, so a run
-that stops and resumes continues with the same bits on the same device.
-
-The folder of a run   config.json, model.safetensors   the averaged weights (see cgm.checkpoints)
-                      training.safetensors             what resuming needs
-                      log.csv                          means over the steps since the row before
-                      samples, index.html              if asked for (see cgm.viz.sample_page)
-
-Source   AdamW: Loshchilov, Hutter, arXiv:1711.05101. Average of the weights with its ramp-up: the
-         documentation of TensorFlow's tf.train.ExponentialMovingAverage (num_updates).
-"""
-
-import contextlib
 import copy
-import csv
 import dataclasses
 import functools
 import json
-import math
-import signal
-import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor, nn
 
 from cgm.checkpoints import (
     describe_model,
     load_weights,
     read_tensors,
-    replacing,
     save_model,
     write_tensors,
 )
 from cgm.data import Dataset, epoch_order
 from cgm.model import Model
+from cgm.training.config import RESUME_FREE, TrainingConfig, learning_rate
+from cgm.training.progress import Display, Log, fixed_arithmetic, interruptible
 
 if TYPE_CHECKING:
     from cgm.viz.sample_page import Shown
 
 STATE_FILE, LOG_FILE = "training.safetensors", "log.csv"
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a model is trained."""
-
-    # Number of steps; a resumed run may have another one.
-    steps: int = 10_000
-    # Examples a step.
-    batch_size: int = 128
-    # Learning rate of AdamW at its highest.
-    learning_rate: float = 1e-3
-    # Steps over which the learning rate rises from 0.
-    warmup: int = 200
-    # Course of the learning rate after that: to 0 at the last step (late_linear: from half of the
-    # steps on, as GANs are trained), or none.
-    decay: Literal["cosine", "linear", "late_linear", "constant"] = "cosine"
-    # Decay of the mean of the gradient (Adam's beta 1).
-    beta1: float = 0.9
-    # Decay of the mean of its square (Adam's beta 2).
-    beta2: float = 0.999
-    # Weight decay of matrices and convolutions; biases and scales have none.
-    weight_decay: float = 0.0
-    # Largest norm of the gradient of a phase; inf for no clipping.
-    gradient_clip: float = 1.0
-    # Decay of the average of the weights; 0 for the weights themselves.
-    ema_decay: float = 0.999
-    # Seed of initial weights, order and noise.
-    seed: int = 0
-    # Arithmetic of the network; bfloat16 is autocast, the weights stay float32.
-    precision: Literal["float32", "bfloat16"] = "float32"
-    # Steps from one checkpoint to the next.
-    save_every: int = 1000
-    # Steps from one line of the log to the next.
-    log_every: int = 50
-    # Steps from one sheet of samples to the next; 0: none.
-    sheet_every: int = 0
-    # Threads of PyTorch on a CPU, 0 for its own choice; the last bits of sums depend on it.
-    threads: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "sheet_every", "threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-
-
-# A run resumes with other values of these; every other field must be what it was.
-_FREE = ("steps", "save_every", "log_every", "sheet_every")
 
 
 class TrainingInterrupted(Exception):
@@ -154,7 +77,7 @@ def train(
     names = run.rehearse()
     sheets = None
     if config.sheet_every:
-        from cgm.viz.sample_page import (  # matplotlib, for those who want pictures
+        from cgm.viz.sample_page import (  # matplotlib, for those who want images
             Sheets,
             first_rows,
         )
@@ -167,13 +90,13 @@ def train(
     try:
         out.mkdir(parents=True, exist_ok=True)
         run.save(out)  # what cannot be written shows now, not after an hour
-        log = _Log(out / LOG_FILE, ["step", "seconds", "learning_rate", *names], run.step)
+        log = Log(out / LOG_FILE, ["step", "seconds", "learning_rate", *names], run.step)
     except OSError as error:
         raise ValueError(f"out must be a folder to write to, got {out}: {error}") from error
     with (
-        _arithmetic(config.threads),
-        _interruptible() as interrupted,
-        _Display(config, run.step, console or Console()) as display,
+        fixed_arithmetic(config.threads),
+        interruptible() as interrupted,
+        Display(config, run.step, console or Console()) as display,
     ):
         while run.step < config.steps:
             rate = learning_rate(config, run.step)
@@ -203,19 +126,26 @@ def train(
     return run.average
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Learning rate of the step after `step` finished ones.
-
-    learning_rate min(1, (step + 1) / warmup) d(p), with p = (step - warmup) / (steps - warmup) in
-    [0, 1] and d(p) = (1 + cos(pi p)) / 2, 1 - p, min(1, 2 - 2 p), or 1.
-    """
-    rising = min(1.0, (step + 1) / max(config.warmup, 1))
-    p = min(max((step - config.warmup) / max(config.steps - config.warmup, 1), 0.0), 1.0)
-    course = {
-        "cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p,
-        "late_linear": min(1.0, 2 - 2 * p), "constant": 1.0,
-    }  # fmt: skip
-    return config.learning_rate * rising * course[config.decay]
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """What config.json says of the data; the checksum tells other data of the same shape."""
+    crc = 0
+    for tensor in (dataset.y, dataset.cond):
+        if tensor is not None:
+            crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+    size = tuple(dataset.y.shape[2:])
+    augmentation = {"size": size, "crop": dataset.crop, "flip": dataset.flip}
+    return {
+        "name": dataset.name,
+        "rows": len(dataset),
+        "event_shape": dataset.event_shape,
+        "cond_kind": dataset.cond_kind,
+        "cond_shape": dataset.cond_shape,
+        "num_classes": dataset.num_classes,
+        "class_names": dataset.class_names,
+        # None, as of runs from before there was any: they can be resumed.
+        "augmentation": augmentation if dataset.augmented else None,
+        "crc32": crc,
+    }
 
 
 # State --------------------------------------------------------------------------------------------
@@ -232,7 +162,7 @@ class _Run:
     ) -> None:
         self.model, self.dataset, self.config, self.device = model, dataset, config, device
         # Of a model that draws nothing no preset: its absence is what says so.
-        draws = hasattr(model, "sampling_config")
+        draws = model.sampling_config is not None
         self.preset = {"sampling": dict(sampling or {})} if draws else {}
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         self.parameters = {phase: model.phase_parameters(phase) for phase in model.phases}
@@ -299,7 +229,7 @@ class _Run:
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
         )
-        # What the phases of a step have in common, such as the pictures that are judged.
+        # What the phases of a step have in common, such as the images that are judged.
         shared: dict[str, Any] = {"shared": {}} if len(self.model.phases) > 1 else {}
         for number, phase in enumerate(self.model.phases):
             parameters, optimizer = self.parameters[phase], self.optimizers[phase]
@@ -398,7 +328,7 @@ class _Run:
             raise ValueError(f"steps must be at least {self.step}, got {self.config.steps}: {file}")
 
     def _state(self) -> dict[str, Tensor]:
-        """Buffers that are no part of the model to use, such as pools of pictures."""
+        """Buffers that are no part of the model to use, such as pools of images."""
         kept = self.model.state_dict().keys()
         return {name: t for name, t in self.model.named_buffers() if name not in kept}
 
@@ -407,28 +337,6 @@ class _Run:
         for phase, parameters in self.parameters.items():
             for parameter in parameters:
                 yield phase, names[id(parameter)], parameter
-
-
-def describe_data(dataset: Dataset) -> dict[str, Any]:
-    """What config.json says of the data; the checksum tells other data of the same shape."""
-    crc = 0
-    for tensor in (dataset.y, dataset.cond):
-        if tensor is not None:
-            crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
-    size = tuple(dataset.y.shape[2:])
-    augmentation = {"size": size, "crop": dataset.crop, "flip": dataset.flip}
-    return {
-        "name": dataset.name,
-        "rows": len(dataset),
-        "event_shape": dataset.event_shape,
-        "cond_kind": dataset.cond_kind,
-        "cond_shape": dataset.cond_shape,
-        "num_classes": dataset.num_classes,
-        "class_names": dataset.class_names,
-        # None, as of runs from before there was any: they can be resumed.
-        "augmentation": augmentation if dataset.augmented else None,
-        "crc32": crc,
-    }
 
 
 def _adamw(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
@@ -450,117 +358,9 @@ def _differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
     """Fields that differ, in words."""
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in sorted(saved.keys() | now.keys()):
-            if not (name == "training" and key in _FREE):
+            if not (name == "training" and key in RESUME_FREE):
                 yield from _differences(
                     saved.get(key), now.get(key), f"{name}.{key}" if name else key
                 )
     elif saved != now:
         yield f"{name} was {saved!r} and is now {now!r}"
-
-
-# Surroundings -------------------------------------------------------------------------------------
-class _Log:
-    """The CSV file: columns step, seconds, ...; rows after the resumed step are dropped."""
-
-    def __init__(self, file: Path, columns: list[str], step: int) -> None:
-        self.file = file
-        rows: list[list[str]] = []
-        if file.exists():
-            with file.open(newline="", encoding="utf-8") as opened:
-                rows = [
-                    row
-                    for row in csv.reader(opened)
-                    # A row that a crash cut off is no row.
-                    if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step
-                ]
-        self.seconds = float(rows[-1][1]) if rows else 0.0  # of the runs before
-        with (
-            replacing(file) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as opened,
-        ):
-            csv.writer(opened).writerows([columns, *rows])
-
-    def write(self, values: list[float]) -> None:
-        with self.file.open("a", newline="", encoding="utf-8") as opened:
-            step, *rest = values  # the step whole, however large: it is what rows are found by
-            csv.writer(opened).writerow([int(step), *(f"{value:.6g}" for value in rest)])
-
-
-class _Display:
-    """Loss, rate and time left: a bar on a terminal, else a line at each log step."""
-
-    def __init__(self, config: TrainingConfig, step: int, console: Console) -> None:
-        self.config, self.console, self.logged = config, console, step
-        self.start = self.logged_at = time.perf_counter()
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        if console.is_terminal:
-            self.bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console)
-            self.task = self.bar.add_task("", total=config.steps, completed=step)
-
-    def __enter__(self) -> "_Display":
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    @property
-    def seconds(self) -> float:
-        """Since this call of `train` began."""
-        return time.perf_counter() - self.start
-
-    def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.advance(self.task)
-
-    def line(self, step: int, loss: float) -> None:
-        now = time.perf_counter()
-        rate = (step - self.logged) / (now - self.logged_at)
-        self.logged, self.logged_at = step, now
-        left = int((self.config.steps - step) / rate)
-        text = (
-            f"step {step}/{self.config.steps}  loss {loss:.4g}  {rate:.3g} steps/s  "
-            f"{rate * self.config.batch_size:.3g} examples/s  "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        )
-        if self.bar is not None:
-            self.bar.update(self.task, description=text)
-        else:
-            self.console.print(text, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C; the second Ctrl-C is a KeyboardInterrupt."""
-    pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed  # signals reach the main thread only
-        return
-
-    def handle(number: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _arithmetic(threads: int) -> Iterator[None]:
-    """This many threads, and of cuDNN only algorithms that add in a fixed order."""
-    cudnn = torch.backends.cudnn
-    before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
-    torch.set_num_threads(threads or before[0])
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cudnn.deterministic, cudnn.benchmark = before[1:]
