@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import cgkernels
 from benchmarks.opcase import Inputs, OpCase, Size, normal, passes
-from cgm.networks.layers import joined, norm_leaky_relu_and_relu_, norm_relu_
+from cgm.networks.layers import join_channels, norm_leaky_relu_and_relu_, norm_relu_
 
 _NORM = torch.nn.InstanceNorm2d(1)  # which knows no number of channels
 
@@ -81,7 +81,7 @@ def _skip(x, up):
     )
     left, right = both.chunk(2, dim=1)
     down, skip = norm_leaky_relu_and_relu_(left, x, _NORM)
-    return down, joined(both, skip, norm_relu_(right, up, _NORM))
+    return down, join_channels(both, skip, norm_relu_(right, up, _NORM))
 
 
 def _plain_skip(x, up):
