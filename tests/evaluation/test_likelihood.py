@@ -107,7 +107,7 @@ def test_without_augmentation(held_out):
 
 
 def test_other_sizes():
-    config = ClassifierConfig(event_shape=(3, 20, 33), num_classes=4, channels=(8, 16), pools=1)
+    config = ClassifierConfig(event_shape=(3, 20, 33), num_classes=4, width=(8, 16), pools=1)
     model = Classifier(config)
     loss = model.loss(torch.zeros(2, 3, 20, 33), cond=torch.tensor([0, 3]), seed=1)
     assert loss["total"].shape == (2,) and model(torch.zeros(0, 3, 20, 33)).shape == (0, 4)
@@ -127,7 +127,7 @@ def stripes(rows, seed=0):
 
 def untrained():
     config = AutoregressiveConfig(
-        event_shape=(1, 4, 4), cond_kind="class", num_classes=4, levels=4, layers=2, width=32,
+        event_shape=(1, 4, 4), cond_kind="class", num_classes=4, levels=4, depth=2, width=32,
         heads=2, hidden=64,
     )  # fmt: skip
     return make_model(ConditionalTransformer, config).eval()
@@ -172,7 +172,7 @@ def test_class_accuracy_of_samples(monkeypatch):
         return real.batch(torch.arange(len(cond)))["y"]
 
     monkeypatch.setattr(ConditionalDiffusion, "sample", sample)
-    config = DiffusionConfig(cond_kind="class", num_classes=10, channels=8, heads=2)
+    config = DiffusionConfig(cond_kind="class", num_classes=10, width=8, heads=2)
     model = make_model(ConditionalDiffusion, config)
     held_out = load_task("class_to_image", "test")
     samples, real = evaluate(model, held_out, rows=300, seed=4, steps=5)
