@@ -660,7 +660,8 @@ def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
     }[kind]
     fields = {f: getattr(fitting, f) for f in ("event_shape", "cond_kind", "cond_shape")}
     family, config = ConditionalDiffusion, DiffusionConfig(
-        **fields, num_classes=fitting.num_classes, channels=8, multipliers=(1,), blocks=1, heads=2
+        **fields, num_classes=fitting.num_classes, width=8, width_multipliers=(1,), blocks=1,
+        heads=2,
     )  # fmt: skip
     if kind == "unpaired":
         sides = {name: fields[name] for name in ("event_shape", "cond_shape")}
@@ -690,7 +691,7 @@ def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
 def test_sheets_of_what_cannot_be_shown(tmp_path):
     with pytest.raises(ValueError, match="sheet_every must be 0: toy draws nothing"):
         run(tmp_path / "run", SHEETS)
-    model = make_model(ConditionalDiffusion, DiffusionConfig((2, 8, 8), channels=8, heads=2))
+    model = make_model(ConditionalDiffusion, DiffusionConfig((2, 8, 8), width=8, heads=2))
     with pytest.raises(ValueError, match=r"1 or 3 channels, got y \(4, 2, 8, 8\)"):
         run(tmp_path / "run", SHEETS, Dataset("x", pictures(4, 2, 8)), model)
     config = dataclasses.replace(BATCH_NORM, cond_shape=(2, 16, 16))

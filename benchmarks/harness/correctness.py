@@ -6,7 +6,6 @@ worth knowing in words. Those of the ops run on any device.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -249,8 +248,7 @@ class ModelChecks:
 
         self.model: Any = load_model(shipped(name), device)
         self.solver = sampling_preset(shipped(name))
-        assert self.model.sampling_config is not None, "it is drawn from"
-        self.options = {f.name for f in dataclasses.fields(self.model.sampling_config)}
+        self.options = set(self.model.sampling_options())
         self.cond = conditions(self.model, _ROWS)
         self.index = torch.arange(_ROWS, device=device) * (2**32 if self.cond is None else 1)
 

@@ -17,7 +17,7 @@ from cgm.families.autoregressive import (
 from cgm.model import make_model
 from cgm.sampling.decoding import SamplingConfig
 
-SMALL = {"event_shape": (1, 3, 4), "levels": 4, "layers": 2, "width": 16, "heads": 2, "hidden": 24}
+SMALL = {"event_shape": (1, 3, 4), "levels": 4, "depth": 2, "width": 16, "heads": 2, "hidden": 24}
 CONDITIONS = {
     "none": {},
     "class": {"num_classes": 3},
@@ -240,7 +240,7 @@ def test_samples_follow_the_likelihood():
 
 def test_learns_four_pictures_and_their_classes():
     config = AutoregressiveConfig(
-        (1, 4, 4), "class", 4, levels=2, layers=1, width=32, heads=2, hidden=64,
+        (1, 4, 4), "class", 4, levels=2, depth=1, width=32, heads=2, hidden=64,
         positions="learned", cond_dropout=0.0,
     )  # fmt: skip
     model = make_model(ConditionalTransformer, config, seed=1)

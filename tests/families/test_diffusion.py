@@ -13,7 +13,7 @@ from cgkernels.samplers import SAMPLERS
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig, SamplingConfig
 from cgm.model import make_model
 
-TINY = DiffusionConfig(event_shape=(1, 4, 6), channels=8, blocks=1, heads=2, timesteps=100)
+TINY = DiffusionConfig(event_shape=(1, 4, 6), width=8, blocks=1, heads=2, timesteps=100)
 KINDS = {
     "none": TINY,
     "class": dataclasses.replace(TINY, cond_kind="class", num_classes=3),
@@ -72,7 +72,7 @@ def test_loss_is_that_of_the_formula():
 
 
 def test_learns_four_pictures():
-    config = dataclasses.replace(KINDS["class"], num_classes=4, cond_dropout=0.0, channels=16)
+    config = dataclasses.replace(KINDS["class"], num_classes=4, cond_dropout=0.0, width=16)
     m = make_model(ConditionalDiffusion, config, seed=1)
     y, cond = torch.sign(pictures(4)), torch.arange(4)
     optimizer = torch.optim.Adam(m.parameters(), lr=5e-3)
@@ -191,7 +191,7 @@ def test_learned_variance_changes_the_noise_of_ddpm_only():
 
 def test_exact_denoiser_of_gaussian_data_gives_its_moments():
     """The whole loop on pixels N(mu, s^2): samples have that mean and standard deviation."""
-    config = DiffusionConfig(event_shape=(1, 2, 2), channels=8, heads=2, blocks=1, patch=1)
+    config = DiffusionConfig(event_shape=(1, 2, 2), width=8, heads=2, blocks=1, patch=1)
     m = model(config)
     mu = torch.tensor([[0.5, -0.5], [0.0, 0.25]])
     s = torch.tensor([[0.3, 0.2], [0.5, 0.25]])
@@ -295,10 +295,10 @@ def test_no_exact_density():
         ({"cond_dropout": 1.0}, "cond_dropout"),
         ({"patch": 0}, "patch"),
         ({"blocks": 0}, "blocks"),
-        ({"channels": 0}, "channels"),
-        ({"multipliers": ()}, "multipliers"),
-        ({"multipliers": (1, 0)}, "multipliers"),
-        ({"attention_levels": 3}, "attention_levels"),
+        ({"width": 0}, "width"),
+        ({"width_multipliers": ()}, "width_multipliers"),
+        ({"width_multipliers": (1, 0)}, "width_multipliers"),
+        ({"attention_depth": 3}, "attention_depth"),
         ({"heads": 3}, "heads"),
         ({"prediction": "epsilon", "zero_terminal_snr": True}, "prediction"),
         ({"schedule": "exp"}, "linear"),

@@ -21,7 +21,7 @@ from tests.support import assert_equal
 TINY = EnergyConfig(
     event_shape=(1, 4, 6),
     width=4,
-    levels=2,
+    depth=2,
     hidden=8,
     temperature=0.002,
     step_size=0.05,
@@ -37,7 +37,7 @@ KINDS = {
 kinds = pytest.mark.parametrize("kind", KINDS)
 # A point of the plane.
 POINT = EnergyConfig(
-    event_shape=(2, 1, 1), patch=1, levels=1, width=8, hidden=16, temperature=0.5, step_size=0.1,
+    event_shape=(2, 1, 1), patch=1, depth=1, width=8, hidden=16, temperature=0.5, step_size=0.1,
     bound=10.0, start_std=1.0,
 )  # fmt: skip
 
@@ -138,12 +138,14 @@ def mean_weight(weights: Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("std", [0.7, 2.0])
 def test_log_z_of_a_quadratic_energy(std):
-    weights = annealed_weights(quadratic, (400, 2, 1, 1), std=std, levels=60, step_size=0.2, seed=1)
+    weights = annealed_weights(
+        quadratic, (400, 2, 1, 1), std=std, temperatures=60, step_size=0.2, seed=1
+    )
     found, error = mean_weight(weights)
     expected = math.log(2 * math.pi) - 0.5 * math.log(torch.linalg.det(MATRIX).item())
     assert error < 0.05 and abs(found - expected) < 4 * error
     again = annealed_weights(
-        quadratic, (2, 2, 1, 1), std=std, levels=60, step_size=0.2, seed=1,
+        quadratic, (2, 2, 1, 1), std=std, temperatures=60, step_size=0.2, seed=1,
         index=torch.tensor([7, 3]),
     )  # fmt: skip
     torch.testing.assert_close(again, weights[[7, 3]])
@@ -151,7 +153,7 @@ def test_log_z_of_a_quadratic_energy(std):
 
 def test_chains_keep_the_density_whatever_the_step():
     """Of steps so long that without Metropolis's rule they would leave for infinity."""
-    weights = annealed_weights(quadratic, (2000, 2, 1, 1), levels=30, step_size=0.9, seed=2)
+    weights = annealed_weights(quadratic, (2000, 2, 1, 1), temperatures=30, step_size=0.9, seed=2)
     found, error = mean_weight(weights)
     expected = math.log(2 * math.pi) - 0.5 * math.log(torch.linalg.det(MATRIX).item())
     assert error < 0.05 and abs(found - expected) < 4 * error
@@ -170,7 +172,7 @@ def test_log_z_of_a_model_is_that_of_a_sum_over_the_plane():
             + 2 * math.log(side[1] - side[0])
             for c in (0, 1)
         ]
-    found = m.log_partition(cond=cond, chains=300, levels=40, step_size=0.3, seed=3)
+    found = m.log_partition(cond=cond, chains=300, temperatures=40, step_size=0.3, seed=3)
     assert found.shape == (2,) and abs(sums[0] - sums[1]) > 0.05
     torch.testing.assert_close(found, torch.stack(sums), atol=0.02, rtol=0)
     with pytest.raises(ValueError, match="chains must be positive"):
@@ -180,7 +182,7 @@ def test_log_z_of_a_model_is_that_of_a_sum_over_the_plane():
 def test_log_z_of_a_model_without_condition():
     m = model(POINT)
     m.network = Squares(3 * POINT.temperature, 2)
-    found = m.log_partition(chains=200, levels=40, step_size=0.2)
+    found = m.log_partition(chains=200, temperatures=40, step_size=0.2)
     assert found.item() == pytest.approx(math.log(2 * math.pi / 4), abs=0.03)
 
 
@@ -459,7 +461,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path):
 
 def test_learns_four_pictures(tmp_path):
     config = EnergyConfig(
-        event_shape=(1, 4, 4), cond_kind="class", num_classes=4, levels=1, hidden=32,
+        event_shape=(1, 4, 4), cond_kind="class", num_classes=4, depth=1, hidden=32,
         temperature=0.002, step_size=0.25, chain_steps=8, chains=32,
     )  # fmt: skip
     y, cond = torch.sign(normal((4, 1, 4, 4), seed=5, stream=6)), torch.arange(4)

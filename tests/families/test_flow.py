@@ -87,7 +87,7 @@ def test_the_determinant_is_that_of_the_jacobian(case):
 
 def test_log_prob_by_hand():
     """Of an untrained flow of points: a rotation, whose density is the normal one."""
-    model = make_model(ConditionalFlow, FlowConfig(event_shape=(2, 1, 1), steps=(3,), values=0))
+    model = make_model(ConditionalFlow, FlowConfig(event_shape=(2, 1, 1), steps=(3,), levels=0))
     y = torch.tensor([[0.3, -1.2], [2.0, 0.5]]).view(2, 2, 1, 1)
     expected = -0.5 * y.square().sum((1, 2, 3)) - math.log(2 * math.pi)
     torch.testing.assert_close(model.eval().log_prob(y), expected)
@@ -98,7 +98,7 @@ def test_log_prob_by_hand():
 @pytest.mark.parametrize("cond", [None, 2])
 def test_the_density_of_points_integrates_to_one(cond):
     changes = {} if cond is None else {"cond_kind": "class", "num_classes": 3}
-    model = flow(event_shape=(2, 1, 1), steps=(4,), values=0, **changes)
+    model = flow(event_shape=(2, 1, 1), steps=(4,), levels=0, **changes)
     side = torch.linspace(-12, 12, 241)
     grid = torch.cartesian_prod(side, side).view(-1, 2, 1, 1)
     given = None if cond is None else torch.full((len(grid),), cond)
@@ -109,7 +109,7 @@ def test_the_density_of_points_integrates_to_one(cond):
 
 def test_the_noise_of_pictures_and_its_bound():
     """(v + u) / 2 - 1 of four values, and log P(v) >= E log p - D log 2."""
-    model = flow(values=4)
+    model = flow(levels=4)
     v = torch.arange(96).view(1, 1, 8, 12) % 4
     y = v / 1.5 - 1
     index = torch.tensor([7])
@@ -128,7 +128,7 @@ def test_the_noise_of_pictures_and_its_bound():
 
 
 def test_the_noise_of_real_numbers():
-    model = flow(values=0, noise=0.5)
+    model = flow(levels=0, noise=0.5)
     y, index = 3 * pictures(2, model), torch.tensor([4, 2**40])
     z = normal(tuple(y.shape), seed=3, index=index, stream=3)
     expected = -model.log_prob(y + 0.5 * z) / 96
@@ -192,7 +192,7 @@ def test_a_sample_depends_on_seed_and_index_only(kind):
 
 
 def test_samples_are_decoded_noise():
-    model, cond = flow("class", values=0), torch.tensor([2, 0])
+    model, cond = flow("class", levels=0), torch.tensor([2, 0])
     index = torch.tensor([3, 2**33])
     z = normal((2, 96), seed=4, index=index, stream=6)
     for temperature in (1.0, 0.5):
@@ -251,7 +251,7 @@ def blocks(rows: int, kinds_of_them: int = 4) -> Dataset:
 
 
 def trained(folder, steps=100, resume=False, **changes) -> ConditionalFlow:
-    options = {"event_shape": (1, 8, 8), "cond_kind": "class", "num_classes": 4, "values": 16}
+    options = {"event_shape": (1, 8, 8), "cond_kind": "class", "num_classes": 4, "levels": 16}
     model = make_model(ConditionalFlow, FlowConfig(**{**SIZES, **options, **changes}), seed=1)
     training = TrainingConfig(
         steps=steps, batch_size=16, learning_rate=5e-3, warmup=5, decay="constant",
@@ -292,7 +292,7 @@ def test_learns_two_modes_of_points(tmp_path):
     y = 0.2 * torch.randn(512, 2, 1, 1, generator=generator)
     y[::2, 0] += 0.8
     y[1::2, 0] -= 0.8
-    config = FlowConfig(event_shape=(2, 1, 1), steps=(4,), width=16, values=0)
+    config = FlowConfig(event_shape=(2, 1, 1), steps=(4,), width=16, levels=0)
     model = make_model(ConditionalFlow, config, seed=1)
     training = TrainingConfig(steps=120, batch_size=64, learning_rate=5e-3, ema_decay=0.0)
     model = train(model, Dataset("two", y), training, tmp_path / "run")
@@ -314,9 +314,9 @@ def test_learns_two_modes_of_points(tmp_path):
         ({"blocks": 0}, "blocks must be positive"),
         ({"limit": 0.0}, "limit must be above 0"),
         ({"limit": 100.0}, "limit must be above 0 and at most 80"),
-        ({"values": 1}, "values must be 0 or from 2"),
+        ({"levels": 1}, "levels must be 0 or from 2"),
         ({"noise": 0.1}, "noise is for real numbers"),
-        ({"noise": -0.1, "values": 0}, "noise must not be negative"),
+        ({"noise": -0.1, "levels": 0}, "noise must not be negative"),
         ({"cond_kind": "class"}, "num_classes must be positive"),
     ],
 )

@@ -48,7 +48,7 @@ FAMILIES = {
     "pix2pix": (small_pix2pix, lambda n: (pictures(n), pictures(n, 2, seed=1))),
     "gan": (small_gan, lambda n: (pictures(n, side=8), torch.arange(n) % 3)),
     "gan of pictures": (
-        lambda: small_gan(cond_kind="image", num_classes=0, cond_shape=(2, 8, 8), levels=2),
+        lambda: small_gan(cond_kind="image", num_classes=0, cond_shape=(2, 8, 8), depth=2),
         lambda n: (pictures(n, side=8), pictures(n, 2, 8, seed=1)),
     ),
     "cyclegan": (small_cyclegan, lambda n: (pictures(n), pictures(n, seed=1))),
@@ -354,7 +354,7 @@ def test_the_usual_depth(generator, side, depth):
         ({"event_shape": (10, 8)}, "event_shape must be"),
         ({"cond_kind": "class", "num_classes": 0}, "num_classes must be positive"),
         ({"cond_kind": "tokens"}, "cond_kind must be one of"),
-        ({"levels": 0}, "levels must be positive"),
+        ({"depth": 0}, "depth must be positive"),
     ],
 )
 def test_wrong_gan_configs(changes, message):

@@ -45,7 +45,7 @@ FAMILIES = {
     "Laplace": (LeastSquares, LeastSquaresConfig, {"sigma": 0.3, "error": "l1"}),
     "Gaussian": (GaussianRegression, GaussianConfig, {}),
     "mixture": (MixtureDensity, MixtureConfig, {"components": 3}),
-    "bins": (QuantizedClassifier, QuantizedClassifierConfig, {"bins": 5}),
+    "bins": (QuantizedClassifier, QuantizedClassifierConfig, {"levels": 5}),
     "palette": (QuantizedClassifier, QuantizedClassifierConfig, {"palette": PALETTE}),
 }
 CONDITIONS = {
@@ -61,7 +61,7 @@ kinds = pytest.mark.parametrize("kind", CONDITIONS)
 
 def new(family: str, kind: str = "none", event_shape=SHAPE, **changes) -> Regression:
     model_class, config_class, options = FAMILIES[family]
-    sizes = {"width": 8, "levels": 2}
+    sizes = {"width": 8, "depth": 2}
     options = {"event_shape": event_shape, **sizes, **CONDITIONS[kind], **options, **changes}
     return make_model(model_class, config_class(**options), seed=1).eval()
 
@@ -350,7 +350,7 @@ def test_the_coldest_sample_is_the_likeliest(family, temperature):
 
 
 def test_the_annealed_mean_by_hand():
-    model = small("bins", event_shape=(1, 1, 1), bins=2)
+    model = small("bins", event_shape=(1, 1, 1), levels=2)
     low, high = from_bins(torch.arange(2), 2).tolist()
     set_table(model, torch.tensor(0.0), torch.tensor(math.log(3)))
     assert model.predict().item() == pytest.approx((low + 3 * high) / 4)
@@ -458,7 +458,7 @@ def energy_p_value(a: Tensor, b: Tensor) -> float:
 def test_a_palette_draws_eight_gaussians_and_values_one_by_one_cannot():
     seen, unseen = eight_gaussians(20_000, 1), eight_gaussians(600, 2)
     joint = small("palette", event_shape=(2, 1, 1), palette=palette_of(seen, 0.03))
-    each = small("bins", event_shape=(2, 1, 1), bins=128)
+    each = small("bins", event_shape=(2, 1, 1), levels=128)
     near = {}
     for name, model in (("truth", None), ("joint", joint), ("each", each)):
         drawn = eight_gaussians(600, 4)
@@ -517,7 +517,7 @@ def test_learns_four_pictures_by_their_classes(family):
     values = torch.tensor(PALETTE)[(3 * uniform((4, 4, 6), seed=2, stream=6)).long()]
     y, cond = values.movedim(3, 1).contiguous(), torch.arange(4)
     changes = {"sigma": 0.1} if family in ("normal", "Laplace") else {}
-    model = new(family, "class", num_classes=4, levels=1, **changes)
+    model = new(family, "class", num_classes=4, depth=1, **changes)
     model = trained(model, y, cond, 150, 4)
     drawn = model.sample(5, cond=cond, seed=1)
     right = ((drawn - y).abs() < 0.25).double().mean()
@@ -542,7 +542,7 @@ def shirts(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_of_two_answers_it_gives_a_mean_or_speckles(family):
     """Torralba, Isola, Freeman, Foundations of Computer Vision, section 34.2.1."""
     y, cond, _ = shirts(6400, 1)
-    model = new(family, "image", (1, 8, 8), cond_shape=(1, 8, 8), levels=1)
+    model = new(family, "image", (1, 8, 8), cond_shape=(1, 8, 8), depth=1)
     model = trained(model, y, cond, 100, 64)
     _, cond, mask = shirts(100, 2)
 
@@ -566,14 +566,14 @@ def test_of_two_answers_it_gives_a_mean_or_speckles(family):
     ("make", "changes", "message"),
     [
         (LeastSquaresConfig, {"width": 3}, "width must be at least 4"),
-        (LeastSquaresConfig, {"levels": 0}, "levels must be positive"),
+        (LeastSquaresConfig, {"depth": 0}, "depth must be positive"),
         (LeastSquaresConfig, {"error": "l3"}, "error must be one of l2, l1"),
         (LeastSquaresConfig, {"sigma": -1.0}, "sigma must not be negative"),
         (LeastSquaresConfig, {"cond_kind": "class"}, "num_classes must be positive"),
         (GaussianConfig, {"min_sigma": 0.0}, "min_sigma must be positive"),
         (MixtureConfig, {"components": 0}, "components must be positive"),
         (MixtureConfig, {"min_sigma": math.nan}, "min_sigma must be positive"),
-        (QuantizedClassifierConfig, {"bins": 257}, "bins must be from 2 to 256"),
+        (QuantizedClassifierConfig, {"levels": 257}, "levels must be from 2 to 256"),
         (
             QuantizedClassifierConfig,
             {"palette": PALETTE},
@@ -659,7 +659,7 @@ def test_bits_are_those_of_pictures_of_256_values():
     values = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     gaussian = GaussianRegression(GaussianConfig((1, 1, 1)))
     gaussian.fit(0.2 * torch.randn(1000, 1, 1, 1))
-    classifier = QuantizedClassifier(QuantizedClassifierConfig((1, 1, 1), bins=256))
+    classifier = QuantizedClassifier(QuantizedClassifierConfig((1, 1, 1), levels=256))
     for model in (gaussian, classifier):
         total = (-model.bits_per_dimension(values) * math.log(2)).exp().sum().item()
         assert total == pytest.approx(1, abs=1e-3)

@@ -16,7 +16,7 @@ from cgm.model import make_model
 from cgm.training import TrainingConfig, train
 from tests.support import assert_equal
 
-SIZES = {"event_shape": (2, 6, 7), "latents": 3, "width": 4, "levels": 2}
+SIZES = {"event_shape": (2, 6, 7), "latents": 3, "width": 4, "depth": 2}
 KINDS: dict[str, dict[str, Any]] = {
     "none": {},
     "class": {"cond_kind": "class", "num_classes": 3},
@@ -84,7 +84,7 @@ def linear_gaussian(learned: bool) -> tuple[ConditionalVAE, MultivariateNormal]:
     q, _ = torch.linalg.qr(torch.randn(4, 2, generator=generator, dtype=torch.float64))
     w = q * torch.tensor([1.5, 0.4], dtype=torch.float64)
     kind = KINDS["class"] if learned else {}
-    sizes = {"event_shape": (4, 1, 1), "latents": 2, "width": 4, "levels": 1, "scale": SIGMA}
+    sizes = {"event_shape": (4, 1, 1), "latents": 2, "width": 4, "depth": 1, "scale": SIGMA}
     prior: Any = {"prior": "learned"} if learned else {}
     model = make_model(ConditionalVAE, VAEConfig(**sizes, **kind, **prior), seed=0).double()
     middle, spread = torch.zeros(2).double(), torch.ones(2).double()
@@ -177,7 +177,7 @@ def test_the_gaussian_is_that_of_torch_distributions():
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 20.0])
 def test_the_discretised_logistic_is_a_distribution(values, scale):
     """However narrow, and wherever it is; and nowhere does it lose its gradient."""
-    judge = likelihood("discretized_logistic", values=values, scale=scale)
+    judge = likelihood("discretized_logistic", levels=values, scale=scale)
     y = torch.linspace(-1, 1, values, dtype=torch.float64).view(-1, 1, 1, 1)
     for middle in (-3.0, -1.0, 0.123, 0.9, 40.0):
         out = torch.full_like(y, middle).requires_grad_()
@@ -203,7 +203,7 @@ def test_bernoulli_is_a_distribution():
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_draws_are_of_the_likelihood(name):
     """Their frequencies, or moments, are those that log_prob says."""
-    judge, many = likelihood(name, values=5, scale=0.3), 50_000
+    judge, many = likelihood(name, levels=5, scale=0.3), 50_000
     out = torch.full((many, 1, 1, 1), 0.4, dtype=torch.float64)
     y = judge.draw(out, torch.tensor(7), torch.arange(many))[:, 0, 0, 0]
     if name == "gaussian":
@@ -265,13 +265,13 @@ def test_noise_and_truncation():
     torch.testing.assert_close(still[0], model.decode(middle, cond=cond))
     noisy = model.sample(cond=cond, noise=True) - model.sample(cond=cond)
     assert 0.08 < noisy.std() < 0.12  # of the likelihood
-    values = vae(likelihood="discretized_logistic", values=3).sample(cond=cond, noise=True)
+    values = vae(likelihood="discretized_logistic", levels=3).sample(cond=cond, noise=True)
     assert set(values.unique().tolist()) <= {-1.0, 0.0, 1.0}
 
 
 @pytest.mark.parametrize("kind", ["none", "class"])
 def test_points_of_the_plane(kind):
-    sizes = {"event_shape": (2, 1, 1), "levels": 1, "width": 8}
+    sizes = {"event_shape": (2, 1, 1), "depth": 1, "width": 8}
     model, cond = vae(kind, **sizes, learn_scale=True), conditions(kind, 4)
     y = torch.randn(4, 2, 1, 1)
     assert model.loss(y, cond=cond, seed=0)["total"].isfinite().all()
@@ -282,7 +282,7 @@ def test_points_of_the_plane(kind):
 
 def test_a_pooled_code_does_not_know_where():
     """What moves in condition and picture alike keeps its z, and z moves with it when decoded."""
-    sizes: Any = {"event_shape": (1, 16, 16), "cond_shape": (1, 16, 16), "levels": 1}
+    sizes: Any = {"event_shape": (1, 16, 16), "cond_shape": (1, 16, 16), "depth": 1}
     blob = pictures(2, 1)[:, :, :3, :3]
 
     def placed(what: Tensor, row: int, column: int) -> Tensor:
@@ -313,7 +313,7 @@ def test_a_pooled_code_does_not_know_where():
         ({"likelihood": "normal"}, "likelihood must be one of gaussian, bernoulli, discretized"),
         ({"scale": 0.0}, "scale must be positive, got 0.0"),
         ({"likelihood": "bernoulli", "learn_scale": True}, "learn_scale must be False for bern"),
-        ({"values": 1}, "values must be at least 2, got 1"),
+        ({"levels": 1}, "levels must be at least 2, got 1"),
         ({"beta": -1.0}, "beta must not be negative, got -1.0"),
         ({"free_bits": math.nan}, "free_bits must not be negative, got nan"),
         ({"cond_kind": "class"}, "num_classes must be positive"),
