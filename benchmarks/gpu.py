@@ -33,10 +33,10 @@ from typing import Any
 import torch
 
 import cgkernels  # noqa: F401  (fills OPS)
-from benchmarks.correctness import ModelChecks, Skipped, is_large, judge, judge_graph
+from benchmarks.harness.ceilings import ROOT, environment, measure_ceilings
+from benchmarks.harness.correctness import ModelChecks, Skipped, is_large, judge, judge_graph
+from benchmarks.harness.records import OK, OURS, Writer, version_of
 from benchmarks.ops import LAUNCHES, source_of
-from benchmarks.records import OK, OURS, Writer, version_of
-from benchmarks.timing import ROOT, environment, measure_ceilings
 from cgkernels._triton import HAS_TRITON, triton
 from cgkernels.library import OPS
 
@@ -125,8 +125,8 @@ def _pytest(look: Look) -> str:
 
 
 def tables(look: Look) -> Iterator[Check]:
-    from benchmarks.cases import cases
     from benchmarks.run import Deadline, run_case
+    from benchmarks.suites import cases
 
     chosen = [*cases("all", look.device), *cases("growth", look.device)]
     deadline = Deadline(look.end)

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.harness.records import version_of
 from benchmarks.ops import LAUNCHES, source_of
-from benchmarks.records import version_of
 from cgkernels._triton import HAS_TRITON, triton
 from cgkernels.testing import KernelReport, compile_launch, problems
 

@@ -21,12 +21,12 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.growth import TOLERANCE, Fit, fits
-from benchmarks.history import Measured, Run, load, newest
+from benchmarks.harness.ceilings import ROOT, verdict
+from benchmarks.harness.growth import TOLERANCE, Fit, fits
+from benchmarks.harness.history import Measured, Run, load, newest
+from benchmarks.harness.plots import Quantiles, bars, growth
+from benchmarks.harness.records import OK, OURS, Row, version_of
 from benchmarks.ops import LAUNCHES, source_of
-from benchmarks.plots import Quantiles, bars, growth
-from benchmarks.records import OK, OURS, Row, version_of
-from benchmarks.timing import ROOT, verdict
 from cgm.checkpoints import replacing
 
 _NOISY = 0.05  # spread of the samples that is marked

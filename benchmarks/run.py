@@ -22,11 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import SUITES, select
-from benchmarks.growth import TOLERANCE, fits
-from benchmarks.opcase import Case
-from benchmarks.records import OK, OURS, Row, Writer, read
-from benchmarks.timing import (
+from benchmarks.harness.case import Case
+from benchmarks.harness.ceilings import (
     Call,
     Ceilings,
     Timing,
@@ -36,6 +33,9 @@ from benchmarks.timing import (
     name_of,
     verdict,
 )
+from benchmarks.harness.growth import TOLERANCE, fits
+from benchmarks.harness.records import OK, OURS, Row, Writer, read
+from benchmarks.suites import SUITES, select
 
 _SECONDS = 0.3  # of timing for each provider of a case
 
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         add(f"--{name}", nargs="+", default=(), metavar="NAME", help="only these")
     add("--device", help="cpu or cuda (default: cuda if present)")
     options = parser.parse_args(arguments)
-    from cgm.cli import find_device  # with tyro, which `run_case` does without
+    from cgm.cli.arguments import find_device
 
     try:
         device = find_device(options.device)

@@ -12,8 +12,8 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.cases import cases
-from benchmarks.opcase import Case, Inputs
+from benchmarks.harness.case import Case, Inputs
+from benchmarks.suites import cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _ROUNDS, _WARM_UPS = 20, 2

@@ -3,15 +3,15 @@
     python -m benchmarks.tune guided_step               one op
     python -m benchmarks.tune guided_step add_noise     ops that share a function, judged together
 
-Ops take block size and warps from a pure function of sizes (`TUNABLES`). On each case of the
-benchmarks every candidate stands in for what that function returns; candidates take turns in one
-measurement. One that spills registers is dropped, and so is a winner that fails the float64 gate. A
-win is claimed where a case is FASTER and none is SLOWER (`cgkernels.timing.verdict`), else what is
-there is kept. The last lines are ready to be pasted into the function.
+Ops take block size and warps from a pure function of sizes (`benchmarks.ops.TUNABLES`). On each
+case of the benchmarks every candidate stands in for what that function returns; candidates take
+turns in one measurement. One that spills registers is dropped, and so is a winner that fails the
+float64 gate. A win is claimed where a case is FASTER and none is SLOWER
+(`cgkernels.timing.verdict`), else what is there is kept. The last lines are ready to be pasted into
+the function.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -20,236 +20,22 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, product
-from types import ModuleType
+from itertools import groupby
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.cases import select
-from benchmarks.opcase import Case
-from benchmarks.records import OURS
-from benchmarks.timing import Call, measure, verdict
-from cgkernels import rows
-from cgkernels.ops import (
-    affine_coupling,
-    conv2d_stats,
-    embed_tokens,
-    instance_norm_act,
-    norm_linear,
-    pair_conv2d,
-    patch_head_loss,
-)
-from cgkernels.ops.decode_attention import launch as decode_attention_launch
-from cgkernels.ops.sample_logits import launch as sample_logits_launch
-
-Config = dict[str, Any]
+from benchmarks.harness.case import Case
+from benchmarks.harness.ceilings import Call, measure, verdict
+from benchmarks.harness.records import OURS
+from benchmarks.harness.tuning import Tunable
+from benchmarks.ops import TUNABLES
+from benchmarks.suites import select
 
 _SECONDS = 0.05  # of timing for each candidate on each case
-
-
-# What is swept ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Tunable:
-    """A function that launches take their configuration from, called as module.name(...).
-
-    Its first argument is a size, the others tell kinds of launches apart. candidates gives what it
-    may return for these arguments.
-    """
-
-    module: ModuleType
-    name: str
-    candidates: Callable[..., Iterator[Config]]
-
-    @property
-    def function(self) -> Callable[..., Config]:
-        return getattr(self.module, self.name)
-
-    @contextlib.contextmanager
-    def switched(self) -> Iterator["Switch"]:
-        """Inside, launches ask the switch."""
-        switch = Switch(self.function)
-        with mock.patch.object(self.module, self.name, switch):
-            yield switch
-
-
-@dataclass
-class Switch:
-    """Stands in for a function: returns the chosen configuration, else what the function does."""
-
-    function: Callable[..., Config]
-    config: Config | None = None
-    asked: list[dict[str, Any]] = field(default_factory=list)  # arguments, while none is chosen
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Config:
-        if self.config is not None:
-            return dict(self.config)
-        self.asked.append(dict(inspect.signature(self.function).bind(*args, **kwargs).arguments))
-        return self.function(*args, **kwargs)
-
-    def call(self, config: Config, call: Call) -> object:
-        """The call under a configuration."""
-        self.config = config
-        return call()
-
-
-def _row_blocks(numel: int, dense: bool) -> Iterator[Config]:
-    """2 to 32 elements a thread; of blocks larger than a row only the smallest."""
-    for block in (256, 512, 1024, 2048, 4096):
-        if block > 256 and block >= 2 * numel:
-            return
-        for warps in (1, 2, 4, 8):
-            if 2 <= block // (32 * warps) <= 32:
-                yield {"BLOCK": block, "num_warps": warps}
-
-
-def _row_splits(numel: int, dense: bool) -> Iterator[Config]:
-    """As `_row_blocks`, of which a program takes one to eight, and at most 1024 programs a row."""
-    for config in _row_blocks(numel, dense):
-        block = config["BLOCK"]
-        for blocks in (1, 2, 4, 8):
-            if blocks == 1 or block * blocks < 2 * numel:
-                yield {"SPLIT": block * max(blocks, math.ceil(numel / (1024 * block))), **config}
-
-
-def _vector_blocks(width: int) -> Iterator[Config]:
-    """As elementwise kernels have, of one vector."""
-    yield from _row_blocks(width, dense=True)
-
-
-def _early(sizes: Config, too: bool) -> Iterator[Config]:
-    """Programs that start when the launch before ends; of some sizes also those that do so early.
-
-    Before sm_90 the latter do not compile, and are dropped.
-    """
-    for pdl in (False, True) if too else (False,):
-        yield {**sizes, "PDL": pdl}
-
-
-def _splits(head_size: int, itemsize: int) -> Iterator[Config]:
-    """Splits of 16 to 256 KiB of keys and values, in blocks of 2 to 32 KiB of each."""
-    token = itemsize << (head_size - 1).bit_length()
-    for split, block in product((64, 128, 256, 512), (16, 32, 64, 128)):
-        fits = block < split and 2 << 10 <= block * token <= 32 << 10
-        if fits and 16 << 10 <= 2 * split * token <= 256 << 10:
-            for stages, warps in product((2, 3), (4, 8)):
-                sizes = {"SPLIT": split, "BLOCK": block, "STAGES": stages, "num_warps": warps}
-                yield from _early(sizes, warps == 4)
-
-
-_ROWS = Tunable(rows, "row_block", _row_blocks)
-
-
-def _linear_tiles(
-    channels: int, features: int, dtype: torch.dtype, activation: str | None
-) -> Iterator[Config]:
-    """Tiles of 16 to 64 rows of the weight; of the features all, or parts of 256 or more."""
-    few = [n for n in (1, 2, 4, 8) if n == 1 or features >= 256 * n]
-    for block_n, block_k, warps, splits in product((16, 32, 64), (64, 128), (1, 2, 4), few):
-        if block_n * block_k > 4096:
-            continue
-        split = block_k * math.ceil(features / (splits * block_k))
-        sizes = {
-            "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
-            "SPLITS": math.ceil(features / split), "STAGES": 4, "num_warps": warps,
-            "maxnreg": None,
-        }  # fmt: skip
-        yield from _early(sizes, warps == 2)
-
-
-def _pixel_tiles(pixels: int, dtype: torch.dtype) -> Iterator[Config]:
-    """Tiles of 16 to 128 pixels, and parts of 32 to 128 channels of at most 256 bytes a pixel."""
-    for block_m, block_c, stages in product((16, 32, 64, 128), (32, 64, 128), (3, 4, 6)):
-        if block_c * dtype.itemsize <= 256:
-            warps = 4 if block_m >= 64 else 1
-            yield {"BLOCK_M": block_m, "BLOCK_C": block_c, "STAGES": stages, "num_warps": warps}
-
-
-def _window_tiles(features: int, outputs: int, dtype: torch.dtype) -> Iterator[Config]:
-    """Tiles of 2048 to 8192 numbers; never more than four warps (see the function)."""
-    sizes = product((32, 64, 128), (16, 32, 64), (16, 32), (1, 2, 3), (2, 4))
-    for block_m, block_n, block_k, stages, warps in sizes:
-        few = block_n > 16 and block_n >= 2 * outputs
-        if few or not 2048 <= block_m * block_n <= 8192 or block_k >= 2 * max(16, features):
-            continue
-        yield {
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_stages": stages,
-            "num_warps": warps,
-        }  # fmt: skip
-
-
-def _convolution_tiles(
-    pixels: int, channels: int, features: int, dtype: torch.dtype
-) -> Iterator[Config]:
-    """Up to 64 sums a thread of four warps: eight are wrong (triton#1254), and more sums spill."""
-    widest = min(128, max(16, 2 ** (channels - 1).bit_length()))
-    deepest = max(16, 2 ** (features - 1).bit_length())
-    for block_m, block_n, block_k, stages in product(
-        (64, 128), (16, 32, 64, 128), (16, 32, 64), (2, 3, 4)
-    ):
-        fits = widest <= 4 * block_n <= 4 * widest and block_m * block_n <= 8192
-        shared = (block_m + block_n) * block_k * stages * dtype.itemsize
-        if fits and block_k <= deepest and shared <= 100 << 10:  # so that two fit a multiprocessor
-            yield {
-                "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages,
-                "num_warps": 4,
-                "maxnreg": 192 if dtype.itemsize == 4 and features % 16 == 0 else None,
-            }  # fmt: skip
-
-
-def _vocabulary_walks(vocabulary: int) -> Iterator[Config]:
-    """A row in registers where 32 of each thread's hold it; pieces of 4 to 16 tokens a thread."""
-    whole = max(128, 2 ** (vocabulary - 1).bit_length())
-    for warps, tokens in product((1, 2, 4, 8, 16, 32), (4, 8, 16)):
-        piece = 32 * warps * tokens
-        if piece > whole:
-            continue
-        for held in (True, False) if whole <= min(16384, 32 * 32 * warps) else (False,):
-            yield {
-                "HELD": held, "BLOCK": whole if held else piece, "PIECE": piece,
-                "num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps)),
-            }  # fmt: skip
-
-
-def _norm_tiles(pixels: int, channels: int, channels_last: bool) -> Iterator[Config]:
-    """Tiles of 1024 to 4096 elements; few pixels whole, and all in 256 parts or a quarter of them.
-
-    In channels_last a tile is 8 to 64 channels wide, else one.
-    """
-    widths = [c for c in (8, 16, 32, 64) if c == 8 or c < 2 * channels] if channels_last else [1]
-    for tile, block_c, warps in product((1024, 2048, 4096), widths, (2, 4, 8)):
-        block_p = tile // block_c
-        least = max(256, math.ceil(pixels / 256))
-        splits = {block_p * math.ceil(min(n, pixels) / block_p) for n in (least, 4 * least)}
-        for split, whole in product(sorted(splits), (True, False)):
-            fits = split >= pixels or pixels <= 4096 if whole else split < pixels
-            if fits and 4 <= tile // (32 * warps) <= 16 and not (whole and split < max(splits)):
-                yield {
-                    "WHOLE": whole, "split": split, "BLOCK_P": block_p, "BLOCK_C": block_c,
-                    "num_warps": warps,
-                }  # fmt: skip
-
-
-TUNABLES = {
-    "guided_step": _ROWS,
-    "add_noise": _ROWS,
-    "diffusion_loss": _ROWS,
-    "philox_normal": _ROWS,
-    "sample_and_kl": _ROWS,
-    "instance_norm_act": Tunable(instance_norm_act, "_launch_config", _norm_tiles),
-    "norm_linear": Tunable(norm_linear, "_launch_config", _linear_tiles),
-    "pair_conv2d": Tunable(pair_conv2d, "_launch_config", _window_tiles),
-    "patch_head_loss": Tunable(patch_head_loss, "_launch_config", _pixel_tiles),
-    "conv2d_stats": Tunable(conv2d_stats, "_launch_config", _convolution_tiles),
-    "affine_coupling": Tunable(affine_coupling, "_launch_config", _row_splits),
-    "sample_logits": Tunable(sample_logits_launch, "_launch_config", _vocabulary_walks),
-    "embed_tokens": Tunable(embed_tokens, "_launch_config", _vector_blocks),
-    "decode_attention": Tunable(decode_attention_launch, "_launch_config", _splits),
-}
-"""For each op of the benchmarks."""
 
 
 # Sweeps -------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from cgkernels.ops.prefill_attention import prefill_attention
 from cgkernels.ops.sample_and_kl import sample_and_kl
 from cgkernels.ops.sample_logits import sample_logits, sample_logits_
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
     "add_noise",
     "affine_coupling",

@@ -45,24 +45,6 @@ def pixel_mean(x: Tensor, over_batch: bool) -> Tensor:
 
 
 @triton.jit
-def _moments_of_block(  # type: ignore[no-untyped-def]
-    mean_ptr, rest_ptr, m2_ptr, first, inside, start, channels, total, split, parts,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """Moments of PARTS parts from `start` on, and how many values they have."""
-    part = start + tl.arange(0, PARTS)
-    at = first[:, None] + part[None, :] * channels  # [BLOCK_C, PARTS]
-    mask = (part < parts)[None, :] & inside[:, None]
-    mean = tl.load(mean_ptr + at, mask=mask, other=0.0)
-    rest = tl.load(rest_ptr + at, mask=mask, other=0.0)
-    m2 = tl.load(m2_ptr + at, mask=mask, other=0.0)
-    count = tl.minimum(tl.maximum(total - part.to(tl.int64) * split, 0), split)
-    values = tl.sum(count, 0)
-    mean, rest, m2 = merged_moments(mean, rest, m2, count.to(tl.float32)[None, :], values)
-    return mean, rest, m2, values
-
-
-@triton.jit
 def _merge_kernel(  # type: ignore[no-untyped-def]
     mean_ptr, var_ptr, part_mean_ptr, part_rest_ptr, part_m2_ptr, origin_ptr,
     channels, total, split, parts, PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -71,51 +53,51 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     program, blocks = tl.program_id(0), (channels + BLOCK_C - 1) // BLOCK_C
     channel = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     group = (program // blocks).to(tl.int64)
-    inside = channel < channels
+    channel_mask = channel < channels
     first = group * parts * channels + channel
-    mean, rest, m2, values = _moments_of_block(
-        part_mean_ptr, part_rest_ptr, part_m2_ptr, first, inside, 0, channels, total, split, parts,
-        PARTS,
-    )  # fmt: skip
-    for start in range(PARTS, parts, PARTS):
-        next_mean, next_rest, next_m2, next_values = _moments_of_block(
-            part_mean_ptr, part_rest_ptr, part_m2_ptr, first, inside, start, channels, total,
-            split, parts, PARTS,
-        )  # fmt: skip
-        count = tl.where(tl.arange(0, 2) == 0, values, next_values).to(tl.float32)
-        values += next_values
-        mean, rest, m2 = merged_moments(
-            tl.join(mean, next_mean), tl.join(rest, next_rest), tl.join(m2, next_m2),
-            count[None, :], values,
-        )  # fmt: skip
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    rest, m2 = mean, mean
+    merged = tl.zeros((), tl.int64)  # values so far
+    split = merged + split
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        at = first[:, None] + part[None, :] * channels  # [BLOCK_C, PARTS]
+        mask = channel_mask[:, None] & (part < parts)[None, :]
+        next_mean = tl.load(part_mean_ptr + at, mask=mask, other=0.0)
+        next_rest = tl.load(part_rest_ptr + at, mask=mask, other=0.0)
+        next_m2 = tl.load(part_m2_ptr + at, mask=mask, other=0.0)
+        count = tl.minimum(tl.maximum(total - part * split, 0), split)
+        values = tl.minimum(total - merged, PARTS * split)
+        next_mean, next_rest, next_m2 = merged_moments(
+            next_mean, next_rest, next_m2, count.to(tl.float32)[None, :], values
+        )
+        if start == 0:
+            mean, rest, m2 = next_mean, next_rest, next_m2
+        else:
+            both = tl.where(tl.arange(0, 2) == 0, merged, values).to(tl.float32)
+            mean, rest, m2 = merged_moments(
+                tl.join(mean, next_mean), tl.join(rest, next_rest), tl.join(m2, next_m2),
+                both[None, :], merged + values,
+            )  # fmt: skip
+        merged += values
     if origin_ptr is not None:
-        mean += tl.load(origin_ptr + first, mask=inside, other=0.0)  # which all parts have
+        mean += tl.load(origin_ptr + first, mask=channel_mask, other=0.0)  # which all parts have
     at = group * channels + channel
-    tl.store(mean_ptr + at, mean + rest, mask=inside)
-    tl.store(var_ptr + at, m2 / total, mask=inside)
+    tl.store(mean_ptr + at, mean + rest, mask=channel_mask)
+    tl.store(var_ptr + at, m2 / total, mask=channel_mask)
 
 
-def merge_moments(
-    mean: Tensor,
-    var: Tensor,
-    part_mean: Tensor,
-    part_rest: Tensor,
-    part_m2: Tensor,
-    origin: Tensor | None,
-    total: int,
-    split: int,
-) -> None:
+def merge_moments(mean: Tensor, var: Tensor, parts: Tensor, total: int, split: int) -> None:
     """Writes mean and var of groups of `total` values, cut into parts of `split` in their order.
 
     Args:
-        mean, var: (groups, channels), float32 as all of them.
-        part_mean, part_rest: (groups, parts, channels), summands of the mean of each part.
-        part_m2: (groups, parts, channels), M2 of each part.
-        origin: like part_mean, equal for all parts of a group: what was taken off all values; None
-            for zero.
+        mean, var: (groups, channels), float32 as the next.
+        parts: (3 or 4, groups, parts, channels): of each part the two summands of its mean, M2,
+            and, where all values of a group had the same number taken off, that number.
     """
-    groups, parts, channels = part_mean.shape
+    _, groups, count, channels = parts.shape
+    part_mean, part_rest, part_m2, *origin = parts
     _merge_kernel[(groups * triton.cdiv(channels, _BLOCK_C),)](
-        mean, var, part_mean, part_rest, part_m2, origin, channels, total, split, parts,
-        PARTS=MERGED_PARTS, BLOCK_C=_BLOCK_C, enable_fp_fusion=True,
+        mean, var, part_mean, part_rest, part_m2, origin[0] if origin else None, channels, total,
+        split, count, PARTS=MERGED_PARTS, BLOCK_C=_BLOCK_C, enable_fp_fusion=True,
     )  # fmt: skip

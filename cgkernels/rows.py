@@ -6,7 +6,7 @@ A kernel walks the elements of each sample (row) in the order of memory and numb
 
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ def row_strides(tensor: Tensor) -> Strides | None:
     return batch, rest[0], spatial[-1][1] if spatial else 1
 
 
+@overload
+def with_row_strides(tensor: Tensor) -> Tensor: ...
+@overload
+def with_row_strides(tensor: Tensor | None) -> Tensor | None: ...
 def with_row_strides(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself, or a contiguous copy where it has no row strides; None stays None."""
     if tensor is None or row_strides(tensor) is not None:

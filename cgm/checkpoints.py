@@ -1,7 +1,13 @@
 """Checkpoints: a folder of config.json and model.safetensors; and tensor files in general.
 
-config.json          format version, family, config, what the caller adds (data, training), versions
+config.json          format version, family, config, versions; and what the caller adds: sampling,
+                     data, training
 model.safetensors    the weights to use: the averaged ones of a model that `cgm.training` trained
+
+"sampling" is the preset of a checkpoint: the options of `sample` that it is best drawn with, those
+that are not their defaults. The commands read it (`sampling_preset`); in Python
+`model.sample(**sampling_preset(path))` does the same, while `model.sample()` alone has the defaults
+of the family.
 
 A file is written under a temporary name, flushed to disk and renamed: whoever reads finds the old
 file or the new one, whole. Every tensor file carries a CRC-32 over its tensors, their names and its
@@ -15,18 +21,20 @@ import json
 import os
 import platform
 import sys
+import typing
 import zlib
 from collections.abc import Iterator, Mapping
 from importlib import metadata as packages
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import cgkernels
 from cgm.model import FAMILIES, Model, config_class, config_from_dict, family_class, make_model
 
 FORMAT = 1
@@ -62,7 +70,8 @@ def save_model(
         **(metadata or {}),
         "versions": {
             "python": platform.python_version(),
-            **{name: packages.version(name) for name in ("cgkernels", "torch", "safetensors")},
+            "cgkernels": cgkernels.__version__,
+            **{name: packages.version(name) for name in ("torch", "safetensors")},
         },
     }
     text = json.dumps(info, indent=2) + "\n"
@@ -157,11 +166,8 @@ def shipped_names() -> list[str]:
 
 
 def drawable_names() -> list[str]:
-    """The shipped checkpoints that can be drawn from."""
-    families = {
-        name: family_class(read_config(shipped(name))["family"]) for name in shipped_names()
-    }
-    return [name for name, family in families.items() if hasattr(family, "sampling_config")]
+    """The shipped checkpoints that can be drawn from: those whose config.json has a preset."""
+    return [name for name in shipped_names() if "sampling" in read_config(shipped(name))]
 
 
 def store_halved(source: str | Path, out: str | Path) -> None:
@@ -170,6 +176,46 @@ def store_halved(source: str | Path, out: str | Path) -> None:
     ours = ("format", "family", "config", "versions")
     metadata = {name: value for name, value in info.items() if name not in ours}
     save_model(out, load_model(source), metadata, dtype=torch.float16)
+
+
+def sampling_preset(path: str | Path) -> dict[str, Any]:
+    """Options of `sample` that a checkpoint says it is drawn with; empty if it says nothing.
+
+    Raises:
+        ValueError: the family has no such option, or it no such value; the file is named.
+    """
+    info, where = read_config(path), f"{Path(path) / CONFIG_FILE}: sampling"
+    preset = info.get("sampling", {})
+    if not isinstance(preset, dict):
+        raise ValueError(f"{where} must be a JSON object, got {preset!r}")
+    if not preset:
+        return {}
+    try:
+        model_class = family_class(info["family"])
+    except ValueError as error:
+        raise ValueError(f"{Path(path) / CONFIG_FILE}: {error}") from error
+    if model_class.sampling_config is None:
+        raise ValueError(f"{where} must be absent: a model of {info['family']} draws nothing")
+    hints = typing.get_type_hints(model_class.sampling_config)
+    for name, value in preset.items():
+        if name not in hints:
+            raise ValueError(f"{where} has {name}, which is none of {', '.join(hints)}")
+        if not _fits(hints[name], value):
+            raise ValueError(f"{where}.{name} must be {_named(hints[name])}, got {value!r}")
+    return preset
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value of JSON is one of the type of an option."""
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    kinds = (int, float) if hint is float else (hint,)
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+
+
+def _named(hint: Any) -> str:
+    choices = typing.get_args(hint)
+    return f"one of {', '.join(map(str, choices))}" if choices else f"of type {hint.__name__}"
 
 
 # Files --------------------------------------------------------------------------------------------

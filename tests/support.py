@@ -30,7 +30,13 @@ from torch.utils._pytree import tree_map_only
 import tests.ops
 from cgkernels import random
 from cgkernels.library import OPS
-from cgkernels.testing import Launch, assert_within_budget, float32_normals, guarded
+from cgkernels.testing import (
+    Launch,
+    assert_within_budget,
+    float32_normals,
+    guarded,
+    plain_and_modelled,
+)
 
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
@@ -40,6 +46,20 @@ KERNEL_DEVICES = [
     pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 """Where kernels run: on CPU tensors by their launchers, interpreted; on a GPU as users run them."""
+
+
+# Other libraries ----------------------------------------------------------------------------------
+class Peer:
+    """A module of another library (`pytest.mark.peers`), imported when first used.
+
+    So its tests can be collected, and counted, where it is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 # Samples ------------------------------------------------------------------------------------------
@@ -104,18 +124,53 @@ def op_modules() -> list[types.ModuleType]:
     return [importlib.import_module(f"tests.ops.{n}") for n in names if n.startswith("test_")]
 
 
-def every_sample(**only: Any) -> list[Any]:
-    """Parameters (module, label) for pytest: all samples of all ops, or those with a property."""
-    return [
-        pytest.param(
-            module,
-            sample.label,
-            id=f"{module.__name__.removeprefix('tests.ops.test_')}: {sample.label}",
-        )
-        for module in op_modules()
-        for sample in module.samples(torch.float32, torch.device("cpu"))
-        if all(bool(getattr(sample, name)) == value for name, value in only.items())
-    ]
+def every_sample(*, costly: bool = False, **only: Any) -> list[Any]:
+    """Parameters (module, label) for pytest: all samples of all ops, or those with a property.
+
+    costly: of each function all but the few samples with most kinds of arguments are slow.
+    """
+    parameters = []
+    for module in op_modules():
+        samples = list(module.samples(torch.float32, torch.device("cpu")))
+        needed = diverse(samples) if costly else {sample.label for sample in samples}
+        for sample in samples:
+            if all(bool(getattr(sample, name)) == value for name, value in only.items()):
+                marks = [] if sample.label in needed else [pytest.mark.slow]
+                name = f"{module.__name__.removeprefix('tests.ops.test_')}: {sample.label}"
+                parameters.append(pytest.param(module, sample.label, id=name, marks=marks))
+    return parameters
+
+
+def diverse(samples: list[Sample], most: int = 3) -> set[str]:
+    """Labels of a few samples of each function, in which most arguments of all are, in kind.
+
+    Which code a call takes is decided by the dtypes and ranks of its tensors, by what is given at
+    all, and by what is no number; the rest is values, sizes and strides.
+    """
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.dtype, value.dim()
+        if isinstance(value, tuple | list):
+            return len(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return type(value) if is_number else value
+
+    chosen = set()
+    for fn in {sample.fn: None for sample in samples}:
+        of_fn = [sample for sample in samples if sample.fn is fn]
+        names = {name for sample in of_fn for name in sample.inputs}
+        kinds = {
+            sample.label: {(name, kind(sample.inputs.get(name, "absent"))) for name in names}
+            for sample in of_fn
+        }
+        missing = set().union(*kinds.values())
+        for _ in range(most):
+            best = max(kinds, key=lambda label: len(kinds[label] & missing))
+            if kinds[best] & missing:
+                chosen.add(best)
+            missing -= kinds[best]
+    return chosen
 
 
 def sample_of(module, label, dtype=torch.float32, device="cpu") -> Sample:
@@ -273,8 +328,8 @@ def assert_kernels_agree(call: OpCall, actual: Sequence[Tensor]) -> None:
         assert result.stride() == fake.stride() or result.numel() == 0
     on_cpu = call.map(Tensor.cpu)
     with float32_normals():
-        plain = on_cpu.run()
-    assert_accurate(actual, plain, on_cpu.wide().run())
+        plain, modelled = plain_and_modelled(on_cpu.run)
+    assert_accurate(actual, plain, on_cpu.wide().run(), modelled)
 
 
 def assert_kernels_are_accurate(sample: Sample, device: str) -> None:
@@ -283,12 +338,15 @@ def assert_kernels_are_accurate(sample: Sample, device: str) -> None:
         actual = sample.run()
     on_cpu = sample.map(Tensor.cpu)
     with float32_normals():
-        plain = on_cpu.run()
-    assert_accurate(actual, plain, on_cpu.map(_wide).run())
+        plain, modelled = plain_and_modelled(on_cpu.run)
+    assert_accurate(actual, plain, on_cpu.map(_wide).run(), modelled)
 
 
 def assert_accurate(
-    actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]
+    actual: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    modelled: Sequence[Tensor],
 ) -> None:
     """The error budget, for each result; of any size.
 
@@ -296,20 +354,20 @@ def assert_accurate(
     equal. Half types must be rounded once, from float32: all but a few values then are those of
     plain PyTorch, to the bit.
     """
-    for got, same, true in zip(actual, plain, exact, strict=True):
+    for got, same, true, model in zip(actual, plain, exact, modelled, strict=True):
         if not true.is_floating_point():
             assert_equal((got.cpu(), same), (true, true))
             continue
         if true.numel() >= 256:
-            assert_within_budget(got, same, true)
+            assert_within_budget(got, same, true, model)
             if got.dtype in HALVES:
                 assert (got.cpu() != same).float().mean() < 0.01
             continue
         assert got.shape == same.shape == true.shape and got.dtype == same.dtype
         if true.numel():
             band = 2 * torch.finfo(got.dtype).eps * true.abs().max()
-            error, budget = ((t.cpu().double() - true).abs().max() for t in (got, same))
-            assert error <= 2 * budget + band
+            error, *budgets = ((t.cpu().double() - true).abs().max() for t in (got, same, model))
+            assert error <= 2 * max(budgets) + band
 
 
 def fake_results(call: OpCall) -> tuple[Tensor, ...]:

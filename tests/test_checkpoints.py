@@ -14,14 +14,17 @@ from torch import nn
 
 from cgm import checkpoints
 from cgm.checkpoints import (
+    drawable_names,
     load_model,
     read_config,
     read_tensors,
+    sampling_preset,
     save_model,
     store_halved,
     write_tensors,
 )
-from cgm.families.diffusion import DiffusionConfig
+from cgm.evaluation.classifier import Classifier, ClassifierConfig
+from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.model import FAMILIES, config_class, config_from_dict, family_class, make_model
 from tests.test_training import Inner, Toy, ToyConfig
 
@@ -256,6 +259,63 @@ def test_shipped():
         checkpoints.shipped("..")
 
 
+# Presets ------------------------------------------------------------------------------------------
+@pytest.fixture
+def diffusion():
+    config = DiffusionConfig((1, 8, 8), channels=8, multipliers=(1,), blocks=1, heads=2)
+    return make_model(ConditionalDiffusion, config)
+
+
+def test_a_preset_is_read_as_it_was_saved(diffusion, saved, tmp_path):
+    preset = {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2, "clip": False}
+    save_model(tmp_path / "preset", diffusion, {"sampling": preset})
+    assert sampling_preset(tmp_path / "preset") == preset
+    save_model(tmp_path / "none", diffusion)
+    assert sampling_preset(tmp_path / "none") == sampling_preset(saved) == {}
+    samples = load_model(tmp_path / "preset").sample(1, seed=3, steps=2)
+    # `sample` alone has the family's defaults.
+    assert torch.equal(samples, load_model(tmp_path / "none").sample(1, seed=3, steps=2))
+
+
+@pytest.mark.parametrize(
+    "preset, words",
+    [
+        ([], r"sampling must be a JSON object, got \[\]"),
+        ({"top_k": 3}, "sampling has top_k, which is none of sampler, steps, guidance"),
+        ({"sampler": "heun"}, "sampling.sampler must be one of ddpm, ddim, .*, got 'heun'"),
+        ({"steps": "12"}, "sampling.steps must be of type int, got '12'"),
+        ({"steps": 1.5}, "sampling.steps must be of type int, got 1.5"),
+        ({"steps": True}, "sampling.steps must be of type int, got True"),
+        ({"guidance": None}, "sampling.guidance must be of type float, got None"),
+        ({"clip": 0}, "sampling.clip must be of type bool, got 0"),
+    ],
+)
+def test_a_preset_that_does_not_fit_names_the_file(diffusion, tmp_path, preset, words):
+    save_model(tmp_path, diffusion, {"sampling": preset})
+    with pytest.raises(ValueError, match=f"{CONFIG}: {words}"):
+        sampling_preset(tmp_path)
+
+
+def test_what_draws_nothing_has_no_preset(tmp_path):
+    model = make_model(Classifier, ClassifierConfig())
+    save_model(tmp_path, model, {"sampling": {"steps": 3}})
+    with pytest.raises(ValueError, match="sampling must be absent: a model of classifier draws no"):
+        sampling_preset(tmp_path)
+
+
+def test_shipped_presets():
+    for name in checkpoints.shipped_names():
+        path = checkpoints.shipped(name)
+        draws = family_class(read_config(path)["family"]).sampling_config is not None
+        assert ("sampling" in read_config(path)) == (name in checkpoints.drawable_names()) == draws
+    presets = {name: sampling_preset(checkpoints.shipped(name)) for name in drawable_names()}
+    assert {name: preset for name, preset in presets.items() if preset} == {
+        "class_to_image_diffusion": {"sampler": "dpmpp_2m", "steps": 12, "guidance": 2.0},
+        "colorize_diffusion": {"steps": 20},
+        "colorize_energy": {"temperature": 0.1},
+    }
+
+
 # No file is half written --------------------------------------------------------------------------
 @pytest.mark.parametrize("broken", ["replace", "fsync"])
 def test_failure_before_the_rename_leaves_the_old_checkpoint(saved, monkeypatch, broken):
@@ -316,7 +376,7 @@ def test_families(name):
 
 def test_stored_halved(tmp_path):
     """The command that makes the checkpoints which ship: float16, and all else as it was."""
-    save_model(tmp_path / "run", toy(), {"data": {"name": "toy"}})
+    save_model(tmp_path / "run", toy(), {"sampling": {}, "data": {"name": "toy"}})
     store_halved(tmp_path / "run", tmp_path / "half")
     assert read_config(tmp_path / "half") == read_config(tmp_path / "run")
     half = load_model(tmp_path / "half").state_dict()

@@ -2,10 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cgkernels.testing import assert_within_budget, guarded, layouts, values
+from cgkernels.testing import (
+    assert_within_budget,
+    guarded,
+    layouts,
+    modelled_rounding,
+    plain_and_modelled,
+    values,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -174,6 +182,184 @@ def test_empty_results_need_only_the_right_shape():
 def test_plain_pytorch_is_within_its_own_budget(seed, scale, dtype):
     x = torch.randn(300, generator=torch.Generator().manual_seed(seed)).double() * scale
     assert_within_budget(x.to(dtype), x.to(dtype), x)
+
+
+# Sums ---------------------------------------------------------------------------------------------
+def linear_case(k, rows=1, positive=False, seed=0):
+    """x, weight, their product in float64 and as modelled: 300 outputs, as those of norm_linear."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, k, generator=generator) for n in (rows, 300))
+    if positive:
+        x, weight = x.abs(), weight.abs()
+    # Plain PyTorch can be no better than this, on any processor.
+    exact = x.double() @ weight.double().T
+    modelled = plain_and_modelled(lambda: F.linear(x, weight))[1]
+    return x, weight, exact, modelled
+
+
+def terms(x, weight):
+    """The products, in float32, those of a sum along the first dimension."""
+    return (x[:, None] * weight).movedim(-1, 0)
+
+
+def in_sequence(terms):
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total = total + term
+    return total
+
+
+def in_lanes(terms, lanes):
+    return in_sequence(in_sequence(terms.unflatten(0, (-1, lanes))))
+
+
+def in_blocks(terms, size):
+    return in_sequence(torch.stack([in_sequence(block) for block in terms.split(size)]))
+
+
+def by_pairs(terms):
+    while len(terms) > 1:
+        if len(terms) % 2:
+            terms = torch.cat([terms, torch.zeros_like(terms[:1])])
+        terms = terms[::2] + terms[1::2]
+    return terms[0]
+
+
+ORDERS = {
+    "4 lanes": lambda terms: in_lanes(terms, 4),
+    "8 lanes": lambda terms: in_lanes(terms, 8),
+    "16 lanes": lambda terms: in_lanes(terms, 16),
+    "by pairs": by_pairs,
+    "blocks of 64": lambda terms: in_blocks(terms, 64),
+    "blocks of 256": lambda terms: in_blocks(terms, 256),
+    "blocks of 512": lambda terms: in_blocks(terms, 512),
+}
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("k", [128, 384, 1536, 3072])
+@pytest.mark.parametrize("order", ORDERS)
+def test_sums_in_any_order_of_a_library_are_within_budget(order, k, rows, positive):
+    x, weight, exact, modelled = linear_case(k, rows, positive)
+    assert_within_budget(ORDERS[order](terms(x, weight)), exact.float(), exact, modelled)
+
+
+@pytest.mark.parametrize("k", [40, 130, 384, 512])
+def test_short_sums_may_be_in_one_sequence(k):
+    x, weight, exact, modelled = linear_case(k)
+    assert_within_budget(in_sequence(terms(x, weight)), exact.float(), exact, modelled)
+
+
+def accumulated_in_bfloat16(terms):
+    total = torch.zeros_like(terms[0])
+    for block in terms.split(64):
+        total = (total + block.sum(0)).bfloat16().float()
+    return total
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(
+    "mutant",
+    [in_sequence, accumulated_in_bfloat16, lambda terms: by_pairs(terms[:-1])],
+    ids=["sequence", "bfloat16", "dropped term"],
+)
+def test_a_long_sum_that_is_lossy_is_not(mutant, rows, positive):
+    x, weight, exact, modelled = linear_case(1536, rows, positive)
+    with pytest.raises(AssertionError, match=r"rms error .* times the model's"):
+        assert_within_budget(mutant(terms(x, weight)), exact.float(), exact, modelled)
+
+
+def test_a_result_that_is_no_worse_than_plain_pytorch_is_within_budget():
+    """Where a library itself sums in sequence, what calls it cannot do better."""
+    x, weight, exact, modelled = linear_case(1536)
+    plain = in_sequence(terms(x, weight))
+    assert_within_budget(plain.clone(), plain, exact, modelled)
+    worse = exact + 1.1 * (plain.double() - exact)
+    with pytest.raises(AssertionError, match="times its"):
+        assert_within_budget(worse.float(), plain, exact, modelled)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_types_are_rounded_once_in_the_model_too(dtype):
+    a, b = matmul_case(dtype)[2]
+    exact = a.double() @ b.double().T
+    modelled = plain_and_modelled(lambda: a @ b.T)[1]
+    right = (a.float() @ b.float().T).to(dtype)
+    assert_within_budget(right, exact.to(dtype), exact, modelled)
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_within_budget(accumulated_in(dtype, a, b), exact.to(dtype), exact, modelled)
+
+
+def test_the_model_has_the_error_that_its_formula_says():
+    """2/3 of 1.5 times the error of runs of 512: what such runs have, added up in float32."""
+    x, weight, exact, modelled = linear_case(1536, 8)
+    runs = in_blocks(terms(x, weight), 512)
+    ratio = (modelled - exact).square().mean() / (runs - exact).square().mean()
+    assert ratio.sqrt() == pytest.approx(0.75, rel=0.1)
+
+
+def test_the_model_is_the_same_when_repeated_and_leaves_what_it_is_given():
+    x, weight = torch.randn(5, 70), torch.randn(9, 70)
+    before = x.clone()
+
+    def run():
+        total = torch.zeros(5, 9)
+        torch.mm(x, weight.T, out=total)
+        return total.div_(10).exp_().addmm_(x, weight.T), x.var(1), x.cumsum(1)
+
+    (plain, model), (_, again) = plain_and_modelled(run), plain_and_modelled(run)
+    assert all(torch.equal(a, b) for a, b in zip(model, again, strict=True))
+    assert torch.equal(x, before)
+    for here, draws in zip(plain, model, strict=True):
+        assert draws.shape[1:] == here.shape and draws.dtype == here.dtype
+        assert not torch.equal(draws[0], draws[1])
+        torch.testing.assert_close(draws, here.expand_as(draws), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.layer_norm(x, (33,)), lambda x: F.rms_norm(x, (33,)),
+        lambda x: F.group_norm(x, 5), lambda x: F.instance_norm(x),
+        lambda x: F.batch_norm(x, None, None, training=True), lambda x: x.softmax(-1),
+        lambda x: x.log_softmax(-1), lambda x: x.logsumexp(-1), lambda x: x.var(-1),
+        lambda x: x.std(1), lambda x: torch.var_mean(x, 2)[0], lambda x: x.mean(1),
+        lambda x: x.sum(), lambda x: x.norm(dim=1), lambda x: x.cumsum(2),
+        lambda x: F.mse_loss(x, x.flip(1)), lambda x: x @ x.mT,
+        lambda x: F.conv1d(x, x[:, :, :3]), lambda x: F.avg_pool1d(x, 3) @ x[..., :11].mT,
+        lambda x: F.scaled_dot_product_attention(x, x, x), lambda x: torch.einsum("bij,bkj", x, x),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_and_their_gradients_are_modelled(function, dtype):
+    """Values near those of plain PyTorch, and in float32 other ones in each draw."""
+
+    def run():
+        x = (1 + torch.randn(4, 10, 33, generator=torch.Generator().manual_seed(1))).to(dtype)
+        out = function(x.requires_grad_())
+        seed = torch.linspace(-1, 1, out.numel()).to(out.dtype).view(out.shape)
+        return out.detach(), *torch.autograd.grad(out, x, seed)
+
+    for i, (here, draws) in enumerate(zip(*plain_and_modelled(run), strict=True)):
+        assert draws.shape[1:] == here.shape and draws.dtype == here.dtype
+        tolerance = 256 * torch.finfo(dtype).eps * here.abs().max().item()
+        assert (draws - here).abs().max() < tolerance
+        if dtype == torch.float32 and i == 0:  # not each gradient is a sum
+            assert (draws != draws[0]).any()
+
+
+def test_the_model_leaves_float64_whole_numbers_and_copies_alone():
+    x = torch.randn(40, 30, dtype=torch.float64)
+    whole = torch.arange(30)
+    with modelled_rounding():
+        assert torch.equal(x @ x.T, x @ x.T)
+        assert torch.equal(whole.cumsum(0), torch.arange(30) * torch.arange(1, 31) // 2)
+        assert torch.equal(x.float().T.contiguous(), x.T.float())
+    exact = x.mT @ x
+    with modelled_rounding():
+        assert torch.equal(x.mT @ x, exact)
 
 
 # Inputs -------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from cgm.families.cyclegan import CycleGAN, CycleGANConfig
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families.gan import ConditionalGAN, GANConfig, Pix2Pix, Pix2PixConfig
 from cgm.model import FAMILIES, Model, make_model
-from cgm.training import TrainingConfig, TrainingInterrupted, learning_rate, train
-from cgm.viz import sample_page as sheets
+from cgm.training import TrainingConfig, TrainingInterrupted, learning_rate, loop, train
+from cgm.training.progress import Log
+from cgm.viz import sample_page
 from cgm.viz.plots import sample_grid
 
 N = 7
@@ -356,17 +357,17 @@ def test_no_update_follows_one_that_is_not_finite(tmp_path):
     wrong.y[:] = math.nan
     for bad in range(1, 4):
         model = toy()
-        loop = training._Run(model, toy_data(), CONFIG, torch.device("cpu"))
+        run = loop._Run(model, toy_data(), CONFIG, torch.device("cpu"))
         for _ in range(bad):
-            loop.train_step(0.1)
+            run.train_step(0.1)
         before = [p.clone() for p in model.parameters()]
-        loop.dataset = wrong
-        loop.train_step(0.1)
-        loop.dataset = toy_data()
-        loop.train_step(0.1)
+        run.dataset = wrong
+        run.train_step(0.1)
+        run.dataset = toy_data()
+        run.train_step(0.1)
         assert all(map(torch.equal, model.parameters(), before))
         with pytest.raises(FloatingPointError, match=f"phase first .* step {bad + 1};"):
-            loop.save(tmp_path)
+            run.save(tmp_path)
         assert not any(tmp_path.iterdir())
 
 
@@ -465,8 +466,8 @@ def test_bar_on_a_terminal(tmp_path):
 
 def test_log_keeps_large_steps(tmp_path):
     file = tmp_path / "log.csv"
-    training._Log(file, ["step", "seconds"], 0).write([12345678, 0.5])
-    assert training._Log(file, ["step", "seconds"], 12345678).seconds == 0.5
+    Log(file, ["step", "seconds"], 0).write([12345678, 0.5])
+    assert Log(file, ["step", "seconds"], 12345678).seconds == 0.5
     assert file.read_text().splitlines() == ["step,seconds", "12345678,0.5"]
 
 
@@ -647,7 +648,7 @@ def test_page_has_no_sheets_of_steps_that_were_lost(tmp_path):
 @pytest.mark.parametrize("kind", ["none", "class", "image", "lower half", "colours", "unpaired"])
 def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
     drawn = []
-    monkeypatch.setattr(sheets, "sample_grid", lambda *a, **k: drawn.append((a[1], k)))
+    monkeypatch.setattr(sample_page, "sample_grid", lambda *a, **k: drawn.append((a[1], k)))
     y, cond = pictures(4, 1, 8), pictures(4, 2, 8)
     fitting = {
         "none": Dataset("x", y),
@@ -664,11 +665,11 @@ def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
     if kind == "unpaired":
         sides = {name: fields[name] for name in ("event_shape", "cond_shape")}
         family, config = CycleGAN, CycleGANConfig(**sides, generator="unet", depth=2, **SMALL)
-    shown = sheets.first_rows(fitting, stacked=kind == "lower half")
+    shown = sample_page.first_rows(fitting, stacked=kind == "lower half")
     model = make_model(family, config).eval()
     (tmp_path / "log.csv").write_text("step,seconds\n3,0.1\n")
     save_model(tmp_path, model)
-    sheets.Sheets(model, shown, tmp_path).write(3)
+    sample_page.Sheets(model, shown, tmp_path).write(3)
     [(samples, given)] = drawn
     if kind == "none":
         assert samples.shape == (18, 1, 1, 8, 8) and samples.unique(dim=0).shape[0] == 18

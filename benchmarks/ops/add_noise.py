@@ -1,16 +1,49 @@
-"""What `add_noise` launches: compiled without a GPU, judged on one."""
+"""`add_noise`: what it is measured on, what it launches, how it is tuned."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 
-from benchmarks.meta import meta_samples
+import cgkernels
+from benchmarks.harness.case import Inputs, OpCase, Provider, passes
+from benchmarks.harness.ceilings import Call
+from benchmarks.harness.inputs import meta_samples, training_inputs
+from benchmarks.harness.plain import coefficients
+from benchmarks.harness.tuning import ROWS
 from cgkernels.ops.add_noise import _launch_bwd, _launch_fwd
 from cgkernels.targets import TARGETS
 from cgkernels.testing import Launch
 
 
+def _plain_add_noise(x0, table, t, target, seed, index):
+    alpha, sigma = coefficients(x0, table, t)
+    z = torch.randn_like(x0)
+    return alpha * x0 + sigma * z, alpha * z - sigma * x0
+
+
+def _diffusers_noise() -> dict[str, Provider]:
+    def build(sets: Sequence[Inputs]) -> list[Call]:
+        import diffusers
+
+        scheduler = diffusers.DDPMScheduler()
+
+        def add(x0, t, **rest):
+            z = torch.randn_like(x0)
+            return scheduler.add_noise(x0, z, t), scheduler.get_velocity(x0, z, t)
+
+        return [partial(add, **inputs) for inputs in sets]
+
+    return {"diffusers": Provider(build, needs="diffusers")}
+
+
+CASES = [
+    OpCase("v", training_inputs, cgkernels.add_noise, _plain_add_noise, passes(3, 12),
+           peers=_diffusers_noise),
+]  # fmt: skip
+
+
+# Launches -----------------------------------------------------------------------------------------
 def launches() -> Iterator[Launch]:
     table, t, seed, index = meta_numbers()
     for name, x, bits in meta_samples():
@@ -35,3 +68,7 @@ LAUNCHES = {
     "add_noise_fwd": launches,
     "add_noise_bwd": bwd_launches,
 }
+
+
+# Tuning -------------------------------------------------------------------------------------------
+TUNABLE = ROWS

@@ -1,16 +1,44 @@
-"""What `diffusion_loss` launches: compiled without a GPU, judged on one."""
+"""`diffusion_loss`: what it is measured on, what it launches, how it is tuned."""
 
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from benchmarks.meta import meta_samples
+import cgkernels
+from benchmarks.harness.case import OpCase, passes
+from benchmarks.harness.inputs import meta_samples, normal, training_inputs
+from benchmarks.harness.plain import coefficients
+from benchmarks.harness.tuning import ROWS
 from cgkernels.ops.diffusion_loss import _launch_bwd, _launch_fwd
 from cgkernels.targets import TARGETS
 from cgkernels.testing import Launch
 
 
+def _loss_inputs(shape, dtype, generator, device, *, backward=False):
+    pred = normal(shape, dtype, generator, device).requires_grad_(backward)
+    return {"pred": pred, **training_inputs(shape, dtype, generator, device)}
+
+
+def _plain_loss(pred, x0, table, t, target, seed, index):
+    """As trainers write it, with the noise that was drawn for the network's input kept: z again."""
+    alpha, sigma = coefficients(x0, table, t)
+    goal = alpha * torch.randn_like(x0) - sigma * x0
+    return (pred - goal).float().square().flatten(1).mean(1)
+
+
+def _gradient(loss, inputs):
+    return loss.detach(), *torch.autograd.grad(loss.sum(), inputs["pred"])
+
+
+CASES = [
+    OpCase("v", _loss_inputs, cgkernels.diffusion_loss, _plain_loss, passes(2, 12)),
+    OpCase("v, forward and backward", partial(_loss_inputs, backward=True),
+           cgkernels.diffusion_loss, _plain_loss, passes(3, 15), finish=_gradient),
+]  # fmt: skip
+
+
+# Launches -----------------------------------------------------------------------------------------
 def launches() -> Iterator[Launch]:
     for name, args, bits in meta_inputs():
         yield Launch(name, partial(_launch_fwd, *args), bits)
@@ -36,3 +64,7 @@ LAUNCHES = {
     "diffusion_loss_fwd": launches,
     "diffusion_loss_bwd": bwd_launches,
 }
+
+
+# Tuning -------------------------------------------------------------------------------------------
+TUNABLE = ROWS

@@ -1,22 +1,122 @@
-"""What `norm_linear` launches: compiled without a GPU, judged on one."""
+"""`norm_linear`: what it is measured on, what it launches, how it is tuned.
 
-from collections.abc import Iterator
+Shapes are (rows, N, K), for a linear layer of N channels and K features.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cgkernels.ops.norm_linear import _launch, _launch_config, _least_counters
+import cgkernels
+from benchmarks.harness.case import Inputs, OpCase, Size, Sweep
+from benchmarks.harness.inputs import normal
+from benchmarks.harness.tuning import Config, early, tuned
+from cgkernels.ops.norm_linear.launch import _launch, _launch_config, _least_counters
 from cgkernels.testing import Launch
 
 
+def _layers(model: str, channels: int, features: int, cpu: bool = False) -> dict[str, Size]:
+    """A layer for the rows that one launch takes; on a CPU for a few."""
+    return {
+        f"b{rows}_{channels}x{features}": Size(
+            (rows, channels, features), model, cpu=cpu and rows in (1, 8), first=rows == 8
+        )
+        for rows in (1, 8, 16, 64)
+    }
+
+
+_SMALL, _LARGE, _OURS = "GPT-2 small", "Llama-2 7B", "six layers of 384"
+_HEAD = "GPT-2 small with LlamaGen's codebook"
+
+
+def _linear_inputs(
+    shape, dtype, generator, device, *, norm=None, activation=None, bias=False, residual=False,
+    int8=False,
+):  # fmt: skip
+    rows, channels, features = shape
+    lines = 2 * channels if activation == "swiglu" else channels
+    vector = partial(normal, dtype=dtype, generator=generator, device=device)
+    weight = normal((lines, features), torch.float32, generator, device) / features**0.5
+    made: Inputs = {
+        "x": vector((rows, features)), "norm": norm, "activation": activation,
+        "norm_weight": None if norm is None else 1 + vector((features,)) / 4,
+        "norm_bias": vector((features,)) if norm == "layer" else None,
+        "bias": vector((lines,)) if bias else None,
+        "residual": vector((rows, channels)) if residual else None,
+    }  # fmt: skip
+    if not int8:
+        return {**made, "weight": weight.to(dtype), "scales": None}
+    scales = weight.abs().amax(1) / 127
+    return {**made, "weight": (weight / scales[:, None]).round().to(torch.int8), "scales": scales}
+
+
+def _plain_linear(
+    x, weight, scales, norm, norm_weight, norm_bias, bias, activation, residual, eps=1e-5
+):
+    """The modules one after another; weights of 8 bits as gpt-fast multiplies them."""
+    if norm == "rms":
+        x = F.rms_norm(x, x.shape[-1:], norm_weight, eps)
+    elif norm == "layer":
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    if scales is None:
+        y = F.linear(x, weight, bias)
+    else:
+        y = F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+    if activation == "swiglu":
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    elif activation is not None:
+        y = F.gelu(y)
+    return y if residual is None else y + residual
+
+
+def _linear_cost(
+    shape, size, *, norm=None, activation=None, bias=False, residual=False, int8=False
+):
+    rows, channels, features = shape
+    lines = 2 * channels if activation == "swiglu" else channels
+    vectors = {None: 0, "rms": 1, "layer": 2}[norm] * features + (lines if bias else 0)
+    states = rows * (features + (2 if residual else 1) * channels)
+    weight = lines * (features + 4) if int8 else lines * features * size
+    return weight + size * (vectors + states), 2 * rows * lines * features
+
+
+def _linear(variant: str, sizes: Mapping[str, Size], **options: Any) -> OpCase:
+    return OpCase(
+        variant, partial(_linear_inputs, **options), cgkernels.norm_linear, _plain_linear,
+        partial(_linear_cost, **options), sizes=sizes,
+        sweep=Sweep("channels", tuple((8, n, 768) for n in (512, 1024, 2048, 4096, 8192)), 4, 1),
+    )  # fmt: skip
+
+
+CASES = [
+    _linear("rms", _layers(_SMALL, 2304, 768) | _layers(_HEAD, 16384, 768)
+            | _layers(_OURS, 1536, 384, cpu=True), norm="rms"),
+    _linear("rms, int8", _layers(_SMALL, 2304, 768) | _layers(_HEAD, 16384, 768)
+            | _layers(_OURS, 1536, 384, cpu=True), norm="rms", int8=True),
+    _linear("layer, bias, gelu", _layers(_SMALL, 3072, 768)
+            | _layers(_OURS, 1536, 384, cpu=True), norm="layer", bias=True, activation="gelu"),
+    _linear("rms, swiglu", _layers(_LARGE, 11008, 4096) | _layers(_OURS, 1024, 384, cpu=True),
+            norm="rms", activation="swiglu"),
+    _linear("residual", _layers(_SMALL, 768, 768) | _layers(_SMALL, 768, 3072)
+            | _layers(_OURS, 384, 1536, cpu=True), residual=True),
+]  # fmt: skip
+
+
+# Launches -----------------------------------------------------------------------------------------
 def launches() -> Iterator[Launch]:
     def launch(label, dtype, channels, features, *, int8=False, bits=128, **options):
-        lines = 2 * channels if options.get("activation") == "swiglu" else channels
+        weight_rows = 2 * channels if options.get("activation") == "swiglu" else channels
         x = torch.empty(8, features, dtype=dtype, device="meta")
-        weight = x.new_empty(lines, features, dtype=torch.int8 if int8 else dtype)
+        weight = x.new_empty(weight_rows, features, dtype=torch.int8 if int8 else dtype)
         inputs = {
-            "scales": x.new_empty(lines, dtype=torch.float32) if int8 else None,
+            "scales": x.new_empty(weight_rows, dtype=torch.float32) if int8 else None,
             "norm_weight": x.new_empty(features), "norm_bias": None,
             "bias": None, "residual": None, "norm": "rms", "activation": None, **options,
         }  # fmt: skip
@@ -57,3 +157,24 @@ LAUNCHES = {
     "norm_linear": launches,
     "norm_linear_counted": counted_launches,
 }
+
+
+# Tuning -------------------------------------------------------------------------------------------
+def _linear_tiles(
+    channels: int, features: int, dtype: torch.dtype, activation: str | None
+) -> Iterator[Config]:
+    """Tiles of 16 to 64 rows of the weight; of the features all, or parts of 256 or more."""
+    few = [n for n in (1, 2, 4, 8) if n == 1 or features >= 256 * n]
+    for block_n, block_k, warps, splits in product((16, 32, 64), (64, 128), (1, 2, 4), few):
+        if block_n * block_k > 4096:
+            continue
+        split = block_k * math.ceil(features / (splits * block_k))
+        sizes = {
+            "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT": split,
+            "SPLITS": math.ceil(features / split), "STAGES": 4, "num_warps": warps,
+            "maxnreg": None,
+        }  # fmt: skip
+        yield from early(sizes, warps == 2)
+
+
+TUNABLE = tuned(_launch, _linear_tiles)

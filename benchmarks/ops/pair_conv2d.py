@@ -1,14 +1,61 @@
-"""What `pair_conv2d` launches: compiled without a GPU, judged on one."""
+"""`pair_conv2d`: what it is measured on, what it launches, how it is tuned."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
+import torch.nn.functional as F
 
+import cgkernels
+from benchmarks.harness.case import OpCase
+from benchmarks.harness.inputs import discriminator_batches, normal
+from benchmarks.harness.tuning import Config, tuned
 from cgkernels.ops.pair_conv2d import _launch
 from cgkernels.testing import Launch
 
+_SIZES = discriminator_batches(3, 256)
 
+
+def _inputs(shape, dtype, generator, device, *, backward=False):
+    """A condition and a picture; gradients are asked of the picture and the weights."""
+    weight = normal((64, 2 * shape[1], 4, 4), torch.float32, generator, device)
+    made = {
+        "y": normal(shape, dtype, generator, device),
+        "weight": (weight / math.sqrt(32 * shape[1])).to(dtype),
+        "bias": normal((64,), dtype, generator, device),
+    }
+    made = {name: t.requires_grad_(backward) for name, t in made.items()}
+    return made | {"x": normal(shape, dtype, generator, device)}
+
+
+def _plain(x, y, weight, bias):
+    return F.leaky_relu_(F.conv2d(torch.cat([x, y], 1), weight, bias, 2, 1), 0.2)
+
+
+def _gradients(out, inputs):
+    wanted = [inputs[name] for name in ("y", "weight", "bias")]
+    return out.detach(), *torch.autograd.grad(out, wanted, torch.ones_like(out))[:2]
+
+
+def _cost(passes, shape, size):
+    """Passes over both pictures and the output, of as many convolutions."""
+    n, c, h, w = shape
+    pixels = n * (h // 2) * (w // 2)
+    return passes * size * (2 * math.prod(shape) + 64 * pixels), passes * pixels * 64 * 64 * c
+
+
+CASES = [
+    OpCase("", _inputs, cgkernels.pair_conv2d, _plain, partial(_cost, 1),
+           sizes=_SIZES),
+    OpCase("forward and backward", partial(_inputs, backward=True),
+           cgkernels.pair_conv2d, _plain, partial(_cost, 3),
+           finish=_gradients, sizes=_SIZES),
+]  # fmt: skip
+
+
+# Launches -----------------------------------------------------------------------------------------
 def launches() -> Iterator[Launch]:
     def launch(label, dtype, x=3, y=3, outputs=64, size=256, kernel=4, stride=2, last=False):
         def image(channels):
@@ -33,3 +80,20 @@ def launches() -> Iterator[Launch]:
 LAUNCHES = {
     "pair_conv2d": launches,
 }
+
+
+# Tuning -------------------------------------------------------------------------------------------
+def _window_tiles(features: int, outputs: int, dtype: torch.dtype) -> Iterator[Config]:
+    """Tiles of 2048 to 8192 numbers; never more than four warps (see the function)."""
+    sizes = product((32, 64, 128), (16, 32, 64), (16, 32), (1, 2, 3), (2, 4))
+    for block_m, block_n, block_k, stages, warps in sizes:
+        few = block_n > 16 and block_n >= 2 * outputs
+        if few or not 2048 <= block_m * block_n <= 8192 or block_k >= 2 * max(16, features):
+            continue
+        yield {
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_stages": stages,
+            "num_warps": warps,
+        }  # fmt: skip
+
+
+TUNABLE = tuned(_launch, _window_tiles)

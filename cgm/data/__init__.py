@@ -1,13 +1,13 @@
-"""Data sets: the tasks on the pictures that ship with the package, and folders of the user's own.
+"""Data sets: the tasks on the images that ship with the package, and folders of the user's own.
 
 dataset.py    what a data set is, the order of an epoch, random crops and mirror images
 tasks.py      class_to_image, complete, colorize, edges_to_image, and the tasks of synthetic.py
 synthetic.py  bouncing_ball, two_moons, eight_gaussians: drawn, with the truth about them
 folders.py    pairs, two_folders, unpaired, classes
-fashion.py    the 10,000 shipped pictures; pack.py makes their file
+fashion.py    the 10,000 shipped images; pack.py makes their file
 """
 
-from cgm.data.dataset import Batch, Dataset, epoch_order, to_float
+from cgm.data.dataset import DATA_FIELDS, Batch, Dataset, epoch_order, to_float
 from cgm.data.folders import LAYOUTS, load_folder
 from cgm.data.tasks import (
     PINK,
@@ -20,6 +20,7 @@ from cgm.data.tasks import (
 )
 
 __all__ = [
+    "DATA_FIELDS",
     "LAYOUTS",
     "PINK",
     "TASKS",

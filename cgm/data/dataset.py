@@ -11,11 +11,14 @@ from cgkernels.random import STREAM_DATA, uniform
 # What the data draw, one step number of their stream each.
 STEP_ORDER, STEP_PARTNER, STEP_AUGMENT, STEP_AUGMENT_PARTNER = 0, 1, 2, 3
 
+# What a data set says of itself that the config of a model for it says too.
+DATA_FIELDS = ("event_shape", "cond_kind", "cond_shape", "num_classes")
+
 CondKind = Literal["none", "class", "image", "tokens"]
 
 
 class Batch(TypedDict):
-    """y (B, *event), and cond: None, class ids (B,), tokens (B, M) or pictures (B, C, H, W)."""
+    """y (B, *event), and cond: None, class ids (B,), tokens (B, M) or images (B, C, H, W)."""
 
     y: Tensor
     cond: Tensor | None
@@ -25,7 +28,7 @@ class Batch(TypedDict):
 class Dataset:
     """N rows of what is generated, y, and of what it is generated from, cond.
 
-    Pictures are held as uint8 (a quarter of the memory) and become float32 in [-1, 1] in `batch`;
+    Images are held as uint8 (a quarter of the memory) and become float32 in [-1, 1] in `batch`;
     float32 tensors pass unchanged. A wrong dtype, length or crop, or a value that is not finite,
     raises ValueError or TypeError.
     """
@@ -37,8 +40,8 @@ class Dataset:
     num_classes: int = 0  # number of classes, or of different tokens
     class_names: tuple[str, ...] = ()
     paired: bool = True  # False: rows of y and cond are unrelated, and need not be equally many
-    crop: int = 0  # `batch` takes a square of this side out of each picture, somewhere; 0: none
-    flip: bool = False  # `batch` mirrors half of the pictures, left to right
+    crop: int = 0  # `batch` takes a square of this side out of each image, somewhere; 0: none
+    flip: bool = False  # `batch` mirrors half of the images, left to right
 
     def __post_init__(self) -> None:
         if self.y.dim() < 2 or len(self.y) == 0:
@@ -78,7 +81,7 @@ class Dataset:
             return
         if self.y.dim() != 4:
             raise ValueError(
-                f"crop and flip are for pictures (N, C, H, W), got y {tuple(self.y.shape)}"
+                f"crop and flip are for images (N, C, H, W), got y {tuple(self.y.shape)}"
             )
         sides = [self.y.shape[2:]]
         if self.cond is not None and self.cond_kind == "image" and self.cond.dim() == 4:
@@ -90,7 +93,7 @@ class Dataset:
                 )
         if self.crop > min(map(min, sides)):
             raise ValueError(
-                f"crop must be at most the side of the pictures, {min(map(min, sides))}, "
+                f"crop must be at most the side of the images, {min(map(min, sides))}, "
                 f"got {self.crop}"
             )
 
@@ -115,18 +118,18 @@ class Dataset:
             return () if self.cond is None else tuple(self.cond.shape[1:])
         return self._cropped(self.cond)
 
-    def _cropped(self, pictures: Tensor) -> tuple[int, ...]:
+    def _cropped(self, images: Tensor) -> tuple[int, ...]:
         if self.crop:
-            return pictures.shape[1], self.crop, self.crop
-        return tuple(pictures.shape[1:])
+            return images.shape[1], self.crop, self.crop
+        return tuple(images.shape[1:])
 
     def batch(self, rows: Tensor, epoch: int = 0) -> Batch:
         """The rows (B,) int64 of y and their conditions.
 
         Of unpaired data, row r comes with the condition floor(M u), u uniform and a function of
         (r, epoch): each epoch draws other partners. So are the place of the crop, at pixel
-        floor((side - crop + 1) u) of each side, and whether the picture is mirrored, u < 1/2: the
-        same for the two pictures of a pair, and for those of unpaired data each its own.
+        floor((side - crop + 1) u) of each side, and whether the image is mirrored, u < 1/2: the
+        same for the two images of a pair, and for those of unpaired data each its own.
         """
         if rows.dtype != torch.int64 or rows.dim() != 1:
             raise TypeError(f"rows must be int64 (B,), got {rows.dtype} {tuple(rows.shape)}")
@@ -134,7 +137,7 @@ class Dataset:
             raise ValueError(
                 f"rows must be in [0, {len(self)}), got {int(rows.min())} to {int(rows.max())}"
             )
-        y = self._pictures(self.y, rows, rows, epoch, STEP_AUGMENT)
+        y = self._images(self.y, rows, rows, epoch, STEP_AUGMENT)
         if self.cond is None:
             return {"y": y, "cond": None}
         partners, step = rows, STEP_AUGMENT
@@ -142,24 +145,22 @@ class Dataset:
             u = _row_uniform(rows, 0, epoch, STEP_PARTNER)
             partners, step = (u * len(self.cond)).long(), STEP_AUGMENT_PARTNER
         if self.cond_kind == "image":
-            return {"y": y, "cond": self._pictures(self.cond, partners, rows, epoch, step)}
+            return {"y": y, "cond": self._images(self.cond, partners, rows, epoch, step)}
         return {"y": y, "cond": self.cond[partners]}
 
-    def _pictures(
-        self, pictures: Tensor, taken: Tensor, rows: Tensor, epoch: int, step: int
-    ) -> Tensor:
-        """The pictures `taken` for these rows, cropped and mirrored as the noise of a row says."""
+    def _images(self, images: Tensor, taken: Tensor, rows: Tensor, epoch: int, step: int) -> Tensor:
+        """The images `taken` for these rows, cropped and mirrored as the noise of a row says."""
         if not self.augmented:
-            return to_float(pictures[taken])
+            return to_float(images[taken])
         u = _row_uniform(rows, 0, epoch, step, 3)
-        height, width = pictures.shape[2:]
+        height, width = images.shape[2:]
         high, wide = (self.crop, self.crop) if self.crop else (height, width)
         down = (u[:, :1] * (height - high + 1)).long() + torch.arange(high)
         across = (u[:, 1:2] * (width - wide + 1)).long() + torch.arange(wide)
         if self.flip:
             across = torch.where(u[:, 2:] < 0.5, across.flip(1), across)
         # One gather in place of a loop: (B, h, w, C), the indexed dimensions first.
-        cut = pictures[taken[:, None, None], :, down[:, :, None], across[:, None]]
+        cut = images[taken[:, None, None], :, down[:, :, None], across[:, None]]
         return to_float(cut.movedim(3, 1).contiguous())
 
 
@@ -173,9 +174,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return _row_uniform(torch.arange(n), seed, epoch, STEP_ORDER).argsort(stable=True)
 
 
-def to_float(pictures: Tensor) -> Tensor:
-    """uint8 pictures as float32 in [-1, 1]: v / 127.5 - 1. Other dtypes pass unchanged."""
-    return pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]: v / 127.5 - 1. Other dtypes pass unchanged."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def _row_uniform(rows: Tensor, seed: int, epoch: int, step: int, *event: int) -> Tensor:

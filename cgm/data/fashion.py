@@ -1,6 +1,6 @@
-"""Fashion-MNIST's 10,000 test pictures, which ship with the package (MIT, see the licence beside).
+"""Fashion-MNIST's 10,000 test images, which ship with the package (MIT, see the license beside).
 
-The file is xz: the labels in published order, one byte each, then the pictures sorted by class
+The file is xz: the labels in published order, one byte each, then the images sorted by class
 (stable) and stored column by column, 28 x 28 bytes each: 3,576,188 bytes, read in about 0.2 s. PNG
 and lossless WebP mosaics in the same order take 3.80 MB. `python -m cgm.data.pack` makes it.
 
@@ -30,12 +30,12 @@ CLASS_NAMES = (
     "ankle boot",
 )
 SIDE = 28
-HELD_OUT = 100  # pictures per class kept from training
+HELD_OUT = 100  # images per class kept from training
 
 
 @functools.cache
 def read() -> tuple[Tensor, Tensor]:
-    """Pictures (10000, 1, 28, 28) uint8 and labels (10000,) int64, in published order."""
+    """Images (10000, 1, 28, 28) uint8 and labels (10000,) int64, in published order."""
     images, labels = unpack(resources.files("cgm.data").joinpath(FILE).read_bytes())
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
@@ -54,7 +54,7 @@ def rows_of(split: str) -> Tensor:
 def pack(images: np.ndarray, labels: np.ndarray) -> bytes:
     """The file's bytes of images (N, 28, 28) and labels (N,), both uint8."""
     columns = images[np.argsort(labels, kind="stable")].transpose(0, 2, 1)
-    # Four bits of context from the byte before suit grey levels better than text's three.
+    # Four bits of context from the byte before suit gray levels better than text's three.
     lzma2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0}
     return lzma.compress(labels.tobytes() + columns.tobytes(), filters=[lzma2])
 

@@ -1,17 +1,17 @@
-"""Folders of the user's own pictures.
+"""Folders of the user's own images.
 
 layout       what path holds                                       y         cond
-pairs        pictures, each with A on the left and B on the right  B         A
+pairs        images, each with A on the left and B on the right  B         A
 two_folders  folders A and B, equal names (extensions may differ)  B         A
-unpaired     folders A and B, unrelated                            B         some picture of A
-classes      one folder per class, numbered in order of its name   pictures  class ids
+unpaired     folders A and B, unrelated                            B         some image of A
+classes      one folder per class, numbered in order of its name   images  class ids
 
 Direction "AtoB" makes B from A, as in the table, and "BtoA" makes A from B. The folders A and B are
 path/A and path/B; if there is no folder path, they are pathA and pathB: "horse2zebra/train" means
 horse2zebra/trainA and horse2zebra/trainB.
 
-A picture is what a viewer shows: turned as its EXIF orientation says, transparent parts over white,
-16-bit grey scaled to 8 bits, CMYK and palettes as RGB. Colour profiles are not applied. It is
+An image is what a viewer shows: turned as its EXIF orientation says, transparent parts over white,
+16-bit gray scaled to 8 bits, CMYK and palettes as RGB. Color profiles are not applied. It is
 resized to size x size without regard to its proportions (bicubic, antialiased). All are read before
 the data set is returned and are held in memory as uint8: N x channels x size x size bytes for each
 side. Names that begin with a dot, other extensions and deeper folders are passed over. Random crops
@@ -48,12 +48,12 @@ def load_folder(
     crop: int = 0,
     flip: bool = False,
 ) -> Dataset:
-    """The pictures of a folder as a data set; layouts and reading as described above.
+    """The images of a folder as a data set; layouts and reading as described above.
 
-    size: side of the pictures in pixels. channels: 3 for RGB, 1 for grey. direction: "AtoB" or
+    size: side of the images in pixels. channels: 3 for RGB, 1 for gray. direction: "AtoB" or
     "BtoA"; classes have none. crop: side of the square, at most size, that is taken somewhere out
-    of a picture; 0: none. flip: mirror half of the pictures. Every file is decoded here: one that
-    cannot be read, an empty or missing folder, a picture without its partner, a pair of two sizes
+    of an image; 0: none. flip: mirror half of the images. Every file is decoded here: one that
+    cannot be read, an empty or missing folder, an image without its partner, a pair of two sizes
     or of odd width raises ValueError naming it.
     """
     path = Path(path)
@@ -76,16 +76,16 @@ def load_folder(
 
 def _load_pairs(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
     def halves(file: Path) -> np.ndarray:
-        picture = read_picture(file, channels)
-        width, height = picture.size
+        image = read_image(file, channels)
+        width, height = image.size
         if width % 2:
-            raise ValueError(f"{file}: two pictures side by side need an even width, got {width}")
+            raise ValueError(f"{file}: two images side by side need an even width, got {width}")
         half = width // 2
-        left = picture.crop((0, 0, half, height))
-        right = picture.crop((half, 0, width, height))
+        left = image.crop((0, 0, half, height))
+        right = image.crop((half, 0, width, height))
         return np.stack([_planes(left, size), _planes(right, size)])
 
-    a, b = _read_all(halves, picture_files(path), (2, channels, size, size)).unbind(1)
+    a, b = _read_all(halves, image_files(path), (2, channels, size, size)).unbind(1)
     return a, b
 
 
@@ -94,10 +94,10 @@ def _load_two(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
     a, b = _by_stem(folder_a), _by_stem(folder_b)
     for stem in sorted(a.keys() ^ b.keys()):
         file, other = (a[stem], folder_b) if stem in a else (b[stem], folder_a)
-        raise ValueError(f"{file}: no picture of that name in {other}")
+        raise ValueError(f"{file}: no image of that name in {other}")
 
     def both(stem: str) -> np.ndarray:
-        left, right = read_picture(a[stem], channels), read_picture(b[stem], channels)
+        left, right = read_image(a[stem], channels), read_image(b[stem], channels)
         if left.size != right.size:
             raise ValueError(
                 f"{a[stem]} is {left.width} x {left.height} pixels, but its partner {b[stem]} is "
@@ -110,7 +110,7 @@ def _load_two(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _load_unpaired(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:
-    a, b = (_load_plain(picture_files(folder), size, channels) for folder in _sides(path))
+    a, b = (_load_plain(image_files(folder), size, channels) for folder in _sides(path))
     return a, b
 
 
@@ -119,7 +119,7 @@ def _load_classes(path: Path, size: int, channels: int) -> Dataset:
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise ValueError(f"{path}: no class folders in it")
-    files = [picture_files(folder) for folder in folders]
+    files = [image_files(folder) for folder in folders]
     y = _load_plain([file for group in files for file in group], size, channels)
     counts = torch.tensor([len(group) for group in files])
     labels = torch.arange(len(folders)).repeat_interleave(counts)
@@ -129,7 +129,7 @@ def _load_classes(path: Path, size: int, channels: int) -> Dataset:
 
 def _load_plain(files: list[Path], size: int, channels: int) -> Tensor:
     shape = (channels, size, size)
-    return _read_all(lambda file: _planes(read_picture(file, channels), size), files, shape)
+    return _read_all(lambda file: _planes(read_image(file, channels), size), files, shape)
 
 
 def _read_all(
@@ -153,7 +153,7 @@ def _sides(path: Path) -> tuple[Path, Path]:
     return path.with_name(path.name + "A"), path.with_name(path.name + "B")
 
 
-def picture_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     _check_folder(folder)
     files = sorted(
         file
@@ -161,45 +161,45 @@ def picture_files(folder: Path) -> list[Path]:
         if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
     )
     if not files:
-        raise ValueError(f"{folder}: no pictures ({' '.join(EXTENSIONS)}) in it")
+        raise ValueError(f"{folder}: no images ({' '.join(EXTENSIONS)}) in it")
     return files
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for file in picture_files(folder):
+    for file in image_files(folder):
         if file.stem in files:
             raise ValueError(f"{file}: {files[file.stem].name} beside it has the same name")
         files[file.stem] = file
     return files
 
 
-def read_picture(file: Path, channels: int) -> Image.Image:
-    """The whole picture, upright, in mode L or RGB."""
+def read_image(file: Path, channels: int) -> Image.Image:
+    """The whole image, upright, in mode L or RGB."""
     try:
         with Image.open(file, formats=_FORMATS) as opened:
             opened.load()
-            picture = ImageOps.exif_transpose(opened)
-            return _to_eight_bits(picture).convert("L" if channels == 1 else "RGB")
+            image = ImageOps.exif_transpose(opened)
+            return _to_eight_bits(image).convert("L" if channels == 1 else "RGB")
     # Decoders meet broken data with OSError, SyntaxError, struct.error and more.
     except Exception as error:
-        raise ValueError(f"{file}: cannot be read as a picture ({error})") from error
+        raise ValueError(f"{file}: cannot be read as an image ({error})") from error
 
 
-def _to_eight_bits(picture: Image.Image) -> Image.Image:
-    """Without transparency and without 16-bit grey, which Pillow's convert would cut off at 255."""
-    if picture.mode.startswith("I"):
-        levels = np.asarray(picture).astype(np.int64)
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Without transparency and without 16-bit gray, which Pillow's convert would cut off at 255."""
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int64)
         return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
-def _planes(picture: Image.Image, size: int) -> np.ndarray:
+def _planes(image: Image.Image, size: int) -> np.ndarray:
     """(C, size, size) uint8."""
-    pixels = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 

@@ -22,7 +22,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def main(argv: list[str]) -> None:
-    """Read the pictures and labels, write the packed file."""
+    """Read the images and labels, write the packed file."""
     if len(argv) != 3:
         sys.exit(__doc__)
     images, labels, out = map(Path, argv)

@@ -1,17 +1,17 @@
-"""Values in [-1, 1] as whole numbers: bins of the range, or the colours of a palette."""
+"""Values in [-1, 1] as whole numbers: bins of the range, or the colors of a palette."""
 
 import math
 
 import torch
 from torch import Tensor
 
-Palette = tuple[tuple[float, float], ...]  # colours of two channels
+Palette = tuple[tuple[float, float], ...]  # colors of two channels
 
 
 def to_bins(y: Tensor, bins: int) -> Tensor:
     """The bin 0 .. bins - 1 of each value in [-1, 1], int64; beyond the range, the outermost.
 
-    The 256 values of an 8-bit picture are shared out evenly; `from_bins` gives the middle of those
+    The 256 values of an 8-bit image are shared out evenly; `from_bins` gives the middle of those
     that became one.
     """
     steps = ((y + 1) * 127.5).round().long().clamp(0, 255)
@@ -25,9 +25,9 @@ def from_bins(numbers: Tensor, bins: int) -> Tensor:
 
 
 def to_palette(y: Tensor, palette: Tensor) -> Tensor:
-    """The number (B, H, W) of the colour of palette (K, C) nearest to each pixel of y (B, C, H, W).
+    """The number (B, H, W) of the color of palette (K, C) nearest to each pixel of y (B, C, H, W).
 
-    Of colours equally near, one of them.
+    Of colors equally near, one of them.
     """
     pixels = y.movedim(1, 3)
     distances = torch.cdist(
@@ -37,13 +37,13 @@ def to_palette(y: Tensor, palette: Tensor) -> Tensor:
 
 
 def check_palette(palette: Palette, event_shape: tuple[int, int, int]) -> None:
-    """Raises ValueError if a palette, unless it is (), is not one of such pictures."""
+    """Raises ValueError if a palette, unless it is (), is not one of such images."""
     if not palette:
         return
     if event_shape[0] != 2:
         raise ValueError(f"palette must be () but for two channels, got event_shape {event_shape}")
-    values = [value for colour in palette for value in colour]
-    if any(len(colour) != 2 for colour in palette) or not all(map(math.isfinite, values)):
-        raise ValueError(f"palette must have two finite numbers a colour, got {palette}")
+    values = [value for color in palette for value in color]
+    if any(len(color) != 2 for color in palette) or not all(map(math.isfinite, values)):
+        raise ValueError(f"palette must have two finite numbers a color, got {palette}")
     if len(set(palette)) != len(palette) or len(palette) < 2:
-        raise ValueError(f"palette must have two colours or more, all different, got {palette}")
+        raise ValueError(f"palette must have two colors or more, all different, got {palette}")

@@ -5,7 +5,7 @@ two_moons         moon, a class id -> a point (2, 1, 1) on that half circle, blu
 bouncing_ball     a frame (3, 12, 12) -> the next one, of a ball whose velocity no frame shows
 
 Everything is a function of the split and of the row: the test rows are the ones after those of
-training. Densities are exact, per unit of area. `digits` are pictures that no model is trained on.
+training. Densities are exact, per unit of area. `digits` are images that no model is trained on.
 """
 
 import math
@@ -22,12 +22,12 @@ _STEP_NOISE, _STEP_CHOICE = 4, 5  # of the data's stream; `cgm.data.dataset` has
 
 # Points -------------------------------------------------------------------------------------------
 GAUSSIANS, CIRCLE, GAUSSIAN_SIGMA = 8, 0.75, 0.06
-MOON_CENTRES = ((-0.25, -0.1), (0.25, 0.1))  # of the upper and the lower half circle
+MOON_CENTERS = ((-0.25, -0.1), (0.25, 0.1))  # of the upper and the lower half circle
 MOON_RADIUS, MOON_SIGMA = 0.5, 0.05
 
 
-def gaussian_centres() -> Tensor:
-    """The centres (8, 2), float64."""
+def gaussian_centers() -> Tensor:
+    """The centers (8, 2), float64."""
     angle = torch.arange(GAUSSIANS, dtype=torch.float64) * (2 * math.pi / GAUSSIANS)
     return CIRCLE * torch.stack([angle.cos(), angle.sin()], 1)
 
@@ -36,18 +36,18 @@ def eight_gaussians(split: str = "train") -> Dataset:
     """Points 0.75 (cos(k pi / 4), sin(k pi / 4)) + 0.06 z, k of 0 .. 7 equally likely."""
     rows = _rows(split)
     which = (_uniform(rows, 1) * GAUSSIANS).long()[:, 0]
-    return Dataset("eight_gaussians", _points(gaussian_centres()[which], GAUSSIAN_SIGMA, rows))
+    return Dataset("eight_gaussians", _points(gaussian_centers()[which], GAUSSIAN_SIGMA, rows))
 
 
 def eight_gaussians_log_prob(points: Tensor) -> Tensor:
     """log p in nats, (N,) float64, of points (N, 2, 1, 1)."""
-    offsets = points.double().flatten(1)[:, None] - gaussian_centres().to(points.device)
+    offsets = points.double().flatten(1)[:, None] - gaussian_centers().to(points.device)
     exponents = -offsets.square().sum(2) / (2 * GAUSSIAN_SIGMA**2)
     return exponents.logsumexp(1) - math.log(GAUSSIANS * 2 * math.pi * GAUSSIAN_SIGMA**2)
 
 
 def two_moons(split: str = "train") -> Dataset:
-    """Points at the angle pi u and the radius 0.5 + 0.05 z about the centre of their moon.
+    """Points at the angle pi u and the radius 0.5 + 0.05 z about the center of their moon.
 
     The first moon is the upper half of its circle, the second the lower half of the other.
     """
@@ -57,7 +57,7 @@ def two_moons(split: str = "train") -> Dataset:
     angle = math.pi * (u[:, 1] + moon)
     radius = MOON_RADIUS + MOON_SIGMA * _normal(rows, 1)[:, 0]
     offsets = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
-    points = torch.tensor(MOON_CENTRES, dtype=torch.float64)[moon] + offsets
+    points = torch.tensor(MOON_CENTERS, dtype=torch.float64)[moon] + offsets
     names = ("upper", "lower")
     y = points.float()[:, :, None, None]
     return Dataset("two_moons", y, moon, "class", len(names), names)
@@ -69,23 +69,23 @@ def two_moons_log_prob(points: Tensor, moon: Tensor) -> Tensor:
     p = N(r; 0.5, 0.05^2) / (pi r) at the radius r on the side of the moon, else 0: its logarithm
     is -inf there. (A radius below 0 would be ten standard deviations off.)
     """
-    centres = torch.tensor(MOON_CENTRES, dtype=torch.float64, device=points.device)
-    x, y = (points.double().flatten(1) - centres[moon]).unbind(1)
+    centers = torch.tensor(MOON_CENTERS, dtype=torch.float64, device=points.device)
+    x, y = (points.double().flatten(1) - centers[moon]).unbind(1)
     radius = torch.hypot(x, y)
-    normalised = (radius - MOON_RADIUS) / MOON_SIGMA
-    log_radial = -normalised.square() / 2 - math.log(MOON_SIGMA * math.sqrt(2 * math.pi))
+    normalized = (radius - MOON_RADIUS) / MOON_SIGMA
+    log_radial = -normalized.square() / 2 - math.log(MOON_SIGMA * math.sqrt(2 * math.pi))
     inside = torch.where(moon == 0, y >= 0, y <= 0)
     log_prob = log_radial - math.log(math.pi) - radius.log()
     return log_prob.masked_fill(~inside, -math.inf)
 
 
-def _points(centres: Tensor, sigma: float, rows: Tensor) -> Tensor:
-    return (centres + sigma * _normal(rows, 2)).float()[:, :, None, None]
+def _points(centers: Tensor, sigma: float, rows: Tensor) -> Tensor:
+    return (centers + sigma * _normal(rows, 2)).float()[:, :, None, None]
 
 
 # The ball -----------------------------------------------------------------------------------------
 SIDE, BALL_SIGMA, SPEED = 12, 0.8, 2.0  # in pixels
-NEAREST, FARTHEST = 1.0, 10.0  # where the centre of the ball turns back
+NEAREST, FARTHEST = 1.0, 10.0  # where the center of the ball turns back
 _FIRST, _LAST = 2.0, 9.0  # between these it starts
 
 
@@ -97,15 +97,15 @@ class Balls:
     after: Tensor  # (N, 3, 12, 12)
     position: Tensor  # (N, 2) of the first frame: across and down, in pixels
     velocity: Tensor  # (N, 2), pixels a frame
-    colour: Tensor  # (N, 3) in [0, 1]
+    color: Tensor  # (N, 3) in [0, 1]
     bounced: Tensor  # (N,) whether it met a wall
 
 
 def balls(split: str = "train") -> Balls:
-    """A ball of some colour, somewhere, that goes 2 pixels in some direction.
+    """A ball of some color, somewhere, that goes 2 pixels in some direction.
 
-    frame = 2 colour exp(-|pixel - position|^2 / (2 0.8^2)) - 1, the position uniform in [2, 9]^2,
-    the angle of the velocity uniform, each part of the colour in [0.3, 1]. The centre is
+    frame = 2 color exp(-|pixel - position|^2 / (2 0.8^2)) - 1, the position uniform in [2, 9]^2,
+    the angle of the velocity uniform, each part of the color in [0.3, 1]. The center is
     reflected at 1 and at 10.
     """
     rows = _rows(split)
@@ -113,16 +113,16 @@ def balls(split: str = "train") -> Balls:
     position = _FIRST + (_LAST - _FIRST) * u[:, :2]
     angle = 2 * math.pi * u[:, 2]
     velocity = SPEED * torch.stack([angle.cos(), angle.sin()], 1)
-    colour = 0.3 + 0.7 * u[:, 3:]
+    color = 0.3 + 0.7 * u[:, 3:]
     free = position + velocity
     turned = torch.where(free < NEAREST, 2 * NEAREST - free, free)
     turned = torch.where(free > FARTHEST, 2 * FARTHEST - free, turned)
     return Balls(
-        _frames(position, colour),
-        _frames(turned, colour),
+        _frames(position, color),
+        _frames(turned, color),
         position,
         velocity,
-        colour,
+        color,
         (turned != free).any(1),
     )
 
@@ -133,16 +133,16 @@ def bouncing_ball(split: str = "train") -> Dataset:
     return Dataset("bouncing_ball", drawn.after, drawn.before, "image")
 
 
-def _frames(position: Tensor, colour: Tensor) -> Tensor:
+def _frames(position: Tensor, color: Tensor) -> Tensor:
     grid = torch.arange(SIDE, dtype=torch.float64)
     across, down = (
         torch.exp(-(grid - position[:, i : i + 1]).square() / (2 * BALL_SIGMA**2)) for i in (0, 1)
     )
     light = down[:, :, None] * across[:, None]
-    return (2 * colour[:, :, None, None] * light[:, None] - 1).float()
+    return (2 * color[:, :, None, None] * light[:, None] - 1).float()
 
 
-# Pictures that are no clothes ---------------------------------------------------------------------
+# Images that are no clothes -----------------------------------------------------------------------
 # Ends of the strokes of a display of seven, across and down in [0, 1]; and the strokes of a digit.
 _CORNERS = ((0, 0), (1, 0), (0, 0.5), (1, 0.5), (0, 1), (1, 1))
 _STROKES = ((0, 1), (0, 2), (1, 3), (2, 3), (2, 4), (3, 5), (4, 5))
@@ -150,7 +150,7 @@ _DIGITS = ("0124567", "25", "02346", "02356", "1235", "01356", "013456", "025", 
 
 
 def digits(n: int, seed: int = 0) -> Tensor:
-    """Pictures (n, 1, 28, 28) in [-1, 1] that look like written digits: strokes, white on black.
+    """Images (n, 1, 28, 28) in [-1, 1] that look like written digits: strokes, white on black.
 
     Digit i mod 10 of seven strokes, whose height, width, slant, thickness and place vary.
     """

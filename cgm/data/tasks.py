@@ -1,16 +1,16 @@
-"""The tasks: four on the shipped pictures, and three on data drawn by `cgm.data.synthetic`.
+"""The tasks: four on the shipped images, and three on data drawn by `cgm.data.synthetic`.
 
-class_to_image   class id                     -> picture (1, 28, 28)
+class_to_image   class id                     -> image (1, 28, 28)
 complete         upper half (1, 14, 28)       -> lower half (1, 14, 28)
-colorize         luminance (1, 28, 28)        -> ab colours (2, 28, 28), T-shirts and tops only
-edges_to_image   binary edge map (1, 28, 28)  -> picture (1, 28, 28)
+colorize         luminance (1, 28, 28)        -> ab colors (2, 28, 28), T-shirts and tops only
+edges_to_image   binary edge map (1, 28, 28)  -> image (1, 28, 28)
 bouncing_ball    frame (3, 12, 12)            -> the next frame (3, 12, 12)
 two_moons        class id                     -> point (2, 1, 1)
 eight_gaussians  nothing                      -> point (2, 1, 1)
 
 colorize is made so that p(y | x) is known exactly: with m = garment_mask(x), y is m TEAL with
-probability 1/2 and m PINK with probability 1/2, one colour for the whole garment. Every garment is
-in the data twice, first all in teal and then all in pink: were each there in one drawn colour only,
+probability 1/2 and m PINK with probability 1/2, one color for the whole garment. Every garment is
+in the data twice, first all in teal and then all in pink: were each there in one drawn color only,
 a model could learn which by heart. y = 1 is AB_UNIT units of CIELAB's a or b.
 """
 
@@ -26,15 +26,15 @@ from cgm.data.dataset import Dataset, to_float
 AB_UNIT = 50.0
 TEAL = (-0.8, -0.2)  # (a, b) of y
 PINK = (0.9, -0.1)
-LIGHTEST = 75.0  # L* of a white pixel: both colours can still be told apart there
+LIGHTEST = 75.0  # L* of a white pixel: both colors can still be told apart there
 GARMENT_LEVEL = 12  # darker pixels, of 0 .. 255, are background
-EDGE_SLOPE = 240  # in the units of the Sobel sums below: a step of s grey levels gives 4 s
+EDGE_SLOPE = 240  # in the units of the Sobel sums below: a step of s gray levels gives 4 s
 
 
 def load_task(name: str, split: str = "train") -> Dataset:
     """The data of a task.
 
-    name: one of TASKS. split: "train", 900 of the shipped pictures per class or 10,000 rows of what
+    name: one of TASKS. split: "train", 900 of the shipped images per class or 10,000 rows of what
     is drawn, or "test", 100 per class or 2,000. Any other raises ValueError.
     """
     if name in _SYNTHETIC:
@@ -42,22 +42,22 @@ def load_task(name: str, split: str = "train") -> Dataset:
     if name not in _MAKERS:
         raise ValueError(f"name must be one of {', '.join(TASKS)}, got {name!r}")
     rows = fashion.rows_of(split)
-    pictures, labels = fashion.read()
-    return _MAKERS[name](pictures[rows], labels[rows])
+    images, labels = fashion.read()
+    return _MAKERS[name](images[rows], labels[rows])
 
 
 def garment_mask(luminance: Tensor) -> Tensor:
-    """Where the garment is, bool: luminance in [-1, 1] above grey level 12 of 255."""
+    """Where the garment is, bool: luminance in [-1, 1] above gray level 12 of 255."""
     return luminance > (GARMENT_LEVEL + 0.5) / 127.5 - 1
 
 
-def edge_map(pictures: Tensor) -> Tensor:
-    """Edges of pictures (N, 1, H, W) uint8, as uint8 0 or 255.
+def edge_map(images: Tensor) -> Tensor:
+    """Edges of images (N, 1, H, W) uint8, as uint8 0 or 255.
 
-    sqrt(gx^2 + gy^2) > 240 with the 3 x 3 Sobel sums gx, gy of the grey levels and the border
+    sqrt(gx^2 + gy^2) > 240 with the 3 x 3 Sobel sums gx, gy of the gray levels and the border
     continued. These are integers that float32 holds exactly: the map is the same everywhere.
     """
-    p = F.pad(pictures.float(), (1, 1, 1, 1), mode="replicate")
+    p = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")
     down = p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]
     across = p[..., :-2] + 2 * p[..., 1:-1] + p[..., 2:]
     gx = down[..., 2:] - down[..., :-2]
@@ -66,7 +66,7 @@ def edge_map(pictures: Tensor) -> Tensor:
 
 
 def lab_to_rgb(luminance: Tensor, ab: Tensor) -> Tensor:
-    """sRGB pictures (B, 3, H, W) in [-1, 1], of luminance (B, 1, H, W) and ab (B, 2, H, W).
+    """sRGB images (B, 3, H, W) in [-1, 1], of luminance (B, 1, H, W) and ab (B, 2, H, W).
 
     L* = 75 (luminance + 1) / 2, a* and b* = 50 ab; CIELAB of white D65, cut off where sRGB ends.
     """
@@ -84,25 +84,25 @@ def lab_to_rgb(luminance: Tensor, ab: Tensor) -> Tensor:
     return 2 * rgb.clamp(0, 1) - 1
 
 
-def _class_to_image(pictures: Tensor, labels: Tensor) -> Dataset:
+def _class_to_image(images: Tensor, labels: Tensor) -> Dataset:
     names = fashion.CLASS_NAMES
-    return Dataset("class_to_image", pictures, labels, "class", len(names), names)
+    return Dataset("class_to_image", images, labels, "class", len(names), names)
 
 
-def _complete(pictures: Tensor, labels: Tensor) -> Dataset:
-    upper, lower = pictures.chunk(2, dim=2)
+def _complete(images: Tensor, labels: Tensor) -> Dataset:
+    upper, lower = images.chunk(2, dim=2)
     return Dataset("complete", lower, upper, "image")
 
 
-def _colorize(pictures: Tensor, labels: Tensor) -> Dataset:
-    luminance = pictures[labels == 0]
+def _colorize(images: Tensor, labels: Tensor) -> Dataset:
+    luminance = images[labels == 0]
     mask = garment_mask(to_float(luminance))
-    ab = torch.cat([mask * torch.tensor(colour)[:, None, None] for colour in (TEAL, PINK)])
+    ab = torch.cat([mask * torch.tensor(color)[:, None, None] for color in (TEAL, PINK)])
     return Dataset("colorize", ab, luminance.repeat(2, 1, 1, 1), "image")
 
 
-def _edges_to_image(pictures: Tensor, labels: Tensor) -> Dataset:
-    return Dataset("edges_to_image", pictures, edge_map(pictures), "image")
+def _edges_to_image(images: Tensor, labels: Tensor) -> Dataset:
+    return Dataset("edges_to_image", images, edge_map(images), "image")
 
 
 _MAKERS: dict[str, Callable[[Tensor, Tensor], Dataset]] = {

@@ -1,7 +1,7 @@
-"""What pictures are compared by: functions of y (B, *event) in [-1, 1] that give features (B, d).
+"""What images are compared by: functions of y (B, *event) in [-1, 1] that give features (B, d).
 
-classifier   what the last layer of the shipped classifier sees, 648 numbers; 28 x 28, grey. It was
-             trained on the shipped training pictures: real pictures that it never saw are a little
+classifier   what the last layer of the shipped classifier sees, 648 numbers; 28 x 28, gray. It was
+             trained on the shipped training images: real images that it never saw are a little
              apart from those for this reason alone.
 pixels       the values of y themselves, of any shape
 inception    what the last layer of Inception v3 sees, 2048 numbers, by torchmetrics (extra `eval`),
@@ -17,19 +17,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cgm.evaluation.likelihood import load_classifier
+from cgm.evaluation.classifier import load_classifier
 
 FEATURES = ("classifier", "pixels", "inception")
 
 
 class Extractor(Protocol):
-    """A function of pictures that gives their features."""
+    """A function of images that gives their features."""
 
     name: str
     fingerprint: str  # of its weights
 
     def __call__(self, y: Tensor) -> Tensor:
-        """(B, d), floating, of y (B, *event) in [-1, 1]; a row depends on its picture alone."""
+        """(B, d), floating, of y (B, *event) in [-1, 1]; a row depends on its image alone."""
 
     def probabilities(self, features: Tensor) -> Tensor | None:
         """(B, classes) of features (B, d); None if it knows no classes."""
@@ -38,7 +38,7 @@ class Extractor(Protocol):
 def load_features(
     name: str | None, event_shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> Extractor:
-    """One of FEATURES; None is the classifier for pictures that fit it, and pixels for others.
+    """One of FEATURES; None is the classifier for images that fit it, and pixels for others.
 
     Raises:
         ValueError: name is none of them, does not fit the shape, or is not installed.
@@ -92,7 +92,7 @@ class ClassifierFeatures:
 class InceptionFeatures:
     """Of the Inception v3 that published figures of FID are made with, as torchmetrics has it.
 
-    Pictures are rounded to 256 levels; grey ones are given to all three channels. Class
+    Images are rounded to 256 levels; gray ones are given to all three channels. Class
     probabilities are those without the last layer's bias, as the Inception score takes them.
     """
 

@@ -1,4 +1,4 @@
-"""What samples are worth where the truth is known: colours of garments, points, a ball.
+"""What samples are worth where the truth is known: colors of garments, points, a ball.
 
 Source   energy distance and its permutation test: Szekely, Rizzo, "Testing for equal distributions
          in high dimension", InterStat 2004.
@@ -12,32 +12,32 @@ from torch import Tensor
 from cgkernels.random import STREAM_DATA, uniform
 from cgm.data.synthetic import (
     GAUSSIAN_SIGMA,
-    MOON_CENTRES,
+    MOON_CENTERS,
     MOON_RADIUS,
     MOON_SIGMA,
     SIDE,
-    gaussian_centres,
+    gaussian_centers,
 )
 from cgm.data.tasks import PINK, TEAL, garment_mask
 
 Scores = dict[str, float]
-_NEAR = 0.2  # a garment is of a colour if its pixels are this near on average, of 1 = to grey
+_NEAR = 0.2  # a garment is of a color if its pixels are this near on average, of 1 = to gray
 _STEP_PERMUTATION = 6  # of the data's stream
 _SEEN = 0.3  # of the brightest pixel: what counts as the ball
 
 
-# Colours ------------------------------------------------------------------------------------------
-def colour_scores(samples: Tensor, luminance: Tensor) -> Scores:
-    """Of garments coloured n times each: samples (n, B, 2, H, W), luminance (B, 1, H, W).
+# Colors -------------------------------------------------------------------------------------------
+def color_scores(samples: Tensor, luminance: Tensor) -> Scores:
+    """Of garments colored n times each: samples (n, B, 2, H, W), luminance (B, 1, H, W).
 
-    With s the place of a colour on the line from teal, -1, to pink, 1, and means over the garment:
+    With s the place of a color on the line from teal, -1, to pink, 1, and means over the garment:
 
-    chroma        mean |s|; truth 1, grey 0
+    chroma        mean |s|; truth 1, gray 0
     consistency   |mean sign(s)|; truth 1, each pixel for itself about sqrt(2 / (pi pixels))
-    teal, pink    share of samples whose mean distance to that colour is below 0.2 of the way to
-                  grey; truth 1/2 each
-    background    mean chroma off the garment, as a share of that of the two colours; truth 0
-    best of n     mean over garments and colours of the smallest distance of a sample, likewise;
+    teal, pink    share of samples whose mean distance to that color is below 0.2 of the way to
+                  gray; truth 1/2 each
+    background    mean chroma off the garment, as a share of that of the two colors; truth 0
+    best of n     mean over garments and colors of the smallest distance of a sample, likewise;
                   truth 0 for several samples, and 2 (1/2)^n if all are right
     calibration error  root mean square, over garments, of the share of pink among its samples, by
                   the mean of s, less 1/2; 1 / (2 sqrt(n)) of the truth itself, 1/2 of a model that
@@ -52,8 +52,8 @@ def colour_scores(samples: Tensor, luminance: Tensor) -> Scores:
     pixels, rest = mask.sum((1, 2)), (1 - mask).sum((1, 2))
     if not len(samples) or not (pixels > 0).all():
         raise ValueError("samples must be some, and every luminance must show a garment")
-    colours = torch.tensor([TEAL, PINK], dtype=torch.float64, device=samples.device)
-    middle, half = colours.mean(0), (colours[1] - colours[0]) / 2
+    colors = torch.tensor([TEAL, PINK], dtype=torch.float64, device=samples.device)
+    middle, half = colors.mean(0), (colors[1] - colors[0]) / 2
     s = ((samples - middle[:, None, None]) * half[:, None, None]).sum(2) / half.square().sum()
 
     def over(values: Tensor, where: Tensor, count: Tensor) -> Tensor:
@@ -61,13 +61,13 @@ def colour_scores(samples: Tensor, luminance: Tensor) -> Scores:
 
     distances = torch.stack(
         [
-            over((samples - colour[:, None, None]).norm(dim=2), mask, pixels) / half.norm()
-            for colour in colours
+            over((samples - color[:, None, None]).norm(dim=2), mask, pixels) / half.norm()
+            for color in colors
         ]
     )  # (2, n, B)
     near = (distances < _NEAR).double().mean((1, 2)).tolist()
     pink = (over(s, mask, pixels) > 0).double().mean(0)
-    chroma = samples.norm(dim=2) / colours.norm(dim=1).mean()
+    chroma = samples.norm(dim=2) / colors.norm(dim=1).mean()
     return {
         "chroma": over(s.abs(), mask, pixels).mean().item(),
         "consistency": over(s.sign(), mask, pixels).abs().mean().item(),
@@ -110,9 +110,9 @@ def gaussian_scores(points: Tensor, truth: Tensor) -> Scores:
 
     p-value         of `energy_test`
     least share     the smallest share of a Gaussian times 8; truth about 1
-    on a Gaussian   share within 3 sigma of a centre; truth 0.989
+    on a Gaussian   share within 3 sigma of a center; truth 0.989
     """
-    distances = torch.cdist(points.double().flatten(1), gaussian_centres().to(points.device))
+    distances = torch.cdist(points.double().flatten(1), gaussian_centers().to(points.device))
     nearest, which = distances.min(1)
     counts = torch.bincount(which, minlength=distances.shape[1]).double()
     return {
@@ -127,18 +127,18 @@ def moon_scores(points: Tensor, moon: Tensor, true: Tensor, true_moon: Tensor) -
 
     p-value       of `energy_test`, with the moon as a third coordinate
     on its moon   share within 3 sigma of the half circle that was asked for, on its side of the
-                  centre; truth 0.997
+                  center; truth 0.997
     """
 
-    def labelled(where: Tensor, which: Tensor) -> Tensor:
+    def labeled(where: Tensor, which: Tensor) -> Tensor:
         return torch.cat([where.double().flatten(1), which.double()[:, None]], 1)
 
-    centres = torch.tensor(MOON_CENTRES, dtype=torch.float64, device=points.device)[moon]
-    x, y = (points.double().flatten(1) - centres).unbind(1)
+    centers = torch.tensor(MOON_CENTERS, dtype=torch.float64, device=points.device)[moon]
+    x, y = (points.double().flatten(1) - centers).unbind(1)
     near = (torch.hypot(x, y) - MOON_RADIUS).abs() < 3 * MOON_SIGMA
     side = torch.where(moon == 0, y >= 0, y <= 0)
     return {
-        "p-value": energy_test(labelled(points, moon), labelled(true, true_moon)),
+        "p-value": energy_test(labeled(points, moon), labeled(true, true_moon)),
         "on its moon": (near & side).double().mean().item(),
     }
 

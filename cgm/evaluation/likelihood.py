@@ -1,84 +1,29 @@
-"""Measures of models and of generated pictures: the first part of what `cgm evaluate` prints.
+"""Measures of models and of generated images: the first part of what `cgm evaluate` prints.
 
-bits_per_dimension   -log2 p(y | cond) of a picture, divided by the number of its values
-class_accuracy       share of pictures that a classifier, trained on real ones, puts in the asked
-                     class
+bits_per_dimension   -log2 p(y | cond) of an image, divided by the number of its values
+class accuracy       share of images that `cgm.evaluation.classifier` puts in the asked class
 
-`cgm.evaluation.sample_quality` has the second part, how samples compare with real pictures.
-
-`python -m cgm.evaluation.likelihood FOLDER` makes that classifier: it trains for some minutes on
-one core and writes the checkpoint that ships as cgm/data/checkpoints/fashion_classifier.
+`cgm.evaluation.sample_quality` has the second part, how samples compare with real images.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cgkernels.checks import check_shape
-from cgm.checkpoints import load_model, save_model, shipped
-from cgm.data import Dataset, load_task
-from cgm.data.dataset import to_float
-from cgm.evaluation.classifier import Classifier, ClassifierConfig
-from cgm.model import make_model
-from cgm.training import TrainingConfig, describe_data, train
+from cgm.data import Dataset
+from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
+from cgm.model import Model
 
-CHECKPOINT = "fashion_classifier"
 _ROWS_AT_ONCE = 50
-RECIPE = TrainingConfig(
-    steps=3000,
-    batch_size=64,
-    learning_rate=3e-3,
-    warmup=100,
-    weight_decay=0.05,
-    ema_decay=0.995,
-    save_every=3000,
-    log_every=100,
-    threads=1,
-)
 
 
-@functools.cache
-def load_classifier() -> Classifier:
-    """The shipped classifier of the ten classes of clothes, on the CPU."""
-    model = load_model(shipped(CHECKPOINT), expected_family=Classifier.family)
-    assert isinstance(model, Classifier)
-    return model
-
-
-@torch.no_grad()
-def class_accuracy(pictures: Tensor, labels: Tensor) -> float:
-    """Share of pictures (N, 1, 28, 28), uint8 or in [-1, 1], that are put in class labels (N,)."""
-    model = load_classifier()
-    shape = (len(labels), *model.config.event_shape)
-    if pictures.shape != shape or len(labels) == 0:
-        raise ValueError(f"pictures must be {shape} with N > 0, got {tuple(pictures.shape)}")
-    pictures = to_float(pictures).to("cpu", torch.float32)
-    right = [
-        model(part).argmax(1) == truth
-        for part, truth in zip(pictures.split(500), labels.cpu().split(500), strict=True)
-    ]
-    return torch.cat(right).double().mean().item()
-
-
-@functools.cache
-def held_out_accuracy() -> float:
-    """`class_accuracy` of the 1,000 real pictures that no model is trained on, to compare with."""
-    dataset = load_task("class_to_image", "test")
-    assert dataset.cond is not None
-    return class_accuracy(dataset.y, dataset.cond)
-
-
-# Likelihood ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Measure:
     """A number that says something of a model: the mean of `rows` values, and its standard error.
@@ -90,34 +35,30 @@ class Measure:
     value: float
     error: float | None
     rows: int
-    reference: int | None = None  # real pictures of training that it compares with
-    floor: float | None = None  # the same of real pictures that training never saw
+    reference: int | None = None  # real images of training that it compares with
+    floor: float | None = None  # the same of real images that training never saw
     floor_rows: int | None = None  # how many these were
 
 
-def bits_per_dimension(model: Any, y: Tensor, cond: Tensor | None) -> Tensor:
-    """(B,) float64 on the CPU of pictures y (B, *event) in [-1, 1] with their conditions."""
-    device = next(model.parameters()).device
-    of_model = getattr(model, "bits_per_dimension", None)  # where log_prob is no probability
+def bits_per_dimension(model: Model, y: Tensor, cond: Tensor | None) -> Tensor:
+    """(B,) float64 on the CPU of images y (B, *event) in [-1, 1] with their conditions."""
+    device = model.device
     parts = []
     for rows in torch.arange(len(y)).split(_ROWS_AT_ONCE):
-        some, pictures = None if cond is None else cond[rows].to(device), y[rows].to(device)
-        if of_model is not None:
-            parts.append(of_model(pictures, cond=some, index=rows.to(device)).cpu().double())
-        else:
-            nats = model.log_prob(pictures, cond=some).cpu().double()
-            parts.append(-nats / (math.prod(y.shape[1:]) * math.log(2)))
+        some, images = None if cond is None else cond[rows].to(device), y[rows].to(device)
+        bits = model.bits_per_dimension(images, cond=some, index=rows.to(device))
+        parts.append(bits.cpu().double())
     return torch.cat(parts)
 
 
 def check_rows(rows: int, held_out: Dataset) -> None:
-    """ValueError unless there are so many held-out pictures, and at least 2 asked for."""
+    """ValueError unless there are so many held-out images, and at least 2 asked for."""
     if not 2 <= rows <= len(held_out):
         raise ValueError(f"rows must be from 2 to {len(held_out)}, got {rows}")
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     held_out: Dataset,
     *,
     rows: int = 200,
@@ -126,17 +67,17 @@ def evaluate(
     samples: Tensor | None = None,
     **solver: Any,
 ) -> list[Measure]:
-    """What can be measured of a model on the first `rows` held-out pictures, and on its samples.
+    """What can be measured of a model on the first `rows` held-out images, and on its samples.
 
-    Of a model with likelihoods: bits per dimension of the real pictures; the same given the
-    condition of another picture, which must be more if the condition is used; of samples of the
+    Of a model with likelihoods: bits per dimension of the real images; the same given the
+    condition of another image, which must be more if the condition is used; of samples of the
     model with these conditions, and of samples that were drawn with another's; and with weights
     of 8 bits, where it has them. Of a model of the shipped classes: class accuracy. Of one without
-    likelihoods that makes pictures of pictures: how far they are from the real ones, |y - y'| with
-    values in [-1, 1], and those made of another picture's condition.
+    likelihoods that makes images of images: how far they are from the real ones, |y - y'| with
+    values in [-1, 1], and those made of another image's condition.
 
     solver: options of `sample`. say: is told what is being done. samples: of this model for these
-    pictures' conditions, (rows, *event), if they were drawn before.
+    images' conditions, (rows, *event), if they were drawn before.
 
     Raises:
         ValueError: rows does not fit, or nothing here can be measured of this model.
@@ -146,7 +87,7 @@ def evaluate(
         check_shape("samples", samples, (rows, *held_out.event_shape))
     batch = held_out.batch(torch.arange(rows))
     y, cond = batch["y"], batch["cond"]
-    device = next(model.parameters()).device
+    device = model.device
 
     def draw(cond: Tensor | None) -> Tensor:
         n = rows if cond is None else None
@@ -158,7 +99,7 @@ def evaluate(
         return draw(cond) if samples is None else samples
 
     found = []
-    say("likelihoods of real pictures")
+    say("likelihoods of real images")
     with contextlib.suppress(NotImplementedError):  # of a family that has no exact log_prob
         found += _likelihoods(model, y, cond, own, draw, say)
     if held_out.cond_kind == "class" and held_out.name == "class_to_image":
@@ -166,7 +107,7 @@ def evaluate(
         assert cond is not None
         accuracy = class_accuracy(own(), cond)
         found.append(Measure("share of samples in the asked class", accuracy, None, rows))
-        found.append(Measure("... of real pictures", held_out_accuracy(), None, len(held_out)))
+        found.append(Measure("... of real images", held_out_accuracy(), None, len(held_out)))
     if not found and held_out.cond_kind == "image" and held_out.paired:
         say("distances of samples")
         assert cond is not None
@@ -175,14 +116,14 @@ def evaluate(
             found.append(mean_measure(name, (drawn - y).abs().flatten(1).mean(1)))
     if not found:
         raise ValueError(
-            "model must have likelihoods, make pictures of pictures, or draw the classes of "
+            "model must have likelihoods, make images of images, or draw the classes of "
             "class_to_image"
         )
     return found
 
 
 def _likelihoods(
-    model: Any,
+    model: Model,
     y: Tensor,
     cond: Tensor | None,
     own: Callable[[], Tensor],
@@ -192,10 +133,10 @@ def _likelihoods(
     real = bits_per_dimension(model, y, cond)
     found = [mean_measure("bits per dimension, held out", real)]
     if cond is not None:
-        other = cond.roll(1, 0)  # no picture keeps its own
+        other = cond.roll(1, 0)  # no image keeps its own
         swapped = bits_per_dimension(model, y, other)
         found.append(mean_measure("... given another's condition", swapped))
-    if hasattr(model, "int8"):
+    if model.has_int8:
         say("likelihoods with weights of 8 bits")
         rounded = bits_per_dimension(model.int8(), y, cond)
         found.append(mean_measure("... with weights of 8 bits", rounded))
@@ -212,20 +153,3 @@ def mean_measure(name: str, values: Tensor) -> Measure:
     """Mean of values (N,) and, of more than one, its standard error."""
     error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
     return Measure(name, values.mean().item(), error, len(values))
-
-
-# The classifier -----------------------------------------------------------------------------------
-def train_classifier(out: str | Path, config: TrainingConfig = RECIPE) -> None:
-    """Trains the classifier on the 9,000 training pictures; writes its checkpoint in float16."""
-    dataset = load_task("class_to_image")
-    model = make_model(Classifier, ClassifierConfig(), seed=config.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        average = train(model, dataset, config, folder)
-    metadata = {"data": describe_data(dataset), "training": dataclasses.asdict(config)}
-    save_model(out, average, metadata, dtype=torch.float16)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m cgm.evaluation.likelihood FOLDER")
-    train_classifier(sys.argv[1])

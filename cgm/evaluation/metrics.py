@@ -1,19 +1,19 @@
-"""How samples compare with real pictures: measures of feature matrices, in float64 on the CPU.
+"""How samples compare with real images: measures of feature matrices, in float64 on the CPU.
 
 frechet_distance   |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)      copies win it
 kernel_distance    unbiased squared MMD, kernel (x . y / d + 1)^3
-InceptionScore     exp(mean KL(p(class | x) || p(class)))                knows no real picture
-PrecisionRecall    precision, recall, density, coverage: balls around neighbours
-Memorisation       are samples closer to the training pictures than unseen pictures are?
+InceptionScore     exp(mean KL(p(class | x) || p(class)))                knows no real image
+PrecisionRecall    precision, recall, density, coverage: balls around neighbors
+Memorization       are samples closer to the training images than unseen images are?
 Birthday           1 / sum p^2 of what is drawn, from the duplicates among draws
 best_of_n          smallest of the first n distances to the real y, for each condition
 diversity          mean distance of two draws for one condition
 
-Features are rows (N, d); no measure makes them. Each has a blind side: training pictures returned
-as samples have a perfect Frechet distance, noise may have a good precision, one good picture a
-density above 1. They are to be read together, and beside the same measure of real pictures that
+Features are rows (N, d); no measure makes them. Each has a blind side: training images returned
+as samples have a perfect Frechet distance, noise may have a good precision, one good image a
+density above 1. They are to be read together, and beside the same measure of real images that
 were kept from training, at the same number of rows: the Frechet distance of two sets of real
-pictures is not 0, but falls like 1 / N.
+images is not 0, but falls like 1 / N.
 
 Samples come in parts, any number of them: `add` them one part after another. The result depends on
 the rows and their order, not on the parts, and memory does not grow with the rows. What measures
@@ -31,7 +31,7 @@ Source   M. Heusel et al., "GANs trained by a two time-scale update rule converg
          M. F. Naeem et al., "Reliable fidelity and diversity metrics for generative models",
          arXiv:2002.09797 (density, coverage).
          C. Meehan, K. Chaudhuri, S. Dasgupta, "A non-parametric test to detect data-copying in
-         generative models", arXiv:2004.05675 (memorisation, of which we take one cell).
+         generative models", arXiv:2004.05675 (memorization, of which we take one cell).
          S. Arora, Y. Zhang, "Do GANs actually learn the distribution? An empirical study",
          arXiv:1706.08224 (birthday paradox).
          T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for
@@ -65,8 +65,8 @@ class Moments:
         rows = _rows("rows", rows, like=self.mean if self.n else None)
         if len(rows):
             mean = rows.mean(0)
-            centred = rows - mean
-            self._add(len(rows), mean, centred.T @ centred)
+            centered = rows - mean
+            self._add(len(rows), mean, centered.T @ centered)
 
     def merge(self, other: "Moments") -> None:
         """Takes the rows that another has seen."""
@@ -121,7 +121,7 @@ def kernel_distance(
     With k(x, y) = (x . y / d + 1)^3 and subsets of `size` rows each, at most all rows:
         sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (size (size - 1)) - 2 mean k(x_i, y_j)
     Its expectation is 0 for equal distributions at any size; a value may be negative. It grows
-    with the sixth power of the features' scale: `standardise` them to compare extractors. The
+    with the sixth power of the features' scale: `standardize` them to compare extractors. The
     deviation is customary, but no standard error: subsets overlap.
     """
     real = _rows("real", real, least=2)
@@ -140,7 +140,7 @@ def kernel_distance(
     return values.mean().item(), values.std(correction=0).item()
 
 
-def standardise(rows: Tensor, real: Moments) -> Tensor:
+def standardize(rows: Tensor, real: Moments) -> Tensor:
     """(rows - mean) / scale with the mean of the real rows, and their mean variance = scale^2.
 
     One scale for all features: a feature that hardly varies among real rows is not blown up.
@@ -163,11 +163,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _chosen(n: int, size: int, seed: int, number: int, step: int) -> Tensor:
-    index = torch.tensor([number])
-    u = uniform(
-        (1, n), seed=seed, index=index, step=step, stream=STREAM_MEASURES, dtype=torch.float64
-    )
-    return u[0].argsort(stable=True)[:size]
+    return _uniform((1, n), seed, torch.tensor([number]), step)[0].argsort(stable=True)[:size]
 
 
 class Kept:
@@ -188,14 +184,7 @@ class Kept:
         """Takes rows (n, d), n may be 0."""
         rows = _rows("rows", rows, like=self._rows[0] if self.n else None)
         index = torch.arange(self.n, self.n + len(rows))
-        u = uniform(
-            (len(rows), 1),
-            seed=self.seed,
-            index=index,
-            step=_STEP_KEEP,
-            stream=STREAM_MEASURES,
-            dtype=torch.float64,
-        )
+        u = _uniform((len(rows), 1), self.seed, index, _STEP_KEEP)
         all_u = torch.cat([self._u, u[:, 0]])
         all_rows = torch.cat([self._rows, rows]) if self.n else rows
         kept = all_u.argsort(stable=True)[: self.size].sort().values
@@ -213,8 +202,8 @@ class InceptionScore:
 
     The probabilities come from any classifier; the score is between 1 and the number of classes.
     Of each `splits` rows that follow one another each split gets one, by Philox: splits are equal,
-    and an order of the rows (by class, say) does no harm. The score sees no real picture, and is
-    as high for copies or a hundred pictures repeated as for real ones.
+    and an order of the rows (by class, say) does no harm. The score sees no real image, and is
+    as high for copies or a hundred images repeated as for real ones.
     """
 
     def __init__(self, splits: int = 10, seed: int = 0) -> None:
@@ -240,14 +229,7 @@ class InceptionScore:
 
     def _split_of(self, rows: Tensor) -> Tensor:
         groups, group = torch.unique(rows // self.splits, return_inverse=True)
-        u = uniform(
-            (len(groups), self.splits),
-            seed=self.seed,
-            index=groups,
-            step=_STEP_SPLIT,
-            stream=STREAM_MEASURES,
-            dtype=torch.float64,
-        )
+        u = _uniform((len(groups), self.splits), self.seed, groups, _STEP_SPLIT)
         return u.argsort(dim=1, stable=True)[group, rows % self.splits]
 
     def result(self) -> tuple[float, float]:
@@ -260,7 +242,7 @@ class InceptionScore:
 
 
 # Precision, recall, density, coverage -------------------------------------------------------------
-class Neighbourhoods(NamedTuple):
+class Neighborhoods(NamedTuple):
     """What `PrecisionRecall` found."""
 
     precision: float
@@ -270,7 +252,7 @@ class Neighbourhoods(NamedTuple):
 
 
 class PrecisionRecall:
-    """Balls around rows, as far as their k-th nearest neighbour among their own kind.
+    """Balls around rows, as far as their k-th nearest neighbor among their own kind.
 
         precision   share of samples that lie in a ball of a real row
         recall      share of real rows that lie in a ball of a sample
@@ -278,8 +260,8 @@ class PrecisionRecall:
         coverage    share of real balls with a sample in them
 
     Precision and recall with k = 3 and <=; density and coverage with k = 5 and <, as their sources
-    have them. A row is not its own neighbour. Compare as many real rows as samples: all four depend
-    on both numbers. Noise or one picture may have a high precision and density; their recall and
+    have them. A row is not its own neighbor. Compare as many real rows as samples: all four depend
+    on both numbers. Noise or one image may have a high precision and density; their recall and
     coverage are near 0.
 
     held: recall is of so many samples at most, a random choice. The others are of all samples.
@@ -308,14 +290,14 @@ class PrecisionRecall:
             self._inside += int(inside.sum())
             self._covered |= inside.any(0)
 
-    def result(self) -> Neighbourhoods:
+    def result(self) -> Neighborhoods:
         """Of the samples so far, of which there must be more than k."""
         n, kept = self._kept.n, self._kept.rows
         if n <= self._k:
             raise ValueError(f"generated must be more than k = {self._k} rows, got {n}")
         radii = _radii(kept, self._k)[0]
         recalled = [(_distances(block, kept) <= radii).any(1) for block in self._real.split(_BLOCK)]
-        return Neighbourhoods(
+        return Neighborhoods(
             precision=self._precise / n,
             recall=torch.cat(recalled).double().mean().item(),
             density=self._inside / (n * self._density_k),
@@ -333,9 +315,9 @@ def _radii(rows: Tensor, *ks: int) -> list[Tensor]:
     return list(torch.cat(parts).unbind(1))
 
 
-# Memorisation -------------------------------------------------------------------------------------
+# Memorization -------------------------------------------------------------------------------------
 class Copying(NamedTuple):
-    """What `Memorisation` found: see there."""
+    """What `Memorization` found: see there."""
 
     z: float
     close: float
@@ -343,7 +325,7 @@ class Copying(NamedTuple):
     expected: float
 
 
-class Memorisation:
+class Memorization:
     """Are samples closer to the training rows than rows are that training never saw?
 
         z                 Mann-Whitney statistic of the distances d to the nearest training row, of
@@ -355,9 +337,9 @@ class Memorisation:
                           that has learned their distribution
 
     Of unseen rows z is a standard normal and `close` 0.01; of a model that returns training
-    pictures z is far below -10, and `close` near 1. Without a correction for ties |z| is a little
-    too small where copies are exact. A z below 0 alone is no proof: pictures that are smoother than
-    real ones are close to all pictures. Of them `nearer_training` is as expected, of copies it is
+    images z is far below -10, and `close` near 1. Without a correction for ties |z| is a little
+    too small where copies are exact. A z below 0 alone is no proof: images that are smoother than
+    real ones are close to all images. Of them `nearer_training` is as expected, of copies it is
     near 1. It means nothing of samples that were made from the unseen rows' own conditions, and
     are near them for that reason.
 
@@ -493,9 +475,16 @@ def _rows(name: str, rows: Tensor, *, like: Tensor | None = None, least: int = 0
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
     """(n, N) Euclidean distances by one matrix product; those of equal rows are exactly 0."""
-    centre = others.mean(0)
-    rows, others = rows - centre, others - centre
+    center = others.mean(0)
+    rows, others = rows - center, others - center
     lengths = rows.square().sum(1)[:, None] + others.square().sum(1)
     squares = torch.addmm(lengths, rows, others.T, alpha=-2)
     # What is left of two equal rows is round-off of their lengths.
     return squares.masked_fill_(squares <= 1e-12 * lengths, 0).sqrt_()
+
+
+def _uniform(shape: tuple[int, int], seed: int, index: Tensor, step: int) -> Tensor:
+    """Philox uniforms in float64: a row depends on the seed, its index (N,) and the step alone."""
+    return uniform(
+        shape, seed=seed, index=index, step=step, stream=STREAM_MEASURES, dtype=torch.float64
+    )

@@ -1,12 +1,10 @@
-"""Whether a model finds clothes likelier than pictures that are none.
+"""Whether a model finds clothes likelier than images that are none.
 
 Source   area under the ROC curve as a rank statistic: Hanley, McNeil, Radiology 143, 1982. That a
          likelihood can be higher for other data: Nalisnick et al., arXiv:1810.09136.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,56 +36,44 @@ def auroc(likely: Tensor, unlikely: Tensor) -> float:
 
 
 @torch.no_grad()
-def log_density(model: Any, y: Tensor, *, seed: int = 0) -> Tensor:
+def log_density(model: Model, y: Tensor, *, seed: int = 0) -> Tensor:
     """log p(y), or what the model has in its place, (B,) float64 on the CPU; y (B, *event).
 
-    The bound elbo of pictures, else minus the energy, else log_prob. With a class as condition it
+    The bound elbo of images, else minus the energy, else log_prob. With a class as condition it
     is the log of the mean over the classes, which for an energy is one only up to the classes' own
     constants.
 
     Raises:
         ValueError: the model is conditioned on something else, or has none of these.
-        NotImplementedError: its log_prob says what it lacks.
     """
-    config, device = model.config, next(model.parameters()).device
-    density = _density_of(model, seed)
+    config, device = model.config, model.device
+    if model.density is None:
+        raise ValueError(
+            f"model must have a density, a bound or an energy; a {model.family} has none"
+        )
     if config.cond_kind not in ("none", "class"):
         raise ValueError(f"model must have a class or no condition, got {config.cond_kind!r}")
     parts = []
     for rows in y.split(_ROWS_AT_ONCE):
         rows = rows.to(device)
         if config.cond_kind == "none":
-            parts.append(density(rows, None).double().cpu())
+            parts.append(model.log_density(rows, seed=seed).double().cpu())
             continue
         classes = torch.arange(config.num_classes, device=device)
-        each = [density(rows, c.expand(len(rows))).double().cpu() for c in classes]
+        each = [
+            model.log_density(rows, cond=c.expand(len(rows)), seed=seed).double().cpu()
+            for c in classes
+        ]
         parts.append(torch.stack(each).logsumexp(0) - math.log(len(each)))
     return torch.cat(parts)
 
 
-def has_density(model: Any) -> bool:
-    """Whether `log_density` takes this model: it is tried with a grey picture."""
-    device = next(model.parameters()).device
-    try:
-        log_density(model, torch.zeros(1, *model.config.event_shape, device=device))
-    except (ValueError, NotImplementedError):
-        return False
-    return True
+def has_density(model: Model) -> bool:
+    """Whether `log_density` takes this model."""
+    return model.density is not None and model.config.cond_kind in ("none", "class")
 
 
-def _density_of(model: Any, seed: int) -> Callable[[Tensor, Tensor | None], Tensor]:
-    # A flow of pictures has both, and only the bound is of what it learned; of real numbers (values
-    # 0) it has none.
-    if hasattr(model, "elbo") and model.config.values:
-        return lambda y, cond: model.elbo(y, cond=cond, seed=seed)
-    if hasattr(model, "energy"):
-        return lambda y, cond: -model.energy(y, cond=cond)
-    if type(model).log_prob is not Model.log_prob:
-        return lambda y, cond: model.log_prob(y, cond=cond)
-    raise ValueError(f"model must have a density, a bound or an energy; a {model.family} has none")
-
-
-def anomaly_scores(model: Any, clothes: Tensor, *, seed: int = 0) -> dict[str, float]:
+def anomaly_scores(model: Model, clothes: Tensor, *, seed: int = 0) -> dict[str, float]:
     """AUROC of clothes (N, 1, 28, 28) against as many others, by `log_density`.
 
     digits   written digits, `synthetic.digits`

@@ -1,17 +1,17 @@
-"""How samples of a model compare with real pictures: the second half of `cgm evaluate`.
+"""How samples of a model compare with real images: the second half of `cgm evaluate`.
 
 inception_score    how sure a classifier is of each sample, and how many classes it sees
-fd                 Frechet distance to the training pictures: FD-classifier, FD-pixels; FID
+fd                 Frechet distance to the training images: FD-classifier, FD-pixels; FID
 kid                kernel distance to them
-precision_recall   precision, recall, density, coverage, beside as many training pictures
-memorisation       are samples copies of training pictures? In pixels and in features
+precision_recall   precision, recall, density, coverage, beside as many training images
+memorization       are samples copies of training images? In pixels and in features
 birthday           how many different samples there are, from the duplicates among them
 conditions         how different the samples for one condition are; the best of several
 
-Beside each stands the same measure of pictures that the model never saw, as many as there are
+Beside each stands the same measure of images that the model never saw, as many as there are
 samples or as are kept: what a perfect model would have at that number. Samples are drawn and
 measured in parts: memory does not grow with their number. `cgm.evaluation.metrics` has the formulas
-and their traps, `cgm.evaluation.features` what pictures are compared by.
+and their traps, `cgm.evaluation.features` what images are compared by.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from cgm.evaluation.metrics import (
     Birthday,
     InceptionScore,
     Kept,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     best_of_n,
@@ -40,27 +40,28 @@ from cgm.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     nearest,
-    standardise,
+    standardize,
 )
-from cgm.viz.plots import as_pictures, picture_grid
+from cgm.model import Model
+from cgm.viz.plots import as_images, image_grid
 
 LEAST = 20  # fewest samples
-_AT_ONCE = 200  # pictures drawn and measured at a time
+_AT_ONCE = 200  # images drawn and measured at a time
 _HELD = 10_000  # samples that are kept for the measures of pairs, at most
 _SUBSETS, _SUBSET = 20, 1000  # of the kernel distance: how many, and rows in each
 _BATCH = 1000  # samples among which duplicates are looked for
 _CLASSED = 1000  # samples whose diversity within a class is measured
-_CONDITIONS, _DRAWS = 16, 4  # pictures as conditions, and samples drawn for each
-_SHOWN = 8  # rows of the picture of nearest neighbours
+_CONDITIONS, _DRAWS = 16, 4  # images as conditions, and samples drawn for each
+_SHOWN = 8  # rows of the image of nearest neighbors
 
 
 @dataclass(frozen=True, eq=False)
-class Neighbours:
-    """Samples (k, *event) beside the training pictures nearest to them, by pixels."""
+class Neighbors:
+    """Samples (k, *event) beside the training images nearest to them, by pixels."""
 
     samples: Tensor
-    conditions: Tensor  # (k,) rows of the held-out pictures whose conditions they were drawn for
-    nearest: Tensor  # (k,) rows of the training pictures
+    conditions: Tensor  # (k,) rows of the held-out images whose conditions they were drawn for
+    nearest: Tensor  # (k,) rows of the training images
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +69,13 @@ class Comparison:
     """What `against_real` found."""
 
     measures: list[Measure]
-    samples: Tensor  # the first ones, at most one for each held-out picture
-    first: Neighbours | None  # the first samples, and the closest of all, if memorisation
-    closest: Neighbours | None
+    samples: Tensor  # the first ones, at most one for each held-out image
+    first: Neighbors | None  # the first samples, and the closest of all, if memorization
+    closest: Neighbors | None
 
 
 class _Part(NamedTuple):
-    """Some pictures: rows of the held-out data whose conditions they have, y, features."""
+    """Some images: rows of the held-out data whose conditions they have, y, features."""
 
     rows: Tensor
     y: Tensor
@@ -95,7 +96,7 @@ class _Real:
     training: Dataset
     held_out: Dataset
     extractor: Extractor
-    features: Tensor  # of the training pictures, (N, d) float64
+    features: Tensor  # of the training images, (N, d) float64
     moments: Moments  # of these
     samples: int  # how many will come
     seed: int
@@ -105,7 +106,7 @@ class _Real:
 
 
 def against_real(
-    model: Any,
+    model: Model,
     training: Dataset,
     held_out: Dataset,
     extractor: Extractor,
@@ -116,9 +117,9 @@ def against_real(
     say: Callable[[str], None] = lambda what: None,
     **solver: Any,
 ) -> Comparison:
-    """Draws samples for the conditions of the held-out pictures, and measures them.
+    """Draws samples for the conditions of the held-out images, and measures them.
 
-    Sample i is for the condition of held-out picture i mod M, M of them, and is its draw i // M:
+    Sample i is for the condition of held-out image i mod M, M of them, and is its draw i // M:
     the sample that `model.sample` gives for the index i mod M + 2^32 (i // M).
 
     Args:
@@ -133,13 +134,13 @@ def against_real(
     measures = check_measures(measures, held_out, extractor)
     drawn = _drawn(model, held_out, samples, seed, solver, say)
     first = next(drawn)  # what is wrong with the solver's options is said before the long work
-    say("features of real pictures")
+    say("features of real images")
     real = _real(training, held_out, extractor, samples, seed)
     makers = [_METERS[name] for name in measures if name in _METERS]
     if "conditions" in measures and held_out.cond_kind == "class":
         makers.append(_WithinClasses)
     meters, unseen = ([make(real) for make in makers] for _ in range(2))
-    copying = _Copies(real) if "memorisation" in measures else None
+    copying = _Copies(real) if "memorization" in measures else None
     for rows in torch.arange(min(samples, len(held_out))).split(_AT_ONCE):
         part = _part(rows, held_out.batch(rows)["y"], extractor)
         for meter in unseen:
@@ -176,7 +177,7 @@ def check_measures(
     if extractor.probabilities(extractor(held_out.batch(torch.arange(1))["y"])) is None:
         needs["inception_score"] = f"class probabilities, which {extractor.name} have not"
     if held_out.cond_kind not in ("class", "image") or not held_out.paired:
-        needs["conditions"] = "classes or pairs of pictures"
+        needs["conditions"] = "classes or pairs of images"
     if measures is None:
         return tuple(name for name in MEASURES if name not in needs)
     for name in measures:
@@ -203,7 +204,7 @@ def _part(rows: Tensor, y: Tensor, extractor: Extractor) -> _Part:
 
 
 def _drawn(
-    model: Any,
+    model: Model,
     held_out: Dataset,
     samples: int,
     seed: int,
@@ -211,7 +212,7 @@ def _drawn(
     say: Callable[[str], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows of the conditions, samples on the CPU), part by part."""
-    device = next(model.parameters()).device
+    device = model.device
     for numbers in torch.arange(samples).split(_AT_ONCE):
         say(f"drawing, {int(numbers[0])} of {samples}")
         rows, draws = numbers % len(held_out), numbers // len(held_out)
@@ -268,7 +269,7 @@ class _Kernel:
         real, generated = self._real, self._kept
         pair, name = [real.features, generated.rows], "KID"
         if real.extractor.name != "inception":  # as published, at Inception's own scale
-            pair, name = [standardise(rows, real.moments) for rows in pair], real.named("KID")
+            pair, name = [standardize(rows, real.moments) for rows in pair], real.named("KID")
         size = min(_SUBSET, generated.n, len(real.features))
         mean, deviation = kernel_distance(*pair, subsets=_SUBSETS, size=size, seed=real.seed)
         n, against = generated.n, len(real.features)
@@ -294,14 +295,14 @@ class _PrecisionRecall:
 
 
 class _Duplicates:
-    """Duplicates are nearer than 1 % of training pictures are to their nearest neighbour."""
+    """Duplicates are nearer than 1 % of training images are to their nearest neighbor."""
 
     def __init__(self, real: _Real) -> None:
         some = real.features[choose(len(real.features), _BATCH, real.seed)]
         half = len(some) // 2
-        # Of two halves: a picture is no neighbour of its own.
+        # Of two halves: an image is no neighbor of its own.
         threshold = nearest(some[:half], some[half:])[0].quantile(0.01).item()
-        # Of equal training pictures; a difference that no picture shows.
+        # Of equal training images; a difference that no image shows.
         threshold = max(threshold, 1e-6)
         self._meter = Birthday(min(_BATCH, real.samples, len(real.held_out)), threshold)
 
@@ -317,9 +318,9 @@ class _Duplicates:
         return [share, Measure("... support, 1 / sum p^2", found.estimate, None, n)]
 
 
-# Memorisation -------------------------------------------------------------------------------------
+# Memorization -------------------------------------------------------------------------------------
 class _Copies:
-    """Memorisation in pixels and, if they are others, in features; and who is nearest to whom."""
+    """Memorization in pixels and, if they are others, in features; and who is nearest to whom."""
 
     def __init__(self, real: _Real) -> None:
         self._real, self._n = real, 0
@@ -327,22 +328,22 @@ class _Copies:
             data.batch(torch.arange(len(data)))["y"].flatten(1)
             for data in (real.training, real.held_out)
         )
-        self._pixels = Memorisation(training, unseen)
+        self._pixels = Memorization(training, unseen)
         self._features = None
         if not isinstance(real.extractor, Pixels):
             parts = torch.arange(len(unseen)).split(_AT_ONCE)
             held_out = [real.extractor(real.held_out.batch(rows)["y"]) for rows in parts]
-            self._features = Memorisation(real.features, torch.cat(held_out))
+            self._features = Memorization(real.features, torch.cat(held_out))
         self._distance = torch.zeros(0, dtype=torch.float64)
-        self.first: Neighbours | None = None
-        self.closest: Neighbours | None = None
+        self.first: Neighbors | None = None
+        self.closest: Neighbors | None = None
 
     def add(self, part: _Part) -> None:
         distance, row = self._pixels.add(part.y.flatten(1))
         if self._features:
             self._features.add(part.features)
         self._n += len(row)
-        new = Neighbours(part.y, part.rows, row)
+        new = Neighbors(part.y, part.rows, row)
         if self.first is None or self.closest is None:
             self.first = _take(new, torch.arange(min(_SHOWN, len(row))))
         else:
@@ -360,7 +361,7 @@ class _Copies:
         for name, meter in meters.items():
             copying = meter.result()
             rows = [
-                (f"memorisation z, {name}", copying.z, 0.0),
+                (f"memorization z, {name}", copying.z, 0.0),
                 ("... below 1 % quantile", copying.close, 0.01),
             ]
             if real.held_out.cond_kind != "image":  # samples are near the y of their condition
@@ -369,14 +370,12 @@ class _Copies:
         return found
 
 
-def _take(neighbours: Neighbours, rows: Tensor) -> Neighbours:
-    return Neighbours(
-        neighbours.samples[rows], neighbours.conditions[rows], neighbours.nearest[rows]
-    )
+def _take(neighbors: Neighbors, rows: Tensor) -> Neighbors:
+    return Neighbors(neighbors.samples[rows], neighbors.conditions[rows], neighbors.nearest[rows])
 
 
-def _join(one: Neighbours, other: Neighbours) -> Neighbours:
-    return Neighbours(
+def _join(one: Neighbors, other: Neighbors) -> Neighbors:
+    return Neighbors(
         torch.cat([one.samples, other.samples]),
         torch.cat([one.conditions, other.conditions]),
         torch.cat([one.nearest, other.nearest]),
@@ -391,14 +390,14 @@ def write_nearest(
     *,
     stacked: bool = False,
 ) -> None:
-    """A picture of the first samples, and of those closest to training, each beside its nearest.
+    """An image of the first samples, and of those closest to training, each beside its nearest.
 
-    stacked: y is the part of a picture below its condition.
+    stacked: y is the part of an image below its condition.
     """
 
     def shown(y: Tensor, data: Dataset, rows: Tensor) -> Tensor:
         cond = data.batch(rows)["cond"] if data.cond_kind == "image" else None
-        return as_pictures(y, cond, stacked=stacked)
+        return as_images(y, cond, stacked=stacked)
 
     groups = []
     for header, found in (
@@ -409,12 +408,12 @@ def write_nearest(
         samples = shown(found.samples, held_out, found.conditions)
         real = shown(training.batch(found.nearest)["y"], training, found.nearest)
         groups.append((header, torch.stack([samples, real])))
-    picture_grid(file, groups)
+    image_grid(file, groups)
 
 
 # For each condition -------------------------------------------------------------------------------
 class _WithinClasses:
-    """Diversity of the samples of a class, divided by that of its training pictures."""
+    """Diversity of the samples of a class, divided by that of its training images."""
 
     def __init__(self, real: _Real) -> None:
         self._real = real
@@ -443,13 +442,13 @@ class _WithinClasses:
 
 
 def _several(
-    model: Any, held_out: Dataset, extractor: Extractor, seed: int, solver: dict[str, Any]
+    model: Model, held_out: Dataset, extractor: Extractor, seed: int, solver: dict[str, Any]
 ) -> list[Measure]:
     """Distances of features: of some draws to the real y of their condition, and to each other."""
     rows = torch.arange(min(_CONDITIONS, len(held_out)))
     batch = held_out.batch(rows)
     assert batch["cond"] is not None
-    cond = batch["cond"].to(next(model.parameters()).device)
+    cond = batch["cond"].to(model.device)
     draws = model.sample(_DRAWS, cond=cond, seed=seed, **solver).cpu()
     real = extractor(batch["y"]).double().cpu()
     features = extractor(draws.flatten(0, 1)).double().cpu().unflatten(0, (_DRAWS, -1))
@@ -472,4 +471,4 @@ _METERS: dict[str, Callable[[_Real], _Meter]] = {
     "precision_recall": _PrecisionRecall,
     "birthday": _Duplicates,
 }
-MEASURES = (*_METERS, "memorisation", "conditions")
+MEASURES = (*_METERS, "memorization", "conditions")

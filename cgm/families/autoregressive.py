@@ -1,8 +1,8 @@
 """Conditional autoregressive model: p(y | cond) = product of p(y_i | y_<i, cond), by a transformer.
 
-A picture is the sequence of its quantised values: pixels in raster order, the channels of a pixel
-one after another, or as one colour of a palette. The condition is a prefix of that sequence: a
-class, tokens, the quantised values of a picture, or a start symbol alone; the code is the same for
+An image is the sequence of its quantized values: pixels in raster order, the channels of a pixel
+one after another, or as one color of a palette. The condition is a prefix of that sequence: a
+class, tokens, the quantized values of an image, or a start symbol alone; the code is the same for
 all.
 
 Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GPT (Chen et al.,
@@ -18,31 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
-from cgm.model import Model, numbered, solver_options
+from cgm.model import Density, Draws, GuidedConfig, Model, Step
 from cgm.networks.transformer import Transformer, TransformerConfig
 from cgm.sampling.decoding import Decoder, SamplingConfig
 
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class AutoregressiveConfig:
+class AutoregressiveConfig(GuidedConfig):
     """What is generated from what, and the network."""
 
-    # Shape (C, H, W) of what is generated.
-    event_shape: tuple[int, int, int] = (1, 28, 28)
-    # Kind of condition.
-    cond_kind: Literal["none", "class", "image", "tokens"] = "none"
-    # Number of classes, or of different tokens.
-    num_classes: int = 0
-    # Shape of one condition: (C, H, W) of a picture, (M,) of tokens, else ().
-    cond_shape: tuple[int, ...] = ()
-
-    # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit picture.
+    # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit image.
     levels: int = 16
-    # Colours of two channels that a pixel of what is generated can have, in place of levels: both
+    # Colors of two channels that a pixel of what is generated can have, in place of levels: both
     # channels are one choice.
     palette: Palette = ()
     # Blocks of the transformer.
@@ -55,37 +45,32 @@ class AutoregressiveConfig:
     kv_heads: int = 0
     # Width of the MLP.
     hidden: int = 256
-    # Normalisation.
+    # Normalization.
     norm: Literal["rms", "layer"] = "rms"
     # Activation of the MLP.
     activation: Literal["swiglu", "gelu"] = "swiglu"
-    # How positions enter: rotation by the place in the sequence, by row and column, or a learned
+    # How positions enter: rotation by the position in the sequence, by row and column, or a learned
     # vector each.
     positions: Literal["rotary", "rotary_2d", "learned"] = "rotary_2d"
-    # Base of the wavelengths of rotary positions, which are up to 2 pi times it, in places or rows.
+    # Base of the wavelengths of rotary positions: they are up to 2 pi times it, in positions or
+    # rows.
     rope_base: float = 10000.0
-    # Share of training examples whose condition is dropped, so that guidance has its other half.
-    cond_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if len(self.event_shape) != 3 or min(self.event_shape) < 1:
-            raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
+        super().__post_init__()
         if not 2 <= self.levels <= 256:
             raise ValueError(f"levels must be from 2 to 256, got {self.levels}")
         check_palette(self.palette, self.event_shape)
-        if self.cond_kind in ("class", "tokens") and self.num_classes < 1:
-            raise ValueError(f"num_classes must be positive for {self.cond_kind} conditions")
-        if self.cond_kind == "image" and (len(self.cond_shape) != 3 or min(self.cond_shape) < 1):
-            raise ValueError(f"cond_shape must be (C, H, W) for pictures, got {self.cond_shape}")
-        if self.cond_kind == "tokens" and len(self.cond_shape) != 1:
-            raise ValueError(f"cond_shape must be (M,) for tokens, got {self.cond_shape}")
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
         if self.positions == "rotary_2d" and self.width // self.heads % 4:
             raise ValueError(
                 "heads must leave a multiple of 4 of width to each for rotary_2d positions, "
                 f"got {self.width} / {self.heads}"
             )
+
+    def _check_image_cond(self) -> None:
+        """The sides of a condition can be others than those of what is generated."""
+        if len(self.cond_shape) != 3 or min(self.cond_shape) < 1:
+            raise ValueError(f"cond_shape must be (C, H, W) for images, got {self.cond_shape}")
 
     @property
     def prefix_length(self) -> int:
@@ -99,7 +84,7 @@ class AutoregressiveConfig:
 
     @property
     def sequence_shape(self) -> tuple[int, int, int]:
-        """Shape (values of a pixel, H, W) of the sequence of a picture."""
+        """Shape (values of a pixel, H, W) of the sequence of an image."""
         return (1 if self.palette else self.event_shape[0], *self.event_shape[1:])
 
 
@@ -107,16 +92,17 @@ class AutoregressiveConfig:
 class ConditionalTransformer(Model):
     """Autoregressive model of p(y | cond); `loss`, `log_prob` and `sample` of all families.
 
-    Tokens: value v of channel c of y is c levels + v, colour k of a palette is k; then come the
-    values of a condition picture (channel by channel alike), the classes or the tokens, and last
+    Tokens: value v of channel c of y is c levels + v, color k of a palette is k; then come the
+    values of a condition image (channel by channel alike), the classes or the tokens, and last
     the symbol "no condition".
     """
 
     family: ClassVar[str] = "autoregressive"
     sampling_config: ClassVar[type[SamplingConfig]] = SamplingConfig
     discrete: ClassVar[bool] = True
+    has_int8: ClassVar[bool] = True
 
-    palette: Tensor  # (colours, 2)
+    palette: Tensor  # (colors, 2)
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
@@ -159,40 +145,34 @@ class ConditionalTransformer(Model):
         return twin
 
     # Likelihood -----------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    @property
+    def density(self) -> Density:
+        return "exact"
+
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """Cross-entropy of each example, all positions at once (teacher forcing).
 
-        y is (B, C, H, W) in [-1, 1]; which conditions are dropped depends on (seed, index) only.
-        Returns {"total": (B,) nats per dimension, "bits": (B,) bits per dimension}.
+        Which conditions are dropped is random. Returns {"total": nats per dimension, "bits": bits
+        per dimension}.
         """
-        self.check_phase(phase)
-        rows = self._check(y, cond)
-        prefix = self._prefix(cond, rows, y.device)
+        prefix = self._prefix(cond, len(y), y.device)
         dropout = self.config.cond_dropout
         if cond is not None and dropout > 0:
-            if index is None:
-                index = torch.arange(rows, device=y.device)
-            u = uniform((rows,), seed=seed, index=index, stream=STREAM_CONDITION_DROPOUT)
+            u = uniform(
+                (len(y),), seed=step.seed, index=step.index, stream=STREAM_CONDITION_DROPOUT
+            )
             prefix = torch.where((u < dropout)[:, None], self.null, prefix)
         total = -self._log_probs(y, prefix).sum(1) / math.prod(self.config.event_shape)
         return {"total": total, "bits": total / math.log(2)}
 
     @torch.no_grad()
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
-        """Exact log p(y | cond) in nats, (B,), of the picture quantised to `levels` or `palette`.
+        """Exact log p(y | cond) in nats, (B,), of the image quantized to `levels` or `palette`.
 
         In bits per dimension it is -log_prob / (C H W ln 2).
         """
-        rows = self._check(y, cond)
-        return self._log_probs(y, self._prefix(cond, rows, y.device)).sum(1)
+        self.check_inputs(y, cond)
+        return self._log_probs(y, self._prefix(cond, len(y), y.device)).sum(1)
 
     def _log_probs(self, y: Tensor, prefix: Tensor) -> Tensor:
         """log p of each value (B, L) of y, float32."""
@@ -203,7 +183,6 @@ class ConditionalTransformer(Model):
         return -flat.view_as(values)
 
     # Sampling -------------------------------------------------------------------------------------
-    @torch.no_grad()
     def sample(
         self,
         n: int | None = None,
@@ -214,76 +193,64 @@ class ConditionalTransformer(Model):
         given: Tensor | None = None,
         **solver: Any,
     ) -> Tensor:
-        """Samples of p(y | cond), in [-1, 1].
+        """Samples of p(y | cond), in [-1, 1], as of all families.
 
-        Args:
-            n: draws for each condition, which share its prefix; None: one, without the leading
-                dimension.
-            cond: (B,) class ids, (B, C, H, W) pictures or (B, M) tokens; None for a model without
-                condition, or for p(y) where training dropped conditions.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            given: (B, C, H', W), the upper rows of each picture, which are kept; without cond
-                (1, C, H', W).
-            solver: fields of `SamplingConfig`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        given: (B, C, H', W), the upper rows of each image, which are kept; without cond
+        (1, C, H', W).
         """
-        options = solver_options(SamplingConfig, solver)
-        config, device = self.config, self.transformer.embedding.weight.device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, options.guidance)
-        conditions = 1 if cond is None else rows
+        return self._sample(n, cond, seed, index, solver, given=given)
+
+    def _guidance(self, options: SamplingConfig) -> float:
+        return options.guidance
+
+    def _draw(self, draws: Draws, options: SamplingConfig, given: Tensor | None = None) -> Tensor:
+        """In [-1, 1]; the draws of a condition share its prefix."""
+        config, device, index = self.config, self.device, draws.index
+        conditions = draws.rows
         if given is not None:
-            channels, height, width = config.event_shape
-            if given.dim() != 4 or not 0 < given.shape[2] < height:
-                raise ValueError(
-                    f"given must have from 1 to {height - 1} rows, got shape {tuple(given.shape)}"
-                )
-            check_shape("given", given, (conditions, channels, given.shape[2], width))
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=device)
-        prefix = self._prefix(None if cond is None else cond.to(device), conditions, device)
+            self._check_given(given, conditions)
+        prefix = self._prefix(draws.cond, conditions, device)
         total, guided = math.prod(config.sequence_shape), options.guidance != 1
         if guided:  # the unconditional prefixes differ by what is given, if at all
             null = torch.full_like(prefix if given is not None else prefix[:1], self.null)
             prefix = torch.cat([null, prefix])
         known = torch.empty(conditions, 0, dtype=torch.int64, device=device)
         if given is not None:
-            known = self._values(given.to(device))
+            known = self._values(given)
             prefix = torch.cat([prefix, self._tokens(known).repeat(1 + guided, 1)], 1)
-        of_condition = torch.arange(len(index), device=device) % conditions
-        order = of_condition
+        condition_of_sample = torch.arange(len(index), device=device) % conditions
+        order = condition_of_sample
         if guided:
             nulls = len(prefix) - conditions
             order = torch.cat([order % nulls, nulls + order])
         run = Decoder(
             self.transformer, prefix, order, total - known.shape[1], options,
-            seed=seed, index=index, rope=self._rope(device), first=known.shape[1],
+            seed=draws.seed, index=index, rope=self._rope(device), first=known.shape[1],
             offsets=self._offsets(total, device) if config.sequence_shape[0] > 1 else None,
         )  # fmt: skip
-        values = torch.cat([known[of_condition], run.run()], 1)
-        return self._pictures(values).view(*shape, *config.event_shape)
+        values = torch.cat([known[condition_of_sample], run.run()], 1)
+        return self._images(values)
+
+    def _check_given(self, given: Tensor, conditions: int) -> None:
+        channels, height, width = self.config.event_shape
+        if not isinstance(given, Tensor) or given.dim() != 4 or not 0 < given.shape[2] < height:
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"given must have from 1 to {height - 1} rows, got shape {got}")
+        self._check_image("given", given, conditions, (channels, given.shape[2], width))
 
     # Tokens ---------------------------------------------------------------------------------------
     def _values(self, y: Tensor) -> Tensor:
-        """Values (B, L) of pictures (B, C, H, W), in the order of the sequence."""
+        """Values (B, L) of images (B, C, H, W), in the order of the sequence."""
         if self.config.palette:
             return to_palette(y, self.palette).flatten(1)
-        return quantise(y, self.config.levels)
+        return quantize(y, self.config.levels)
 
-    def _pictures(self, values: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) of values (B, L)."""
+    def _images(self, values: Tensor) -> Tensor:
+        """Images (B, C, H, W) of values (B, L)."""
         if self.config.palette:
-            colours = self.palette[values].movedim(1, 2)
-            return colours.unflatten(2, self.config.event_shape[1:]).contiguous()
-        return dequantise(values, self.config.levels, self.config.event_shape)
+            colors = self.palette[values].movedim(1, 2)
+            return colors.unflatten(2, self.config.event_shape[1:]).contiguous()
+        return dequantize(values, self.config.levels, self.config.event_shape)
 
     def _tokens(self, values: Tensor) -> Tensor:
         """Tokens of values (B, L)."""
@@ -300,7 +267,7 @@ class ConditionalTransformer(Model):
         if cond is None:
             return torch.full((rows, config.prefix_length), self.null, device=device)
         if config.cond_kind == "image":
-            values = quantise(cond, config.levels)
+            values = quantize(cond, config.levels)
             channel = torch.arange(values.shape[1], device=device) % config.cond_shape[0]
             return self.first_symbol + channel * config.levels + values
         return self.first_symbol + (cond[:, None] if config.cond_kind == "class" else cond)
@@ -313,36 +280,28 @@ class ConditionalTransformer(Model):
         length = config.prefix_length + math.prod(config.sequence_shape) - 1
         if config.positions == "rotary":
             return self.transformer.rope_table(torch.arange(length, device=device))
-        # Rows and columns; a condition picture stands above, other conditions in the corner.
-        places = _raster(config.sequence_shape, device)[:-1]
+        # Rows and columns; a condition image stands above, other conditions in the corner.
+        positions = _raster(config.sequence_shape, device)[:-1]
         before = torch.zeros(config.prefix_length, 2, device=device)
         if config.cond_kind == "image":
             before = _raster(config.cond_shape, device)
             before[:, 0] -= config.cond_shape[1]
-        return self.transformer.rope_table(torch.cat([before, places]))
-
-    # Checks ---------------------------------------------------------------------------------------
-    def _check(self, y: Tensor, cond: Tensor | None) -> int:
-        check_shape("y", y, (y.shape[0], *self.config.event_shape))
-        if not y.is_floating_point():
-            raise TypeError(f"y must be floating, got {y.dtype}")
-        self.check_cond(cond, y.shape[0], self.config.num_classes - 1)
-        return y.shape[0]
+        return self.transformer.rope_table(torch.cat([before, positions]))
 
 
-def quantise(y: Tensor, levels: int) -> Tensor:
-    """Values 0 .. levels - 1 of pictures (B, C, H, W) in [-1, 1], in the order of the sequence.
+def quantize(y: Tensor, levels: int) -> Tensor:
+    """Values 0 .. levels - 1 of images (B, C, H, W) in [-1, 1], in the order of the sequence.
 
     They are the bins of `cgm.data.quantization`.
     """
     return to_bins(y.movedim(1, 3).flatten(1), levels)
 
 
-def dequantise(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
-    """Pictures (B, C, H, W) in [-1, 1] of values (B, C H W)."""
+def dequantize(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] of values (B, C H W)."""
     channels, height, width = shape
-    pictures = from_bins(values, levels).view(-1, height, width, channels)
-    return pictures.movedim(3, 1).contiguous()
+    images = from_bins(values, levels).view(-1, height, width, channels)
+    return images.movedim(3, 1).contiguous()
 
 
 def _raster(shape: tuple[int, ...], device: torch.device) -> Tensor:

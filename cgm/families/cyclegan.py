@@ -1,4 +1,4 @@
-"""CycleGAN: from pictures of one kind to pictures of another, from examples without partners.
+"""CycleGAN: from images of one kind to images of another, from examples without partners.
 
     generator:      L(D_y(F(x)), generator) + L(D_x(G(y)), generator)
                     + lambda (|G(F(x)) - x|_1 + |F(G(y)) - y|_1)
@@ -6,7 +6,7 @@
     discriminator:  (L(D_y(y), real) + L(D_y(F(x)), fake)) / 2 + the same of D_x, x and G(y)
 
 F makes y of the condition x, G makes x of y; L is the mean of `cgkernels.patch_loss` over patches,
-|.|_1 the mean over values. Discriminators are shown about half pictures of earlier steps.
+|.|_1 the mean over values. Discriminators are shown about half images of earlier steps.
 
 Source   Zhu et al., arXiv:1703.10593; least squares: Mao et al., arXiv:1611.04076; pool:
          Shrivastava et al., arXiv:1612.07828.
@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cgkernels.checks import check_shape
 from cgm.families.gan_losses import (
     IMAGE_TO_IMAGE_TRAINING,
     AdversarialModel,
@@ -26,13 +25,11 @@ from cgm.families.gan_losses import (
     ImageToImageConfig,
     Loss,
     channels_last,
-    check_weights,
     discriminator_loss,
     image_generator,
-    once,
     row_loss,
 )
-from cgm.model import numbered, solver_options
+from cgm.model import Draws, Step, check_choices, check_not_negative
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 
 
@@ -43,7 +40,7 @@ class CycleGANConfig(ImageToImageConfig):
 
     # Generators: residual blocks, or a U-Net, for sides that are multiples of 2^depth.
     generator: Literal["unet", "resnet"] = "resnet"
-    # Normalisation in all networks.
+    # Normalization in all networks.
     norm: Literal["batch", "instance", "none"] = "instance"
     # Loss of a patch.
     loss: Loss = "lsgan"
@@ -53,15 +50,15 @@ class CycleGANConfig(ImageToImageConfig):
     cycle_weight: float = 10.0
     # Weight mu, a factor of lambda, of leaving alone what is of the wanted kind.
     identity_weight: float = 0.5
-    # Pictures of earlier steps that are kept for each discriminator; 0: none.
+    # Images of earlier steps that are kept for each discriminator; 0: none.
     pool: int = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "adversarial_weight", "cycle_weight", "identity_weight", "pool")
+        check_not_negative(self, "adversarial_weight", "cycle_weight", "identity_weight", "pool")
         if self.identity_weight and self.event_shape != self.cond_shape:
             raise ValueError(
-                f"identity_weight must be 0 between pictures of different channels, "
+                f"identity_weight must be 0 between images of different channels, "
                 f"{self.cond_shape} and {self.event_shape}"
             )
 
@@ -73,10 +70,13 @@ class CycleGANSampling:
     # forward makes y of conditions, back makes conditions of y.
     way: Literal["forward", "back"] = "forward"
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
 
 # Model --------------------------------------------------------------------------------------------
 class CycleGAN(AdversarialModel):
-    """Pictures from pictures, learned from two unrelated sets; `loss` and `sample` of all families.
+    """Images from images, learned from two unrelated sets; `loss` and `sample` of all families.
 
     Names as published: generator_a makes y (kind B) of conditions (kind A) and discriminator_a
     judges it; generator_b and discriminator_b are those of the way back.
@@ -109,37 +109,24 @@ class CycleGAN(AdversarialModel):
         self.pool_a, self.pool_b = ImagePool(config.pool, b), ImagePool(config.pool, a)
         channels_last(self)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "generator",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-        shared: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """The objective of a phase, of each row; rows of y and cond need not belong together.
 
-        y and cond are pictures (B, C, H, W) in [-1, 1]. In training mode the discriminators see
-        pictures of the pool, drawn by (seed, index). Returns {"total", "adversarial_a",
-        "adversarial_b", "cycle_a", "cycle_b"} and "identity" of the generators, and {"total",
-        "real_a", "fake_a", "real_b", "fake_b"} of the discriminators.
+        In training mode the discriminators see images of the pool, drawn at random. Returns
+        {"total", "adversarial_a", "adversarial_b", "cycle_a", "cycle_b"} and "identity" of the
+        generators, and {"total", "real_a", "fake_a", "real_b", "fake_b"} of the discriminators.
         """
-        self.check_phase(phase)
-        config, rows = self.config, y.shape[0]
-        check_shape("y", y, (rows, *config.event_shape))
-        self.check_cond(cond, rows, 0)
-        assert cond is not None  # check_cond wants one
+        assert cond is not None  # it was checked
+        config = self.config
         cond, y = (t.contiguous(memory_format=torch.channels_last) for t in (cond, y))
-        fake_y = once("y", lambda: self.generator_a(cond), shared)
-        fake_cond = once("cond", lambda: self.generator_b(y), shared)
-        if phase == "generator":
+        fake_y = step.draw_once("y", lambda: self.generator_a(cond))
+        fake_cond = step.draw_once("cond", lambda: self.generator_b(y))
+        if step.phase == "generator":
             return self._generator_loss(y, cond, fake_y, fake_cond)
         if self.training:
-            index = torch.arange(rows, device=y.device) if index is None else index
-            fake_y = self.pool_a.exchange(fake_y, seed=seed, index=index, step=0)
-            fake_cond = self.pool_b.exchange(fake_cond, seed=seed, index=index, step=1)
+            noise: dict[str, Any] = {"seed": step.seed, "index": step.index}
+            fake_y = self.pool_a.exchange(fake_y, step=0, **noise)
+            fake_cond = self.pool_b.exchange(fake_cond, step=1, **noise)
         a = discriminator_loss(self.discriminator_a, None, y, fake_y, config.loss)
         b = discriminator_loss(self.discriminator_b, None, cond, fake_cond, config.loss)
         total = a.pop("total") + b.pop("total")
@@ -169,39 +156,23 @@ class CycleGAN(AdversarialModel):
             total = total + config.cycle_weight * config.identity_weight * same
         return {"total": total, **parts}
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Pictures (B, C, H, W) in (-1, 1) of pictures (B, C', H, W); (n, B, C, H, W), n times one.
+    def _draw(self, draws: Draws, options: CycleGANSampling) -> Tensor:
+        """In (-1, 1), all draws of a condition the same: there is no noise.
 
-        There is no noise: seed and index change nothing. solver: fields of `CycleGANSampling`; with
-        way="back" cond are pictures like y, of which conditions are made.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        With way="back" cond are images like y, of which conditions are made.
         """
-        options = solver_options(CycleGANSampling, solver)
-        if options.way not in ("forward", "back"):
-            raise ValueError(f"way must be forward or back, got {options.way!r}")
-        shapes = [self.config.cond_shape, self.config.event_shape]
-        made, given = shapes if options.way == "back" else reversed(shapes)
-        device = next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        check_shape("cond", cond, (rows, *given))
-        if not cond.is_floating_point():
-            raise TypeError(f"cond must be floating, got {cond.dtype}")
-        if index.numel() == 0:
-            return torch.empty((*shape, *made), device=device)
+        assert draws.cond is not None  # it was checked
         generator = self.generator_b if options.way == "back" else self.generator_a
-        y = generator(cond.contiguous(memory_format=torch.channels_last))
-        return y.repeat(len(index) // rows, 1, 1, 1).contiguous().view(*shape, *made)
+        return draws.repeat(generator(draws.cond.contiguous(memory_format=torch.channels_last)))
+
+    def _check_sampling(self, cond: Tensor | None, options: CycleGANSampling) -> None:
+        if options.way == "forward" or cond is None:
+            self.check_cond(cond)
+        else:
+            self.check_y(cond, "cond")
+
+    def _sample_shape(self, options: CycleGANSampling) -> tuple[int, ...]:
+        return self.config.cond_shape if options.way == "back" else self.config.event_shape
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     x_t = alpha_t y + sigma_t z       loss = weight_t mean((network(x_t, t, cond) - target)^2)
 
-Condition: class ids, a picture concatenated to the input, tokens by cross-attention, or none.
+Condition: class ids, an image concatenated to the input, tokens by cross-attention, or none.
 Source   DDPM arXiv:2006.11239; v prediction arXiv:2202.00512; classifier-free guidance
          arXiv:2207.12598; learned variance arXiv:2102.09672; min-SNR weights arXiv:2303.09556.
 """
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape
 from cgkernels.random import (
     STREAM_CONDITION_DROPOUT,
     STREAM_INITIAL,
@@ -25,24 +24,15 @@ from cgkernels.random import (
     uniform,
 )
 from cgkernels.samplers import make_schedule, make_table, x0_coefficients
-from cgm.model import Model, numbered, solver_options
+from cgm.model import Draws, GuidedConfig, Model, Step, check_not_negative, check_positive
 from cgm.networks.unet import KeysValues, UNet
-from cgm.sampling.cuda_graph import captured
+from cgm.sampling.cuda_graph import capture
 
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(GuidedConfig):
     """What is generated from what, the network, and what it learns."""
-
-    # Shape (C, H, W) of what is generated.
-    event_shape: tuple[int, int, int] = (1, 28, 28)
-    # Kind of condition.
-    cond_kind: Literal["none", "class", "image", "tokens"] = "none"
-    # Number of classes, or of different tokens.
-    num_classes: int = 0
-    # Shape of one condition: (C, H, W) of a picture, (M,) of tokens, else ().
-    cond_shape: tuple[int, ...] = ()
 
     # Width of the U-Net at full resolution.
     channels: int = 32
@@ -71,15 +61,11 @@ class DiffusionConfig:
     learned_variance: bool = False
     # Weight of the variational bound, from which the variance is learned.
     bound_weight: float = 0.001
-    # Share of training examples whose condition is dropped, so that guidance has its other half.
-    cond_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if len(self.event_shape) != 3 or min(self.event_shape) < 1:
-            raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
-        for name in ("channels", "blocks", "heads", "patch", "timesteps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        super().__post_init__()
+        check_positive(self, "channels", "blocks", "heads", "patch", "timesteps")
+        check_not_negative(self, "bound_weight")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be positive, got {self.multipliers}")
         if not 0 <= self.attention_levels <= len(self.multipliers):
@@ -91,17 +77,6 @@ class DiffusionConfig:
             raise ValueError(
                 f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
             )
-        if self.cond_kind in ("class", "tokens") and self.num_classes < 1:
-            raise ValueError(f"num_classes must be positive for {self.cond_kind} conditions")
-        if self.cond_kind == "image" and self.cond_shape[1:] != self.event_shape[1:]:
-            raise ValueError(
-                f"cond_shape must have the height and width of event_shape {self.event_shape}, "
-                f"got {self.cond_shape}: a condition picture is concatenated to the input"
-            )
-        if self.cond_kind == "tokens" and len(self.cond_shape) != 1:
-            raise ValueError(f"cond_shape must be (M,) for tokens, got {self.cond_shape}")
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
         if self.prediction == "epsilon" and self.zero_terminal_snr:
             raise ValueError("prediction must be x0 or v with zero_terminal_snr, got epsilon")
 
@@ -126,6 +101,10 @@ class SamplingConfig:
     clip: bool = True
     # On a GPU, replay one captured step instead of launching every kernel.
     graph: bool = True
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -168,29 +147,14 @@ class ConditionalDiffusion(Model):
             self.register_buffer("bound_table", bound, persistent=False)
 
     # Loss -----------------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """Denoising loss of each example at one random timestep.
 
-        y is (B, C, H, W) in [-1, 1]; noise, timestep and condition dropout of an example depend on
-        (seed, index) only. Returns {"total": (B,), "denoising": (B,)}, with a learned variance also
-        "bound", in bits per dimension.
+        Noise, timestep and condition dropout are random. Returns {"total", "denoising"}, with a
+        learned variance also "bound", in bits per dimension.
         """
-        self.check_phase(phase)
-        config = self.config
-        check_shape("y", y, (y.shape[0], *config.event_shape))
-        rows = y.shape[0]
-        self.check_cond(cond, rows, self._highest())
-        if index is None:
-            index = torch.arange(rows, device=y.device)
-        draws: dict[str, Any] = {"seed": seed, "index": index}
+        config, rows = self.config, len(y)
+        draws: dict[str, Any] = {"seed": step.seed, "index": step.index}
         u = uniform((rows,), step=1, stream=STREAM_TRAINING, dtype=torch.float32, **draws)
         t = (u * config.timesteps).long()
         noise: dict[str, Any] = {
@@ -204,9 +168,9 @@ class ConditionalDiffusion(Model):
             u = uniform((rows,), stream=STREAM_CONDITION_DROPOUT, **draws)
             drop = (u < config.cond_dropout).view(-1, *(1,) * (cond.dim() - 1))
             cond = torch.where(drop, null, cond)
-        film, picture, context = self._encode(cond)
+        film, image, context = self._encode(cond)
         film = self.unet.time_film(t) if film is None else self.unet.time_film(t) + film
-        out = self.unet(x_t if picture is None else torch.cat([x_t, picture], 1), film, context)
+        out = self.unet(x_t if image is None else torch.cat([x_t, image], 1), film, context)
         prediction = out[:, : y.shape[1]]
         denoising = cgkernels.diffusion_loss(prediction, y, weight=self.loss_weights[t], **noise)
         parts = {"total": denoising, "denoising": denoising}
@@ -219,7 +183,7 @@ class ConditionalDiffusion(Model):
     def _bound(self, y: Tensor, x_t: Tensor, prediction: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """The term of timestep t of the variational bound, bits per dimension, (B,).
 
-        KL(q(x_{t-1} | x_t, y) || p(x_{t-1} | x_t)), at t = 0 the discretised -log p(y | x_0).
+        KL(q(x_{t-1} | x_t, y) || p(x_{t-1} | x_t)), at t = 0 the discretized -log p(y | x_0).
         arXiv:2102.09672, section 3.1.
         """
         y, x_t, prediction, v = (a.float() for a in (y, x_t, prediction, v))
@@ -232,54 +196,21 @@ class ConditionalDiffusion(Model):
             log_variance - log_small + (log_small - log_variance).exp() - 1
             + distance.square() * (-log_variance).exp()
         )  # fmt: skip
-        nll = -_log_discretised_normal(y, mean, log_variance)
+        nll = -_log_discretized_normal(y, mean, log_variance)
         terms = torch.where((t == 0)[:, None, None, None], nll, kl)
         return terms.flatten(1).mean(1) / math.log(2)
 
     # Sampling -------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Samples of p(y | cond), in [-1, 1].
+    def _guidance(self, options: SamplingConfig) -> float:
+        return options.guidance
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids, (B, C, H, W) pictures or (B, M) tokens; None for a model without
-                condition, or for p(y) where training dropped conditions.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            solver: fields of `SamplingConfig`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
-        """
-        options = solver_options(SamplingConfig, solver)
-        if not math.isfinite(options.guidance):
-            raise ValueError(f"guidance must be finite, got {options.guidance}")
-        config, device = self.config, self.noise_table.device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, self._highest(), options.guidance)
-        elements = (*shape, *config.event_shape)
-        if index.numel() == 0:
-            return torch.empty(elements, device=device)
-        run = _Run(self, cond, index, as_seed(seed, device)[0], options)
-        return run.solve().reshape(elements)
+    def _draw(self, draws: Draws, options: SamplingConfig) -> Tensor:
+        """In [-1, 1]."""
+        return _Run(self, draws, options).solve()
 
     # Conditions -----------------------------------------------------------------------------------
     def _null_cond(self, rows: int) -> Tensor | None:
-        """What stands for "no condition": the id after the last, or an empty picture."""
+        """What stands for "no condition": the id after the last, or an empty image."""
         config, device = self.config, self.noise_table.device
         if config.cond_kind == "none":
             return None
@@ -290,7 +221,7 @@ class ConditionalDiffusion(Model):
     def _encode(
         self, cond: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, list[KeysValues] | None]:
-        """What the U-Net needs of a condition: FiLM part, picture, context of the tokens."""
+        """What the U-Net needs of a condition: FiLM part, image, context of the tokens."""
         if cond is None:
             return None, None, None
         if self.config.cond_kind == "class":
@@ -299,7 +230,7 @@ class ConditionalDiffusion(Model):
             return None, cond, None
         return None, None, self.unet.token_context(cond)
 
-    def _highest(self) -> int:
+    def _highest_id(self) -> int:
         return self.config.num_classes - (self.config.cond_kind == "class")  # tokens may be padded
 
 
@@ -307,17 +238,11 @@ class _Run:
     """One run of a solver: tensors that stay where they are, so that a step can be a CUDA graph.
 
     The network's input is one buffer: with guidance its first half is unconditional, its second
-    conditional; of its channels the first are the state, the rest a condition picture that stays.
+    conditional; of its channels the first are the state, the rest a condition image that stays.
     """
 
-    def __init__(
-        self,
-        model: ConditionalDiffusion,
-        cond: Tensor | None,
-        index: Tensor,
-        seed: Tensor,
-        options: SamplingConfig,
-    ) -> None:
+    def __init__(self, model: ConditionalDiffusion, draws: Draws, options: SamplingConfig) -> None:
+        cond, index = draws.cond, draws.index
         config, device, rows = model.config, index.device, index.shape[0]
         learned = config.learned_variance and options.sampler == "ddpm"
         plan = make_table(
@@ -337,7 +262,7 @@ class _Run:
         dtype = torch.float64 if model.noise_table.dtype == torch.float64 else torch.float32
         self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
         self.index = index
-        self.seed = seed
+        self.seed = draws.seed
         self.table = plan.table.to(device, dtype)
         self.noise_seed = self.seed if plan.stochastic else None
         self.initial_scale = plan.initial_scale
@@ -345,21 +270,21 @@ class _Run:
 
         # Everything that does not change from step to step is made here, in one batch.
         self.time = self.unet.time_film(plan.timesteps.to(device))
-        batch = model._null_cond(rows) if cond is None else cond.to(device)
+        batch = model._null_cond(rows) if cond is None else cond
         conditions = 0 if batch is None else batch.shape[0]
         order = torch.arange(rows, device=device) % max(1, conditions)  # one condition, many draws
         null = model._null_cond(conditions)
         if self.guided and batch is not None and null is not None:
             batch = torch.cat([null, batch])
             order = torch.cat([order, conditions + order])
-        film, picture, context = model._encode(batch)
+        film, image, context = model._encode(batch)
         film = None if film is None else film[order]
-        picture = None if picture is None else picture[order]
+        image = None if image is None else image[order]
         self.context = None if context is None else [(k[order], v[order]) for k, v in context]
         total = rows * (1 + self.guided)
         self.cond_film = self.time.new_zeros(1, self.time.shape[1]) if film is None else film
         state = torch.empty(total, *config.event_shape, dtype=dtype, device=device)
-        self.input = state if picture is None else torch.cat([state, picture], 1)
+        self.input = state if image is None else torch.cat([state, image], 1)
         self.x = self.input[:rows, : self.channels]
         self.twin = self.input[rows:, : self.channels] if self.guided else None
         self.history = torch.zeros_like(state[:rows]) if plan.history else None
@@ -369,7 +294,7 @@ class _Run:
         step: Callable[[], None] = self._step
         if self.options.graph and self.index.is_cuda:
             self._start()
-            step = captured(self._step)
+            step = capture(self._step)
         self._start()
         for _ in range(self.options.steps):
             step()
@@ -419,7 +344,7 @@ def _bound_table(levels: np.ndarray, prediction: str) -> Tensor:
     beta = 1 - levels / before
     small = (1 - before) / (1 - levels) * beta
     if len(small) > 1:
-        small[0] = small[1]  # it is 0, and its step is the discretised likelihood
+        small[0] = small[1]  # it is 0, and its step is the discretized likelihood
     columns = (
         *x0_coefficients(prediction, np.sqrt(levels), np.sqrt(1 - levels)),
         np.sqrt(before) * beta / (1 - levels),
@@ -430,7 +355,7 @@ def _bound_table(levels: np.ndarray, prediction: str) -> Tensor:
     return torch.from_numpy(np.stack(columns, 1)).float()
 
 
-def _log_discretised_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def _log_discretized_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Log probability of the bin of width 2 / 255 around y; the outermost bins are unbounded."""
     scale = (-0.5 * log_variance).exp()
     upper = torch.special.ndtr((y + 1 / 255 - mean) * scale)

@@ -19,12 +19,10 @@ two candidates can be compared, `log_ratio`; `log_partition` estimates log Z of 
 Source   contrastive divergence: Hinton, "Training products of experts by minimizing contrastive
          divergence", 2002; chains that persist: Tieleman, ICML 2008; Langevin steps, buffer and
          the weight w: Du, Mordatch, arXiv:1903.08689; noise on the data: Nijkamp et al.,
-         arXiv:1903.12370; annealed importance sampling: Neal, arXiv:physics/9803008; Metropolis's
-         correction of Langevin steps: Roberts, Tweedie, Bernoulli 2(4), 1996.
+         arXiv:1903.12370.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,38 +31,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_index, as_seed, check_shape
-from cgkernels.random import (
-    STREAM_INITIAL,
-    STREAM_LANGEVIN,
-    STREAM_POOL,
-    STREAM_TRAINING,
-    normal,
-    uniform,
+from cgkernels.checks import check_shape
+from cgkernels.random import STREAM_INITIAL, STREAM_POOL, STREAM_TRAINING, uniform
+from cgm.model import (
+    Density,
+    Draws,
+    ImageConfig,
+    Model,
+    Step,
+    check_not_negative,
+    check_positive,
 )
-from cgm.model import Model, PictureConfig, numbered, solver_options
-from cgm.networks.layers import check_positive
 from cgm.networks.residual import ConditionPlanes
-from cgm.sampling.cuda_graph import captured
-
-Energy = Callable[[Tensor], Tensor]  # (B, *event) -> (B,)
+from cgm.sampling.langevin import annealed_weights, langevin
 
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class EnergyConfig(PictureConfig):
+class EnergyConfig(ImageConfig):
     """What is generated from what, the network, and the chains that it learns from."""
 
     # Channels at full resolution; twice as many at each level below.
     width: int = 16
     # Resolutions, each half of the one above, rounded up.
     levels: int = 3
-    # Units of the layer that sees the whole picture.
+    # Units of the layer that sees the whole image.
     hidden: int = 128
     # Side of the squares of pixels that enter the network as one; 1 where sides are odd.
     patch: int = 2
 
-    # Temperature T: the density is exp(-f / T). The more values a picture has, the less it should
+    # Temperature T: the density is exp(-f / T). The more values an image has, the less it should
     # be: f does not grow with them.
     temperature: float = 2e-4
     # Length a of a Langevin step: a step adds noise of the variance 2 a T.
@@ -91,14 +87,8 @@ class EnergyConfig(PictureConfig):
             raise ValueError(
                 f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
             )
-        for name in ("temperature", "step_size", "start_std", "bound"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("data_noise", "square_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.chains < 0:
-            raise ValueError(f"chains must not be negative, got {self.chains}")
+        check_positive(self, "temperature", "step_size", "start_std", "bound")
+        check_not_negative(self, "data_noise", "square_weight", "chains")
         if not 0 <= self.renewal <= 1:
             raise ValueError(f"renewal must be in [0, 1], got {self.renewal}")
 
@@ -117,168 +107,18 @@ class EnergySampling:
     # On a GPU, replay one captured step instead of launching every kernel.
     graph: bool = True
 
-
-# Langevin steps -----------------------------------------------------------------------------------
-@torch.inference_mode(False)
-def langevin(
-    energy: Energy,
-    start: Tensor,
-    *,
-    steps: int,
-    step_size: float,
-    temperature: float = 1.0,
-    bound: float = math.inf,
-    seed: int | Tensor,
-    index: Tensor | None = None,
-    graph: bool = False,
-) -> Tensor:
-    """y after so many steps y <- clamp(y - a dE/dy, -bound, bound) + sqrt(2 a T) z from `start`.
-
-    The chain has the density exp(-E / T) up to O(a): of E = y^T A y / 2 the covariance
-    T (A - a A^2 / 2)^-1, exactly. One launch of `cgkernels.guided_step_` makes a step of the
-    gradient; z is that of the samplers (stream 1), step s that of step s of the chain.
-
-    Args:
-        energy: E (B,) of y (B, *event), each row of its own row alone.
-        start: (B, *event), which stays as it is.
-        seed, index: of the noise, as in `cgkernels.guided_step`.
-        graph: on a GPU, replay one captured step.
-
-    Raises:
-        ValueError: steps, step_size, temperature or bound does not fit.
-    """
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
-    if not 0 < step_size < math.inf:
-        raise ValueError(f"step_size must be positive, got {step_size}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if not bound > 0:
-        raise ValueError(f"bound must be positive, got {bound}")
-    y = start.detach().clone()
-    if steps == 0 or y.numel() == 0:
-        return y
-    table = langevin_table(steps, step_size, temperature, bound)
-    table = table.to(y.device, torch.promote_types(y.dtype, torch.float32))
-    noise: dict[str, Any] = {"seed": None, "index": None}
-    if temperature:
-        noise["seed"] = as_seed(seed, y.device)[0]
-        noise["index"] = as_index(index, len(y), y.device)
-    counter = torch.zeros(1, dtype=torch.int64, device=y.device)
-
-    def step() -> None:
-        _, force = with_gradient(energy, y)
-        cgkernels.guided_step_(y, force, table=table, step=counter[0], **noise)
-        counter.add_(1)
-
-    run: Callable[[], None] = step
-    if graph and y.is_cuda:
-        run = captured(step)
-        y.copy_(start)
-        counter.zero_()
-    for _ in range(steps):
-        run()
-    return y
-
-
-def langevin_table(steps: int, step_size: float, temperature: float, bound: float) -> Tensor:
-    """(steps, 12) float64, for `cgkernels.guided_step`: of x = y and the gradient in place of a
-    network's output, x0 = clamp(y - a dE/dy) and x' = x0 + sqrt(2 a T) z.
-
-    All rows are one: the number of a row is that of the noise.
-    """
-    table = torch.zeros(steps, 12, dtype=torch.float64)
-    a0, a1, _, b1, _, _, _, b5, clip_min, clip_max, _, _ = table.T
-    a0[:], a1[:], b1[:], b5[:] = 1, -step_size, 1, math.sqrt(2 * step_size * temperature)
-    clip_min[:], clip_max[:] = -bound, bound
-    return table
-
-
-def with_gradient(energy: Energy, y: Tensor) -> tuple[Tensor, Tensor]:
-    """E (B,) and dE/dy (B, *event) of y (B, *event); parameters get no gradients of it."""
-    with torch.enable_grad():
-        y = y.detach().requires_grad_()
-        values = energy(y)
-        return values.detach(), torch.autograd.grad(values.sum(), y)[0]
-
-
-# log Z --------------------------------------------------------------------------------------------
-def annealed_weights(
-    energy: Energy,
-    shape: tuple[int, ...],
-    *,
-    std: float = 1.0,
-    levels: int = 200,
-    steps: int = 1,
-    step_size: float,
-    seed: int | Tensor,
-    index: Tensor | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Log-weights (B,) of chains whose exponentials have the mean Z = integral of exp(-E).
-
-    A chain goes from N(0, std^2) to exp(-E) through exp(-(1 - b) |y|^2 / (2 std^2) - b E) with
-    b = 1 / levels, 2 / levels, .. 1, and collects what the density gains by each change of b. At
-    each b it makes Langevin steps of length step_size, accepted or refused as Metropolis and
-    Hastings do, so that they keep the density of b. The mean is right however few they are; its
-    variance is small only where the chain can follow, which is to say in few dimensions.
-    arXiv:physics/9803008, equation 11.
-
-    energy: (B,) of y, in nats. shape: (B, *event). seed, index: of the noise, stream 5, the start
-    stream 0.
-    """
-    for name, count in (("levels", levels), ("steps", steps)):
-        if count < 1:
-            raise ValueError(f"{name} must be positive, got {count}")
-    for name, value in (("std", std), ("step_size", step_size)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
-    seed, device = as_seed(seed, device)
-    index = as_index(index, shape[0], device)
-    draws: dict[str, Any] = {"seed": seed, "index": index, "device": device}
-
-    def of_start(y: Tensor) -> Tensor:
-        return y.flatten(1).square().sum(1) / (2 * std**2)
-
-    y = std * normal(shape, stream=STREAM_INITIAL, **draws)
-    log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
-    weights = torch.full((shape[0],), log_start, device=device)
-    for level in range(1, levels + 1):
-        b = level / levels
-        with torch.no_grad():
-            weights = weights + (of_start(y) - energy(y)) / levels
-        if level == levels:
-            break
-
-        def between(y: Tensor, b: float = b) -> Tensor:
-            return (1 - b) * of_start(y) + b * energy(y)
-
-        for number in range((level - 1) * steps, level * steps):
-            z = normal(shape, step=2 * number, stream=STREAM_LANGEVIN, **draws)
-            u = uniform((shape[0],), step=2 * number + 1, stream=STREAM_LANGEVIN, **draws)
-            y = _adjusted_step(between, y, step_size, z, u)
-    return weights
-
-
-def _adjusted_step(energy: Energy, y: Tensor, a: float, z: Tensor, u: Tensor) -> Tensor:
-    """A Langevin step that keeps exp(-E), by the rule of Metropolis and Hastings."""
-    before, force = with_gradient(energy, y)
-    there = y - a * force + math.sqrt(2 * a) * z
-    after, force_there = with_gradient(energy, there)
-    back = y - there + a * force_there  # the noise of the way back, times sqrt(2 a)
-    log_ways = z.square().flatten(1).sum(1) / 2 - back.square().flatten(1).sum(1) / (4 * a)
-    accepted = u.log() < before - after + log_ways
-    return torch.where(accepted.view(-1, *(1,) * (y.dim() - 1)), there, y)
+    def __post_init__(self) -> None:
+        check_not_negative(self, "steps", "step_size", "temperature")
 
 
 # Network ------------------------------------------------------------------------------------------
 class EnergyNetwork(nn.Module):
-    """One number of a picture: residual blocks, each after the first at half the resolution.
+    """One number of an image: residual blocks, each after the first at half the resolution.
 
     It is the sum of one number of each place of each resolution, divided by the root of the number
     of places, and of one of all places of the last. So a value has its own part in the energy, and
-    a force of its own: through a layer that knows the whole picture alone it learns that slowly.
-    Without normalisation: a norm would take off what tells a picture from a stronger one, and of a
+    a force of its own: through a layer that knows the whole image alone it learns that slowly.
+    Without normalization: a norm would take off what tells an image from a stronger one, and of a
     single pixel all there is. SiLU throughout, so that there is a gradient everywhere.
 
     Args:
@@ -359,7 +199,7 @@ class Chains(nn.Module):
     def take(
         self, start: Tensor, cond: Tensor | None, *, seed: int | Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Places (B,), y (B, *event) and conditions (B, ...) of the next chains.
+        """Slots (B,), y (B, *event) and conditions (B, ...) of the next chains.
 
         Where there is no chain yet, and for a share of the others, it is a new one: `start` with
         its condition. Which ones depends on (seed, index).
@@ -368,21 +208,21 @@ class Chains(nn.Module):
         if rows > self.size:
             raise ValueError(f"chains must be at least the batch of {rows}, got {self.size}")
         turn = self.count + torch.arange(rows, device=start.device)
-        places = turn % self.size
+        slots = turn % self.size
         u = uniform((rows,), seed=seed, index=index, stream=STREAM_POOL)
         new = (turn < self.size) | (u < self.renewal)
-        y = torch.where(new.view(-1, 1, 1, 1), start, self.y[places].to(start.dtype))
+        y = torch.where(new.view(-1, 1, 1, 1), start, self.y[slots].to(start.dtype))
         if cond is not None:
             which = new.view(-1, *(1,) * (cond.dim() - 1))
-            cond = torch.where(which, cond, self.cond[places].to(cond.dtype))
-        return places, y, cond
+            cond = torch.where(which, cond, self.cond[slots].to(cond.dtype))
+        return slots, y, cond
 
-    def put(self, places: Tensor, y: Tensor, cond: Tensor | None) -> None:
-        """Keeps the chains, and the conditions, of places from `take`."""
-        self.y.index_copy_(0, places, y.to(self.y.dtype))
+    def put(self, slots: Tensor, y: Tensor, cond: Tensor | None) -> None:
+        """Keeps the chains, and the conditions, of slots from `take`."""
+        self.y.index_copy_(0, slots, y.to(self.y.dtype))
         if cond is not None:
-            self.cond.index_copy_(0, places, cond.to(self.cond.dtype))
-        self.count.add_(len(places))
+            self.cond.index_copy_(0, slots, cond.to(self.cond.dtype))
+        self.count.add_(len(slots))
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -411,6 +251,10 @@ class ConditionalEBM(Model):
         self.chains = Chains(config)
 
     # Energy ---------------------------------------------------------------------------------------
+    @property
+    def density(self) -> Density:
+        return "energy"
+
     def energy(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """-log p(y | cond) in nats, up to a constant of each condition, (B,); differentiable.
 
@@ -419,11 +263,13 @@ class ConditionalEBM(Model):
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
         """
-        self._check(y, cond)
-        return self._scaled(y, self.planes(cond, len(y))) / self.config.temperature
+        self.check_inputs(y, cond)
+        return self._network_energy(y, self.planes(cond, len(y))) / self.config.temperature
 
     def log_ratio(self, y_a: Tensor, y_b: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """log p(y_a | cond) - log p(y_b | cond) of two candidates, exact, (B,) nats."""
+        self.check_y(y_a, "y_a")
+        self.check_y(y_b, "y_b")
         check_shape("y_b", y_b, tuple(y_a.shape))
         return self.energy(y_b, cond=cond) - self.energy(y_a, cond=cond)
 
@@ -442,21 +288,21 @@ class ConditionalEBM(Model):
         """Estimates of log Z in log p(y | cond) = -energy - log Z, (B,); (1,) without condition.
 
         The mean of so many `annealed_weights` for each condition. Z itself has no bias, its
-        logarithm a small one. For tiny cases: beyond some ten numbers a picture, a handful of
+        logarithm a small one. For tiny cases: beyond some ten numbers an image, a handful of
         chains has all the weight, and the estimate is too low.
 
         step_size: of a density: a of `sample` corresponds to a T.
         """
         if chains < 1:
             raise ValueError(f"chains must be positive, got {chains}")
+        self.check_cond(cond)
         rows = 1 if cond is None else len(cond)
-        self.check_cond(cond, rows, self.config.num_classes - 1)
         planes = self.planes(cond, rows).repeat(chains, 1, 1, 1)
         device = planes.device
         index = torch.arange(rows, device=device)
         index = (torch.arange(chains, device=device)[:, None] * 2**32 + index).flatten()
         weights = annealed_weights(
-            lambda y: self._scaled(y, planes) / self.config.temperature,
+            lambda y: self._network_energy(y, planes) / self.config.temperature,
             (chains * rows, *self.config.event_shape),
             std=std, levels=levels, steps=steps, step_size=step_size, seed=seed, index=index,
             device=device,
@@ -470,37 +316,23 @@ class ConditionalEBM(Model):
             "constant, log_ratio of two candidates, and log_partition, an estimate for tiny cases"
         )
 
-    def _scaled(self, y: Tensor, planes: Tensor) -> Tensor:
+    def _network_energy(self, y: Tensor, planes: Tensor) -> Tensor:
         """f (B,)."""
         config = self.config
         reference = y.flatten(1).square().sum(1) * (0.5 * config.temperature / config.start_std**2)
         return self.network(torch.cat([y, planes.to(y.dtype)], 1)).to(y.dtype) + reference
 
-    def _check(self, y: Tensor, cond: Tensor | None) -> None:
-        check_shape("y", y, (len(y), *self.config.event_shape))
-        self.check_cond(cond, len(y), self.config.num_classes - 1)
-
     # Loss -----------------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """Contrastive divergence of each row, against a chain that is moved on for it.
 
-        y is (B, C, H, W) in [-1, 1]; noise, and which chains begin anew, depend on (seed, index).
-        In training mode the chains are those of the buffer; in evaluation mode, or without one,
-        they begin at noise with the conditions of y. Returns {"total", "real", "drawn"}: "real" is
-        f of y with its noise, "drawn" f of where the chain has come to.
+        Noise, and which chains begin anew, are random. In training mode the chains are those of the
+        buffer; in evaluation mode, or without one, they begin at noise with the conditions of y.
+        Returns {"total", "real", "drawn"}: "real" is f of y with its noise, "drawn" f of where the
+        chain has come to.
         """
-        self.check_phase(phase)
-        self._check(y, cond)
         config, rows = self.config, len(y)
-        index = torch.arange(rows, device=y.device) if index is None else index
+        seed, index = step.seed, step.index
         draws: dict[str, Any] = {"seed": seed, "index": index, "dtype": y.dtype}
         shape = tuple(y.shape)
         noisy = y
@@ -512,23 +344,22 @@ class ConditionalEBM(Model):
             start, chain_cond = config.start_std * start, cond
             kept = self.training and self.chains.size > 0
             if kept:
-                places, start, chain_cond = self.chains.take(start, cond, seed=seed, index=index)
+                slots, start, chain_cond = self.chains.take(start, cond, seed=seed, index=index)
             planes = self.planes(chain_cond, rows)
             drawn = langevin(
-                lambda y: self._scaled(y, planes), start, steps=config.chain_steps,
+                lambda y: self._network_energy(y, planes), start, steps=config.chain_steps,
                 step_size=config.step_size, temperature=config.temperature, bound=config.bound,
                 seed=seed, index=index,
             )  # fmt: skip
             if kept:
-                self.chains.put(places, drawn, chain_cond)
+                self.chains.put(slots, drawn, chain_cond)
         planes = torch.cat([self.planes(cond, rows), self.planes(chain_cond, rows)])
-        real, fake = self._scaled(torch.cat([noisy, drawn]), planes).chunk(2)
+        real, fake = self._network_energy(torch.cat([noisy, drawn]), planes).chunk(2)
         total = real - fake + config.square_weight * (real.square() + fake.square())
         return {"total": total, "real": real, "drawn": fake}
 
     # Sampling -------------------------------------------------------------------------------------
     @torch.inference_mode(False)
-    @torch.no_grad()
     def sample(
         self,
         n: int | None = None,
@@ -539,50 +370,31 @@ class ConditionalEBM(Model):
         start: Tensor | None = None,
         **solver: Any,
     ) -> Tensor:
-        """Samples of p(y | cond): where Langevin steps have come to, not clamped to [-1, 1].
+        """Samples of p(y | cond), as of all families.
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids or (B, C', H, W) pictures; None for a model without condition.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            start: (B, C, H, W), from where the chains of each condition begin, all its draws at the
-                same place; without cond (n, C, H, W). Default: at noise of the standard deviation
-                that training begins them with, of (seed, index) like all other noise.
-            solver: fields of `EnergySampling`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw), and its start if given, and on nothing else.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        start: (B, C, H, W), from where the chains of each condition begin, all its draws at the
+        same place; without cond (n, C, H, W). Default: at noise of the standard deviation that
+        training begins them with, of (seed, index) like all other noise.
         """
-        options = solver_options(EnergySampling, solver)
-        if not 0 <= options.step_size < math.inf:
-            raise ValueError(f"step_size must not be negative, got {options.step_size}")
-        config, parameter = self.config, next(self.parameters())
-        device, dtype = parameter.device, parameter.dtype
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        seed = as_seed(seed, device)[0]
-        elements, total = (*shape, *config.event_shape), len(index)
+        return self._sample(n, cond, seed, index, solver, start=start)
+
+    def _draw(self, draws: Draws, options: EnergySampling, start: Tensor | None = None) -> Tensor:
+        """Where Langevin steps have come to, not clamped to [-1, 1]."""
+        config, total = self.config, len(draws.index)
         if start is None:
             z = cgkernels.philox_normal(
-                (total, *config.event_shape), seed=seed, index=index, stream=STREAM_INITIAL,
-                dtype=dtype,
+                (total, *config.event_shape), seed=draws.seed, index=draws.index,
+                stream=STREAM_INITIAL, dtype=self.dtype,
             )  # fmt: skip
             start = config.start_std * z
         else:
-            check_shape("start", start, (rows, *config.event_shape))
-            start = start.to(device, dtype).repeat(total // max(rows, 1), 1, 1, 1)
-        planes = self.planes(None if cond is None else cond.to(device), rows)
-        planes = planes.repeat(total // max(rows, 1), 1, 1, 1)
-        y = langevin(
-            lambda y: self._scaled(y, planes), start, steps=options.steps,
+            conditions = total if draws.cond is None else draws.rows
+            self._check_image("start", start, conditions, config.event_shape)
+            start = start.repeat(total // conditions, 1, 1, 1)
+        planes = draws.repeat(self.planes(draws.cond, draws.rows))
+        return langevin(
+            lambda y: self._network_energy(y, planes), start, steps=options.steps,
             step_size=options.step_size or config.step_size,
-            temperature=options.temperature * config.temperature, bound=config.bound, seed=seed,
-            index=index, graph=options.graph,
+            temperature=options.temperature * config.temperature, bound=config.bound,
+            seed=draws.seed, index=draws.index, graph=options.graph,
         )  # fmt: skip
-        return y.view(elements)

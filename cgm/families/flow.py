@@ -3,16 +3,16 @@
     log p(y | cond) = sum of log N(z; 0, 1) + log |det dz/dy|,    z = f(y; cond)
 
 f goes down levels. A level halves the sides, four pixels becoming four channels; takes some steps,
-each a normalisation and a linear map of the channels of a pixel and a coupling, whose network sees
+each a normalization and a linear map of the channels of a pixel and a coupling, whose network sees
 the channels that stay and the condition; and gives half of its channels to z, after one coupling
 more that makes them standard normal given the others: their learned prior. The last gives all.
 
-Pictures have `values` grey values, and a density must not grow on them without bound: it is that of
+Images have `values` gray values, and a density must not grow on them without bound: it is that of
     x = 2 (v + u) / values - 1,   v = 0 .. values - 1 the value,  u uniform in [0, 1)
-in [-1, 1], and log P(v) >= E_u log p(x) - D log(values / 2) for the D numbers of a picture.
+in [-1, 1], and log P(v) >= E_u log p(x) - D log(values / 2) for the D numbers of an image.
 
 Source   NICE arXiv:1410.8516; RealNVP arXiv:1605.08803 (levels, coupling); Glow arXiv:1807.03039
-         (ActNorm, 1x1 convolutions as P L U); dequantisation and its bound: Theis et al.,
+         (ActNorm, 1x1 convolutions as P L U); dequantization and its bound: Theis et al.,
          arXiv:1511.01844; conditional coupling: Ardizzone et al., arXiv:1907.02392.
 """
 
@@ -26,18 +26,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape
+from cgkernels.checks import check_shape
 from cgkernels.library import using_reference
 from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, uniform
-from cgm.model import Model, PictureConfig, numbered, solver_options
-from cgm.networks.layers import ActNorm, check_positive
+from cgm.model import (
+    Density,
+    Draws,
+    ImageConfig,
+    Model,
+    Step,
+    check_not_negative,
+    check_positive,
+)
+from cgm.networks.layers import ActNorm
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
-from cgm.sampling.cuda_graph import captured
+from cgm.sampling.cuda_graph import capture
 
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class FlowConfig(PictureConfig):
+class FlowConfig(ImageConfig):
     """What is generated from what, the levels and their networks, and what is done to the data."""
 
     # Steps of each level, the finest first; a level halves the sides where both are even.
@@ -68,11 +76,10 @@ class FlowConfig(PictureConfig):
             raise ValueError(f"limit must be above 0 and at most 80, got {self.limit}")
         if self.values and not 2 <= self.values <= 65536:
             raise ValueError(f"values must be 0 or from 2 to 65536, got {self.values}")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise must not be negative, got {self.noise}")
+        check_not_negative(self, "noise")
         if self.noise and self.values:
             raise ValueError(
-                f"noise is for real numbers, values 0: those of pictures have noise of their own, "
+                f"noise is for real numbers, values 0: those of images have noise of their own, "
                 f"got noise {self.noise} and values {self.values}"
             )
 
@@ -81,11 +88,14 @@ class FlowConfig(PictureConfig):
 class FlowSampling:
     """How a sample is drawn."""
 
-    # Factor of the latent numbers; less than 1 is nearer to the usual picture, and less varied.
+    # Factor of the latent numbers; less than 1 is nearer to the usual image, and less varied.
     temperature: float = 1.0
     # On a GPU, replay a captured call instead of launching every kernel; one is kept for the last
     # number of samples.
     graph: bool = True
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "temperature")
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -135,9 +145,9 @@ class ChannelMap(nn.Module):
 class _FirstBatchNorm(ActNorm):
     """ActNorm that stays the identity where its first batch has no standard deviation."""
 
-    def _initialise(self, x: Tensor) -> None:
+    def _initialize(self, x: Tensor) -> None:
         if x.numel() >= 2 * x.shape[1]:
-            super()._initialise(x)
+            super()._initialize(x)
 
 
 class Coupling(nn.Module):
@@ -219,13 +229,13 @@ class Level(nn.Module):
         self.prior = Coupling(config, channels, sides, planes) if splits else None
         self.kept = 0 if last else (channels // 2 if splits else channels)
 
-    def squeezed(self, x: Tensor) -> Tensor:
+    def squeeze(self, x: Tensor) -> Tensor:
         """x at the resolution of this level."""
         return F.pixel_unshuffle(x, 2) if self.halves else x
 
     def forward(self, x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What goes on to the next level, what ends here, and the log-determinant (B,)."""
-        x = self.squeezed(x)
+        x = self.squeeze(x)
         logdet = x.new_zeros(len(x))
         for channel_map, coupling in self._steps():
             x, of_map = channel_map(x)
@@ -256,7 +266,7 @@ def _full_precision(x: Tensor) -> torch.autocast:
 
 # Model --------------------------------------------------------------------------------------------
 class ConditionalFlow(Model):
-    """A flow of pictures, or of points, given a condition; `loss`, `log_prob` and `sample`."""
+    """A flow of images, or of points, given a condition; `loss`, `log_prob` and `sample`."""
 
     family: ClassVar[str] = "flow"
     sampling_config: ClassVar[type[FlowSampling]] = FlowSampling
@@ -282,33 +292,28 @@ class ConditionalFlow(Model):
                 module.network.compile(mode=mode, dynamic=False)
 
     # Likelihood -----------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Minus the logarithm of the likelihood of y (B, C, H, W) in [-1, 1], with its noise.
+    @property
+    def density(self) -> Density:
+        return "bound" if self.config.values else "exact"
 
-        Returns {"total": (B,) nats per dimension, "bits": (B,) bits per dimension}: bounds of those
-        of the picture, or, of real numbers, those of the density of y with its noise.
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
+        """Minus the logarithm of the likelihood of y with its noise.
+
+        Returns {"total": nats per dimension, "bits": bits per dimension}: bounds of those of the
+        image, or, of real numbers, those of the density of y with its noise.
         """
-        self.check_phase(phase)
-        total = -self._noisy_log_prob(y, cond, seed, index) / self.dimensions
+        total = -self._noisy_log_prob(y, cond, step.seed, step.index) / self.dimensions
         return {"total": total, "bits": total / math.log(2)}
 
     @torch.no_grad()
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """Exact log p(y | cond) in nats, (B,): the density of the flow at y itself.
 
-        It is a density over [-1, 1], in the units of y, of what pictures become with their noise,
-        and no probability; `elbo` bounds that of a picture.
+        It is a density over [-1, 1], in the units of y, of what images become with their noise,
+        and no probability; `elbo` bounds that of an image.
         """
-        self._check(y, cond)
-        return self._log_density(y, cond)
+        self.check_inputs(y, cond)
+        return self._density_at(y, cond)
 
     @torch.no_grad()
     def elbo(
@@ -319,12 +324,13 @@ class ConditionalFlow(Model):
         seed: int | Tensor = 0,
         index: Tensor | None = None,
     ) -> Tensor:
-        """A bound below log P(y | cond) of pictures of `values` values in nats, (B,).
+        """A bound below log P(y | cond) of images of `values` values in nats, (B,).
 
         It is an unbiased estimate of the bound, by the noise of (seed, index).
         """
         if not self.config.values:
             raise NotImplementedError("a flow of real numbers has a density: see log_prob")
+        self.check_inputs(y, cond)
         return self._noisy_log_prob(y, cond, seed, index)
 
     def bits_per_dimension(
@@ -345,8 +351,7 @@ class ConditionalFlow(Model):
     def _noisy_log_prob(
         self, y: Tensor, cond: Tensor | None, seed: int | Tensor, index: Tensor | None
     ) -> Tensor:
-        """Of y with its noise: the bound of a picture, the density of real numbers."""
-        self._check(y, cond)
+        """Of y with its noise: the bound of an image, the density of real numbers."""
         config = self.config
         draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
         constant = 0.0
@@ -358,9 +363,9 @@ class ConditionalFlow(Model):
         elif config.noise:
             z = cgkernels.philox_normal(tuple(y.shape), dtype=y.dtype, device=y.device, **draws)
             y = y + config.noise * z
-        return self._log_density(y, cond) - constant
+        return self._density_at(y, cond) - constant
 
-    def _log_density(self, y: Tensor, cond: Tensor | None) -> Tensor:
+    def _density_at(self, y: Tensor, cond: Tensor | None) -> Tensor:
         z, logdet = self._encode(y, self._planes(cond, len(y)))
         return logdet - (z.square().sum(1) + self.dimensions * math.log(2 * math.pi)) / 2
 
@@ -368,14 +373,14 @@ class ConditionalFlow(Model):
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The latent numbers z (B, C H W) of y (B, C, H, W), and log |det dz/dy| (B,)."""
-        self._check(y, cond)
+        self.check_inputs(y, cond)
         return self._encode(y, self._planes(cond, len(y)))
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """The y (B, C, H, W) that has these latent numbers, (B, C H W)."""
         check_shape("z", z, (len(z), self.dimensions))
-        self.check_cond(cond, len(z), self.config.num_classes - 1)
+        self.check_cond(cond, len(z))
         return self._decode(z, self._planes(cond, len(z)))
 
     def _encode(self, y: Tensor, planes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -400,63 +405,23 @@ class ConditionalFlow(Model):
         """The planes of the conditions at the resolution of each level."""
         planes, found = self.planes(cond, rows), []
         for level in self._levels():
-            planes = level.squeezed(planes)
+            planes = level.squeeze(planes)
             found.append(planes)
         return found
 
     def _levels(self) -> list[Level]:
         return cast(list[Level], list(self.levels))
 
-    def _check(self, y: Tensor, cond: Tensor | None) -> None:
-        check_shape("y", y, (len(y), *self.config.event_shape))
-        if not y.is_floating_point():
-            raise TypeError(f"y must be floating, got {y.dtype}")
-        self.check_cond(cond, len(y), self.config.num_classes - 1)
-
     # Sampling -------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Samples of p(y | cond), of pictures within [-1, 1] and with their noise.
+    def _draw(self, draws: Draws, options: FlowSampling) -> Tensor:
+        """Of images within [-1, 1]; of real numbers with their noise."""
+        temperature = torch.full((), options.temperature, dtype=self.dtype, device=self.device)
+        inputs = [draws.seed, draws.index, temperature]
+        inputs += [] if draws.cond is None else [draws.cond]
+        replaying = options.graph and self.device.type == "cuda"
+        return (self._replay if replaying else self._generate)(*inputs)
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids or (B, C, H, W) pictures; None for a model without condition.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            solver: fields of `FlowSampling`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
-        """
-        options = solver_options(FlowSampling, solver)
-        if not 0 <= options.temperature < math.inf:
-            raise ValueError(f"temperature must not be negative, got {options.temperature}")
-        config, device = self.config, next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=device)
-        dtype = next(self.parameters()).dtype
-        temperature = torch.full((), float(options.temperature), dtype=dtype, device=device)
-        inputs = [as_seed(seed, device)[0], index, temperature]
-        inputs += [] if cond is None else [cond.to(device)]
-        draw = self._replayed if options.graph and device.type == "cuda" else self._draw
-        return draw(*inputs).view(*shape, *config.event_shape)
-
-    def _draw(
+    def _generate(
         self, seed: Tensor, index: Tensor, temperature: Tensor, cond: Tensor | None = None
     ) -> Tensor:
         """A sample for each index: those of one draw stand together, in the order of cond."""
@@ -469,8 +434,8 @@ class ConditionalFlow(Model):
         y = self._decode(z, [p.repeat(len(index) // rows, 1, 1, 1) for p in planes])
         return y.clamp(-1, 1) if self.config.values else y
 
-    def _replayed(self, *inputs: Tensor) -> Tensor:
-        """`_draw` as a CUDA graph, kept for calls of the same sizes on the same weights."""
+    def _replay(self, *inputs: Tensor) -> Tensor:
+        """`_generate` as a CUDA graph, kept for calls of the same sizes on the same weights."""
         key = (
             [(t.shape, t.dtype) for t in inputs],
             [t.data_ptr() for t in (*self.parameters(), *self.buffers())],
@@ -484,16 +449,16 @@ class ConditionalFlow(Model):
 
 
 class _Graph:
-    """One captured `_draw`, on tensors of its own."""
+    """One captured `_generate`, on tensors of its own."""
 
     def __init__(self, model: ConditionalFlow, key: Any, inputs: tuple[Tensor, ...]) -> None:
         self.key, self.inputs = key, [t.clone() for t in inputs]
         self.out = inputs[2].new_empty(len(inputs[1]), *model.config.event_shape)
 
         def draw() -> None:
-            self.out.copy_(model._draw(*self.inputs))
+            self.out.copy_(model._generate(*self.inputs))
 
-        self.replay = captured(draw)
+        self.replay = capture(draw)
 
     def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):

@@ -1,14 +1,15 @@
-"""Conditional GANs: pix2pix, from a picture to a picture; and one that draws latent vectors.
+"""Conditional GANs: pix2pix, from an image to an image; and one that draws latent vectors.
 
     discriminator:  (L(D(x, y), real) + L(D(x, G(x, z)), fake)) / 2  [+ R1 / 2 |dD / dy|^2]
+                    [+ W (|dD / du| - 1)^2 between y and G(x, z)]
     generator:      L(D(x, G(x, z)), generator)  [+ lambda |y - G(x, z)|_1]
 
-L is the mean of `cgkernels.patch_loss` over the patches of a picture, |.|_1 the mean over its
+L is the mean of `cgkernels.patch_loss` over the patches of an image, |.|_1 the mean over its
 values, x the condition. Neither the discriminator nor its gradient is averaged over rows.
 
 Source   Goodfellow et al., arXiv:1406.2661; Mirza, Osindero, arXiv:1411.1784; pix2pix: Isola et
-         al., arXiv:1611.07004; R1: Mescheder et al., arXiv:1801.04406; hinge: Lim, Ye,
-         arXiv:1705.02894.
+         al., arXiv:1611.07004; R1: Mescheder et al., arXiv:1801.04406; W: Gulrajani et
+         al., arXiv:1704.00028; hinge: Lim, Ye, arXiv:1705.02894.
 """
 
 from dataclasses import dataclass
@@ -19,28 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgkernels.checks import as_seed, check_shape
-from cgkernels.random import STREAM_LATENTS, normal
+from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, normal, uniform
 from cgm.families.gan_losses import (
     IMAGE_TO_IMAGE_TRAINING,
-    LOSSES,
     AdversarialModel,
     ImageToImageConfig,
     Loss,
     channels_last,
-    check_weights,
     discriminator_loss,
     image_generator,
-    once,
     row_loss,
 )
-from cgm.model import PictureConfig, numbered, solver_options
-from cgm.networks.layers import check_choice, check_positive
-from cgm.networks.patch_discriminator import (
-    PATCHES,
-    PatchDiscriminator,
-    PatchDiscriminatorConfig,
-)
+from cgm.model import Draws, ImageConfig, Step, check_not_negative, check_positive
+from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 
 
@@ -49,31 +41,31 @@ from cgm.networks.residual import ConditionPlanes, ResidualUNet
 class Pix2PixConfig(ImageToImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
-    # Dropout in the generator, its only noise: without it a condition has one picture. A U-Net has
+    # Dropout in the generator, its only noise: without it a condition has one image. A U-Net has
     # it from 6 levels on.
     dropout: bool = True
-    # Weight lambda of the distance to the true picture.
+    # Weight lambda of the distance to the true image.
     l1_weight: float = 100.0
     # Weight of the R1 penalty on the discriminator, which excludes batch norm; 0: none.
     r1_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "l1_weight", "r1_weight")
+        check_not_negative(self, "l1_weight", "r1_weight")
         if self.r1_weight and self.norm == "batch":
             raise ValueError("norm must not be batch with r1_weight: rows would depend on another")
 
 
 @dataclass(frozen=True)
 class Pix2PixSampling:
-    """How a picture is drawn."""
+    """How an image is drawn."""
 
     # Keep the dropout on: without it all draws of a condition are one.
     dropout: bool = True
 
 
 class Pix2Pix(AdversarialModel):
-    """Pictures from pictures; `loss` and `sample` of all families."""
+    """Images from images; `loss` and `sample` of all families."""
 
     family: ClassVar[str] = "pix2pix"
     phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
@@ -96,85 +88,52 @@ class Pix2Pix(AdversarialModel):
         )
         channels_last(self)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "discriminator",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-        shared: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """The objective of a phase, of each row.
 
-        y and cond are pictures (B, C, H, W) in [-1, 1]; the dropout depends on (seed, index).
-        Returns {"total", "real", "fake"} of the discriminator, with a penalty also "r1"; and
-        {"total", "adversarial", "l1"} of the generator.
+        The dropout is random. Returns {"total", "real", "fake"} of the discriminator, with a
+        penalty also "r1"; and {"total", "adversarial", "l1"} of the generator.
         """
-        self.check_phase(phase)
-        check_shape("y", y, (y.shape[0], *self.config.event_shape))
-        self.check_cond(cond, y.shape[0], 0)
-        assert cond is not None  # check_cond wants one
+        assert cond is not None  # it was checked
         cond, y = (t.contiguous(memory_format=torch.channels_last) for t in (cond, y))
         config = self.config
 
         def draw() -> Tensor:
-            return self.generator(cond, seed=seed if config.dropout else None, index=index)
+            seed = step.seed if config.dropout else None
+            return self.generator(cond, seed=seed, index=step.index)
 
-        fake = once("fake", draw, shared)
-        if phase == "generator":
+        fake = step.draw_once("fake", draw)
+        if step.phase == "generator":
             adversarial = row_loss(self.discriminator, cond, fake, config.loss, "generator")
             l1 = (fake - y).abs().flatten(1).mean(1)
             total = adversarial + config.l1_weight * l1
             return {"total": total, "adversarial": adversarial, "l1": l1}
-        return discriminator_loss(self.discriminator, cond, y, fake, config.loss, config.r1_weight)
+        return discriminator_loss(
+            self.discriminator, cond, y, fake, config.loss, r1_weight=config.r1_weight
+        )
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Pictures (B, C, H, W) in (-1, 1) of conditions (B, C', H, W); (n, B, C, H, W) of n draws.
+    def _draw(self, draws: Draws, options: Pix2PixSampling) -> Tensor:
+        """In (-1, 1).
 
-        index: (B,) int64 numbers of the conditions, default 0 .. B - 1. solver: fields of
-        `Pix2PixSampling`. Call it on a model in evaluation mode: batch norm in training mode looks
-        at the whole batch.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        Of a model in evaluation mode: batch norm in training mode looks at the whole batch.
         """
-        options = solver_options(Pix2PixSampling, solver)
-        device = next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_cond(cond, rows, 0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *self.config.event_shape), device=device)
-        noisy = options.dropout and self.config.dropout
-        cond = cond.contiguous(memory_format=torch.channels_last)
-        if noisy:
-            cond = cond.repeat(len(index) // rows, 1, 1, 1)
-            y = self.generator(cond, seed=as_seed(seed, device)[0], index=index)
-        else:  # all draws are one
-            y = self.generator(cond).repeat(len(index) // rows, 1, 1, 1)
-        return y.contiguous().view(*shape, *self.config.event_shape)
+        assert draws.cond is not None  # it was checked
+        cond = draws.cond.contiguous(memory_format=torch.channels_last)
+        if options.dropout and self.config.dropout:
+            return self.generator(draws.repeat(cond), seed=draws.seed, index=draws.index)
+        return draws.repeat(self.generator(cond))  # all draws are one
 
 
 # With latent vectors ------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class GANConfig(PictureConfig):
+class GANConfig(ImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
     # Numbers of the latent vector z.
     latents: int = 64
     # Channels of the last hidden layer of the generator.
     width: int = 32
-    # Resolutions of a generator from pictures, or of sides that are no multiples of 4.
+    # Resolutions of a generator from images, or of sides that are no multiples of 4.
     levels: int = 3
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 34
@@ -184,25 +143,28 @@ class GANConfig(PictureConfig):
     loss: Loss = "nonsaturating"
     # Weight of the R1 penalty on the discriminator; 0: none.
     r1_weight: float = 1.0
+    # Weight of the WGAN-GP penalty on the discriminator, 10 as published with loss wgan; 0: none.
+    penalty_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "latents", "width", "levels", "discriminator_width")
-        check_choice(self, "patch", tuple(PATCHES))
-        check_choice(self, "loss", LOSSES)
-        check_weights(self, "r1_weight")
+        check_not_negative(self, "r1_weight", "penalty_weight")
 
 
 @dataclass(frozen=True)
 class GANSampling:
-    """How a picture is drawn."""
+    """How an image is drawn."""
 
-    # Factor of the latent vector; less than 1 is nearer to the usual picture, and less varied.
+    # Factor of the latent vector; less than 1 is nearer to the usual image, and less varied.
     truncation: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "truncation")
 
 
 class LatentGenerator(nn.Module):
-    """A picture from a vector: a linear layer, then twice a doubling of the sides.
+    """An image from a vector: a linear layer, then twice a doubling of the sides.
 
     (B, D) -> (B, 4 width, H / 4, W / 4) -> (B, 2 width, H / 2, W / 2) -> (B, width, H, W) -> y
     """
@@ -227,7 +189,7 @@ class LatentGenerator(nn.Module):
 
 
 class TranslatingGenerator(nn.Module):
-    """A picture from planes of a condition and a vector, which modulates a U-Net."""
+    """An image from planes of a condition and a vector, which modulates a U-Net."""
 
     def __init__(self, config: GANConfig) -> None:
         super().__init__()
@@ -247,9 +209,9 @@ class TranslatingGenerator(nn.Module):
 
 
 class ConditionalGAN(AdversarialModel):
-    """Pictures from any condition, or from none; `loss` and `sample` of all families.
+    """Images from any condition, or from none; `loss` and `sample` of all families.
 
-    From pictures, and where the sides are no multiples of 4, a `TranslatingGenerator` makes them,
+    From images, and where the sides are no multiples of 4, a `TranslatingGenerator` makes them,
     else a `LatentGenerator`.
     """
 
@@ -281,68 +243,36 @@ class ConditionalGAN(AdversarialModel):
         )
         channels_last(self)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "discriminator",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-        shared: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """The objective of a phase, of each row.
 
-        y is (B, C, H, W) in [-1, 1]; the latent vectors depend on (seed, index) only. Returns
-        {"total", "real", "fake"} of the discriminator, with a penalty also "r1"; {"total"} of the
+        The latent vectors are random, and where the penalty is taken. Returns {"total", "real",
+        "fake"} of the discriminator, with penalties also "r1" and "penalty"; {"total"} of the
         generator.
         """
-        self.check_phase(phase)
-        config, rows = self.config, y.shape[0]
-        check_shape("y", y, (rows, *config.event_shape))
-        self.check_cond(cond, rows, config.num_classes - 1)
+        config = self.config
         y = y.contiguous(memory_format=torch.channels_last)
-        index = torch.arange(rows, device=y.device) if index is None else index
         planes = self._planes(cond)
-        fake = once("fake", lambda: self._draw(cond, seed, index, 1.0), shared)
-        if phase == "generator":
+        fake = step.draw_once("fake", lambda: self._generate(cond, step.seed, step.index, 1.0))
+        if step.phase == "generator":
             return {"total": row_loss(self.discriminator, planes, fake, config.loss, "generator")}
+        share = None
+        if config.penalty_weight:
+            share = uniform(
+                (len(y),), seed=step.seed, index=step.index, stream=STREAM_TRAINING,
+                dtype=y.dtype,
+            )  # fmt: skip
         return discriminator_loss(
-            self.discriminator, planes, y, fake, config.loss, config.r1_weight
-        )
+            self.discriminator, planes, y, fake, config.loss, r1_weight=config.r1_weight,
+            penalty_weight=config.penalty_weight, share=share,
+        )  # fmt: skip
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Pictures in (-1, 1): (B, C, H, W) of cond; (n, B, C, H, W); (n, C, H, W) of none.
+    def _draw(self, draws: Draws, options: GANSampling) -> Tensor:
+        """In (-1, 1)."""
+        cond = None if draws.cond is None else draws.repeat(draws.cond)
+        return self._generate(cond, draws.seed, draws.index, options.truncation)
 
-        index: (B,) int64 numbers of the conditions, default 0 .. B - 1; without cond of the draws.
-        solver: fields of `GANSampling`.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
-        """
-        options = solver_options(GANSampling, solver)
-        if not 0 <= options.truncation < float("inf"):
-            raise ValueError(f"truncation must not be negative, got {options.truncation}")
-        config, device = self.config, next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=device)
-        if cond is not None:
-            cond = cond.repeat(len(index) // rows, *[1] * (cond.dim() - 1))
-        y = self._draw(cond, as_seed(seed, device)[0], index, options.truncation)
-        return y.contiguous().view(*shape, *config.event_shape)
-
-    def _draw(
+    def _generate(
         self, cond: Tensor | None, seed: int | Tensor, index: Tensor, truncation: float
     ) -> Tensor:
         config = self.config
@@ -357,7 +287,7 @@ class ConditionalGAN(AdversarialModel):
         return self.generator(z)
 
     def _planes(self, cond: Tensor | None) -> Tensor | None:
-        """A picture itself; a class as pictures, one of ones and the others of zeros."""
+        """An image itself; a class as images, one of ones and the others of zeros."""
         if cond is None or self.config.cond_kind == "image":
             return cond
         hot = F.one_hot(cond, self.config.num_classes).float()

@@ -5,7 +5,8 @@
 LeastSquares         the middle of each value alone, by squared or absolute error
 GaussianRegression   N(mu, sigma^2) for each value
 MixtureDensity       sum_k w_k N(mu_k, sigma_k^2) for each value
-QuantizedClassifier  softmax over the bins of each value, or over the colours of each pixel
+
+`cgm.families.quantized_classifier` is the fourth: classes of each value or pixel.
 
 Given the condition the values are independent: of several right answers a sample takes one here and
 another there, and the mean lies between all of them. Without a condition no network is needed: the
@@ -13,27 +14,23 @@ parameters are learned themselves, and `fit` finds the best ones in one pass ove
 
 Source   variance as a second output: Nix, Weigend, "Estimating the mean and variance of the target
          probability distribution", 1994; mixtures: Bishop, "Mixture density networks", 1994, their
-         temperature: Ha, Eck, arXiv:1704.03477; colours as classes, annealed mean: Zhang et al.,
-         arXiv:1603.08511.
+         temperature: Ha, Eck, arXiv:1704.03477.
 """
 
 import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_seed
 from cgkernels.random import STREAM_INITIAL, uniform
 from cgm.data import Dataset
-from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
-from cgm.model import Model, numbered, solver_options
-from cgm.networks.layers import check_choice, check_positive
+from cgm.model import Density, Draws, Model, Step, check_not_negative, check_positive
 from cgm.networks.residual import ConditionPlanes, ResidualConfig, ResidualUNet
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -51,29 +48,27 @@ class RegressionSampling:
     # mixture its weights and each of its parts; 0 takes the likeliest (of a mixture, part) alone.
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_not_negative(self, "temperature")
+
 
 # What all have ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Noise:
-    """The noise of a call of `sample`: (draws, rows, *event), as parameters (rows, *event) need."""
+def _normal(draws: Draws, like: Tensor) -> Tensor:
+    """Noise (draws, B, *event) for parameters (B, *event)."""
+    z = cgkernels.philox_normal(
+        (len(draws.index), *like.shape[1:]), seed=draws.seed, index=draws.index, step=_STEP_VALUE,
+        stream=STREAM_INITIAL, dtype=like.dtype,
+    )  # fmt: skip
+    return z.unflatten(0, (-1, draws.rows))
 
-    seed: Tensor
-    index: Tensor  # (draws rows,)
-    rows: int
 
-    def normal(self, like: Tensor) -> Tensor:
-        z = cgkernels.philox_normal(
-            (len(self.index), *like.shape[1:]), seed=self.seed, index=self.index, step=_STEP_VALUE,
-            stream=STREAM_INITIAL, dtype=like.dtype,
-        )  # fmt: skip
-        return z.unflatten(0, (-1, self.rows))
-
-    def uniform(self, shape: torch.Size, dtype: torch.dtype, step: int) -> Tensor:
-        u = uniform(
-            (len(self.index), *shape), seed=self.seed, index=self.index, step=step,
-            stream=STREAM_INITIAL, dtype=dtype,
-        )  # fmt: skip
-        return u.unflatten(0, (-1, self.rows))
+def _uniform(draws: Draws, shape: torch.Size, dtype: torch.dtype, step: int) -> Tensor:
+    """Noise (draws, B, *shape)."""
+    u = uniform(
+        (len(draws.index), *shape), seed=draws.seed, index=draws.index, step=step,
+        stream=STREAM_INITIAL, dtype=dtype,
+    )  # fmt: skip
+    return u.unflatten(0, (-1, draws.rows))
 
 
 class Regression(Model):
@@ -83,7 +78,7 @@ class Regression(Model):
     """
 
     sampling_config: ClassVar[type[RegressionSampling]] = RegressionSampling
-    is_density: ClassVar[bool] = True  # log_prob is of real numbers, not of bins or colours
+    is_density: ClassVar[bool] = True  # log_prob is of real numbers, not of bins or colors
 
     def __init__(self, config: ResidualConfig, start: Tensor) -> None:
         """start: (parameters, outputs), what every pixel has before it is trained."""
@@ -116,7 +111,7 @@ class Regression(Model):
         """The point prediction (B, C, H, W)."""
         raise NotImplementedError
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         """Samples (draws, B, C, H, W)."""
         raise NotImplementedError
 
@@ -127,40 +122,39 @@ class Regression(Model):
         }
 
     # Protocol -------------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    @property
+    def density(self) -> Density | None:
+        return "exact"
+
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """-log p(y | cond) divided by C H W, in nats; nothing in it is random.
 
-        y is (B, C, H, W). Returns {"total": (B,), "squared": (B,) mean squared error of the mean};
-        of `LeastSquares` and `QuantizedClassifier` what they say.
+        Returns {"total", "squared": mean squared error of the mean}; of `LeastSquares` and
+        `QuantizedClassifier` what they say.
         """
-        self.check_phase(phase)
-        self.check_y(y)
         return self._losses(self._distribution(cond, len(y)), y)
 
     @torch.no_grad()
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """Exact log p(y | cond) in nats, (B,): a density with respect to y in [-1, 1].
 
-        Of `QuantizedClassifier` it is the mass of the bins or colours that y falls into.
+        Of `QuantizedClassifier` it is the mass of the bins or colors that y falls into.
         """
-        self.check_y(y)
+        self.check_inputs(y, cond)
         return self._log_probs(self._distribution(cond, len(y)), y).flatten(1).sum(1)
 
     def bits_per_dimension(
-        self, y: Tensor, *, cond: Tensor | None = None, index: Tensor | None = None
+        self,
+        y: Tensor,
+        *,
+        cond: Tensor | None = None,
+        seed: int | Tensor = 0,
+        index: Tensor | None = None,
     ) -> Tensor:
-        """(B,): -log2 P(y | cond) of a picture of 256 values, divided by the number of its values.
+        """(B,): -log2 P(y | cond) of an image of 256 values, divided by the number of its values.
 
         P is the density times the distance of two values, 2 / 255: densities of this family are
-        wider than that. index: not used, nothing is random.
+        wider than that. Nothing is random.
         """
         nats = self.log_prob(y, cond=cond)
         if self.is_density:
@@ -174,54 +168,21 @@ class Regression(Model):
         It has the least squared error, and of several right answers lies between all of them. Of
         `LeastSquares` with error l1 it is the median instead.
         """
+        self.check_cond(cond)
         return self._mean(self._distribution(cond))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Samples of p(y | cond), every value by itself; the network runs once for each condition.
+    def _draw(self, draws: Draws, options: RegressionSampling) -> Tensor:
+        """Every value by itself; densities reach beyond [-1, 1], and so do their samples.
 
-        Args:
-            n: draws for each condition; None: one, without the leading dimension.
-            cond: (B,) class ids or (B, C, H, W) pictures; None for a model without condition.
-            seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            solver: fields of `RegressionSampling`.
-
-        Returns:
-            (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). Densities reach beyond
-            [-1, 1], and so do their samples.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
+        The network runs once for each condition.
         """
-        options = solver_options(RegressionSampling, solver)
-        if not 0 <= options.temperature < math.inf:
-            raise ValueError(f"temperature must not be negative, got {options.temperature}")
-        config, device = self.config, next(self.parameters()).device
-        rows, shape, index = numbered(n, cond, index, device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=device)
-        rows = 1 if cond is None else rows
-        parameters = self._distribution(None if cond is None else cond.to(device))
-        noise = _Noise(as_seed(seed, device)[0], index, rows)
-        y = self._draw(parameters, noise, options.temperature)
-        return y.reshape(*shape, *config.event_shape)
+        parameters = self._distribution(draws.cond)
+        return self._draw_values(parameters, draws, options.temperature).flatten(0, 1)
 
     def _distribution(self, cond: Tensor | None, rows: int | None = None) -> Tensor:
         """The parameters, (rows, *parameter_shape) in float32 at least; rows: without cond 1."""
         if rows is None:
             rows = 1 if cond is None else len(cond)
-        self.check_cond(cond, rows, self.config.num_classes - 1)
         if cond is None:
             return self.table.expand(rows, -1, -1, -1, -1)
         out = self.unet(self.planes(cond, rows)).view(rows, *self.parameter_shape)
@@ -232,10 +193,12 @@ class Regression(Model):
         """The y of the data, some rows at a time."""
         seen = 0
         for y in batches(data):
+            if isinstance(y, Tensor) and y.is_floating_point():
+                y = y.to(self.table)
             self.check_y(y)
             if len(y):
                 seen += len(y)
-                yield y.to(self.table.device)
+                yield y
         if not seen:
             raise ValueError("data must have a row")
 
@@ -261,22 +224,21 @@ def _normal_log_density(y: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     return -0.5 * ((y - mean) / sigma).square() - sigma.log() - _HALF_LOG_2PI
 
 
-def _annealed(logits: Tensor, dim: int, temperature: float) -> Tensor:
-    """Probabilities along dim to the power 1 / temperature, normalised; however near 0 that is."""
+def anneal(logits: Tensor, dim: int, temperature: float) -> Tensor:
+    """Probabilities along dim to the power 1 / temperature, normalized; however near 0 that is."""
     return ((logits - logits.amax(dim, keepdim=True)) / temperature).softmax(dim)
 
 
-def _choose(logits: Tensor, noise: _Noise, temperature: float) -> Tensor:
+def choose(logits: Tensor, draws: Draws, temperature: float) -> Tensor:
     """A class of each of logits (B, K, *event), (B, *event, draws), by the inverse of the CDF.
 
     One uniform each, so that probabilities are right within a few 2^-24.
     """
     logits = logits.movedim(1, -1)
-    draws = len(noise.index) // noise.rows
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True).expand(*logits.shape[:-1], draws)
-    cdf = _annealed(logits, -1, temperature).cumsum(-1)
-    u = noise.uniform(logits.shape[1:-1], logits.dtype, _STEP_CHOICE).movedim(0, -1)
+        return logits.argmax(-1, keepdim=True).expand(*logits.shape[:-1], draws.draws)
+    cdf = anneal(logits, -1, temperature).cumsum(-1)
+    u = _uniform(draws, logits.shape[1:-1], logits.dtype, _STEP_CHOICE).movedim(0, -1)
     # The last entry need not be 1, and u < 1 stays below it.
     return torch.searchsorted(cdf, (u * cdf[..., -1:]).contiguous(), right=True)
 
@@ -294,9 +256,7 @@ class LeastSquaresConfig(ResidualConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "error", ("l2", "l1"))
-        if not 0 <= self.sigma < math.inf:
-            raise ValueError(f"sigma must not be negative, got {self.sigma}")
+        check_not_negative(self, "sigma")
 
 
 class LeastSquares(Regression):
@@ -317,6 +277,10 @@ class LeastSquares(Regression):
     def _mean(self, parameters: Tensor) -> Tensor:
         return parameters[:, 0]
 
+    @property
+    def density(self) -> Density | None:
+        return "exact" if self.config.sigma else None
+
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """As of all, of a model with a sigma; NotImplementedError without one."""
         if self.config.sigma == 0:
@@ -332,19 +296,19 @@ class LeastSquares(Regression):
         width = sigma / math.sqrt(2)
         return -(y - mean).abs() / width - math.log(2 * width)
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         mean, sigma = self._mean(parameters), self.config.sigma
         if sigma == 0:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
                     "LeastSquares predicts one y for a condition: all samples of it are equal",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
-            return mean.expand(len(noise.index) // noise.rows, *mean.shape)
+            return mean.expand(draws.draws, *mean.shape)
         if self.config.error == "l2":
-            return mean + sigma * math.sqrt(temperature) * noise.normal(mean)
-        u = noise.uniform(mean.shape[1:], mean.dtype, _STEP_VALUE)
+            return mean + sigma * math.sqrt(temperature) * _normal(draws, mean)
+        u = _uniform(draws, mean.shape[1:], mean.dtype, _STEP_VALUE)
         laplace = torch.where(u < 0.5, (2 * u).log(), -(2 * (1 - u)).log())
         return mean + sigma / math.sqrt(2) * temperature * laplace
 
@@ -359,8 +323,7 @@ class GaussianConfig(ResidualConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.min_sigma < math.inf:
-            raise ValueError(f"min_sigma must be positive, got {self.min_sigma}")
+        check_positive(self, "min_sigma")
 
 
 class GaussianRegression(Regression):
@@ -377,6 +340,7 @@ class GaussianRegression(Regression):
     @torch.no_grad()
     def variance(self, *, cond: Tensor | None = None) -> Tensor:
         """Of each value, (B, C, H, W); (1, C, H, W) of no condition."""
+        self.check_cond(cond)
         parameters = self._distribution(cond)
         return self._sigma(parameters).square()
 
@@ -408,9 +372,9 @@ class GaussianRegression(Regression):
     def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
         return _normal_log_density(y, self._mean(parameters), self._sigma(parameters))
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         mean, sigma = self._mean(parameters), self._sigma(parameters)
-        return mean + math.sqrt(temperature) * sigma * noise.normal(mean)
+        return mean + math.sqrt(temperature) * sigma * _normal(draws, mean)
 
 
 # Mixture ------------------------------------------------------------------------------------------
@@ -455,127 +419,8 @@ class MixtureDensity(Regression):
         logits, mean, sigma = self._parts(parameters)
         return (logits.log_softmax(1) + _normal_log_density(y[:, None], mean, sigma)).logsumexp(1)
 
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
+    def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         logits, *parts = self._parts(parameters)
-        chosen = _choose(logits, noise, temperature)
+        chosen = choose(logits, draws, temperature)
         mean, sigma = (t.movedim(1, -1).gather(-1, chosen).movedim(-1, 0) for t in parts)
-        return mean + math.sqrt(temperature) * sigma * noise.normal(mean[0])
-
-
-# Classes ------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class ClassifierConfig(ResidualConfig):
-    """What is generated from what, the network, and the classes."""
-
-    # Values that a channel of a pixel can have, each channel by itself.
-    bins: int = 16
-    # Colours of two channels that a pixel can have, in place of bins: both channels as one choice.
-    palette: Palette = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.bins <= 256:
-            raise ValueError(f"bins must be from 2 to 256, got {self.bins}")
-        check_palette(self.palette, self.event_shape)
-
-
-class QuantizedClassifier(Regression):
-    """A choice of bins for each value, or of a colour for each pixel; `loss`, `log_prob`, `sample`.
-
-    Its parameters are the logits of the classes.
-    """
-
-    family: ClassVar[str] = "quantized_classifier"
-    is_density: ClassVar[bool] = False
-
-    values: Tensor  # (classes, channels of an output): what the classes stand for
-
-    def __init__(self, config: ClassifierConfig) -> None:
-        if config.palette:
-            values = torch.tensor(config.palette)
-        else:
-            values = from_bins(torch.arange(config.bins), config.bins)[:, None]
-        super().__init__(config, torch.zeros(len(values), config.event_shape[0] // values.shape[1]))
-        self.register_buffer("values", values, persistent=False)
-
-    def _losses(self, parameters: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """{"total": nats per dimension, "bits": bits per dimension}."""
-        total = -self._log_probs(parameters, y).flatten(1).sum(1) / self.dimensions
-        return {"total": total, "bits": total / math.log(2)}
-
-    @torch.no_grad()
-    def predict(self, *, cond: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """The annealed mean of the classes, (B, C, H, W); of no condition (1, C, H, W).
-
-            sum_k v_k e^(l_k / T) / sum_k e^(l_k / T)
-
-        Temperature T = 1 gives the mean of p(y | cond), 0 its mode, value by value or pixel by
-        pixel, and 0.38 is what Zhang et al. chose between them (equation 5).
-        """
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        parameters = self._distribution(cond)
-        if temperature == 0:
-            return self._values(parameters.argmax(1))
-        return self._expected(_annealed(parameters, 1, temperature))
-
-    @torch.no_grad()
-    def fit(self, data: Dataset | Tensor | Iterable[Tensor], *, smoothing: float = 0.0) -> None:
-        """Maximum likelihood without a condition: the share of each class, for each output.
-
-        data: a data set; y (N, C, H, W); or batches of y, of which one at a time is held.
-        smoothing: how often each class counts as seen beside; with 0 one that was never seen has
-        probability 0.
-        """
-        self._check_fit()
-        if not 0 <= smoothing < math.inf:
-            raise ValueError(f"smoothing must not be negative, got {smoothing}")
-        counts = torch.zeros(self.parameter_shape, dtype=torch.int64, device=self.table.device)
-        for y in self._to_fit(data):
-            classes = self._classes(y)
-            counts.scatter_add_(0, classes, torch.ones_like(classes))
-        self.table.copy_((counts.double() + smoothing).log().log_softmax(0))
-
-    def _classes(self, y: Tensor) -> Tensor:
-        """The classes (B, outputs, H, W) of y (B, C, H, W)."""
-        if self.config.palette:
-            return to_palette(y, self.values)[:, None]
-        return to_bins(y, self.config.bins)
-
-    def _values(self, classes: Tensor) -> Tensor:
-        """What classes (..., outputs, H, W) stand for, (..., C, H, W)."""
-        return self.values[classes].movedim(-1, -3).flatten(-4, -3)
-
-    def _mean(self, parameters: Tensor) -> Tensor:
-        return self._expected(parameters.softmax(1))
-
-    def _expected(self, shares: Tensor) -> Tensor:
-        """The mean (B, C, H, W) by probabilities of the classes (B, K, outputs, H, W)."""
-        return torch.einsum("bkohw,kc->bochw", shares, self.values).flatten(1, 2)
-
-    def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
-        return -F.cross_entropy(parameters, self._classes(y), reduction="none")
-
-    def _draw(self, parameters: Tensor, noise: _Noise, temperature: float) -> Tensor:
-        return self._values(_choose(parameters, noise, temperature).movedim(-1, 0))
-
-
-def palette_of(data: Dataset | Tensor | Iterable[Tensor], spacing: float) -> Palette:
-    """The colours of a grid that are nearest to some pixel of the data: a palette to describe them.
-
-    The grid has a point at 0 and in each channel one every `spacing`. data: as of `fit`, y
-    (N, 2, H, W).
-    """
-    if not 0 < spacing < math.inf:
-        raise ValueError(f"spacing must be positive, got {spacing}")
-    cells: set[int] = set()
-    for y in batches(data):
-        if y.dim() != 4 or y.shape[1] != 2:
-            raise ValueError(f"data must be (N, 2, H, W), got {tuple(y.shape)}")
-        points = (y.double() / spacing).round()
-        if not (points.abs() < 2**31).all():
-            raise ValueError(f"data must be finite and spacing not too small, got {spacing}")
-        a, b = points.long().unbind(1)
-        cells.update((a * 2**32 + b).unique().tolist())  # of pairs it takes twenty times as long
-    pairs = ((cell + 2**31 >> 32, (cell + 2**31) % 2**32 - 2**31) for cell in sorted(cells))
-    return tuple((a * spacing, b * spacing) for a, b in pairs)
+        return mean + math.sqrt(temperature) * sigma * _normal(draws, mean[0])

@@ -5,11 +5,11 @@
     elbo     = log 1 / K sum_k p(y | z_k, x) p(z_k | x) / q(z_k | x, y) <= log p(y | x),  K draws
 
 The prior p(z | x) is the standard normal one, or one that a network makes of x. The decoder is a
-U-Net from the condition to the picture, which z modulates.
+U-Net from the condition to the image, which z modulates.
 
 Source   Kingma, Welling, arXiv:1312.6114; conditions and learned priors: Sohn et al., "Learning
          structured output representation using deep conditional generative models", NIPS 2015;
-         beta: Higgins et al., "beta-VAE", ICLR 2017; free bits and the discretised logistic:
+         beta: Higgins et al., "beta-VAE", ICLR 2017; free bits and the discretized logistic:
          Kingma et al., arXiv:1606.04934; the bound of K draws: Burda et al., arXiv:1509.00519; one
          learned standard deviation: Rybkin et al., arXiv:2006.13202.
 """
@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import as_seed, check_shape
+from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_LATENTS, STREAM_SAMPLER, uniform
-from cgm.model import Model, numbered, solver_options
-from cgm.networks.layers import check_choice, check_positive
+from cgm.model import Density, Draws, Model, Step, check_not_negative, check_positive
 from cgm.networks.residual import (
     ConditionPlanes,
     ResidualConfig,
@@ -46,7 +45,7 @@ class LatentConfig(ResidualConfig):
 
     # Numbers of the latent vector z.
     latents: int = 16
-    # Make z of means over all places of the picture: where something is does not get into it.
+    # Make z of means over all places of the image: where something is does not get into it.
     pooled: bool = False
 
     def __post_init__(self) -> None:
@@ -76,30 +75,28 @@ class VAEConfig(LatentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "prior", ("standard", "learned"))
-        check_choice(self, "likelihood", tuple(_LIKELIHOODS))
         if self.prior == "learned" and self.cond_kind == "none":
             raise ValueError("prior must be standard without a condition, got learned")
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"scale must be positive, got {self.scale}")
+        check_positive(self, "scale")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("learn_scale must be False for bernoulli, which has no scale")
         if self.values < 2:
             raise ValueError(f"values must be at least 2, got {self.values}")
-        for name in ("beta", "free_bits"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_not_negative(self, "beta", "free_bits")
 
 
 @dataclass(frozen=True)
 class VAESampling:
-    """How a picture is drawn."""
+    """How an image is drawn."""
 
     # Factor of the spread of z around the middle of its prior; less than 1 is less varied.
     truncation: float = 1.0
     # Draw from p(y | z) instead of taking its mean: the samples of the model itself, but of a
-    # picture they are noisy.
+    # image they are noisy.
     noise: bool = False
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "truncation")
 
 
 # Likelihoods --------------------------------------------------------------------------------------
@@ -239,20 +236,17 @@ class LatentModel(Model):
             levels=config.levels, pooled=config.pooled,
         )  # fmt: skip
 
-    def _planes(self, cond: Tensor | None, rows: int) -> Tensor:
-        self.check_cond(cond, rows, self.config.num_classes - 1)
-        return self.planes(cond, rows)
-
-    def _encoded(self, y: Tensor, planes: Tensor) -> Tensor:
+    def _encode_image(self, y: Tensor, planes: Tensor) -> Tensor:
         return self.encoder(torch.cat([y, planes], 1))
 
-    def _check_latents(self, z: Tensor) -> None:
+    def _check_latents(self, z: Tensor, cond: Tensor | None) -> None:
         check_shape("z", z, (len(z), self.config.latents))
+        self.check_cond(cond, len(z))
 
 
 # Variational --------------------------------------------------------------------------------------
 class ConditionalVAE(LatentModel):
-    """Pictures of any condition, or of none; `loss`, `elbo` and `sample` of all families."""
+    """Images of any condition, or of none; `loss`, `elbo` and `sample` of all families."""
 
     family: ClassVar[str] = "vae"
     sampling_config: ClassVar[type[VAESampling]] = VAESampling
@@ -266,31 +260,26 @@ class ConditionalVAE(LatentModel):
         self.likelihood: Likelihood = _LIKELIHOODS[config.likelihood](config)
 
     # Loss -----------------------------------------------------------------------------------------
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    @property
+    def density(self) -> Density:
+        return "bound"
+
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """(reconstruction + beta kl) / (C H W) of each example, by one draw of z.
 
-        y is (B, C, H, W) in [-1, 1]; the draw depends on (seed, index) only. Returns {"total",
-        "reconstruction": -log p(y | z, x), "kl": with free bits in the place of less}, all (B,),
-        the two parts in nats of the whole picture.
+        The draw is random. Returns {"total", "reconstruction": -log p(y | z, x), "kl": with free
+        bits in the place of less}, the two parts in nats of the whole image.
         """
-        self.check_phase(phase)
-        self.check_y(y)
-        config, planes = self.config, self._planes(cond, len(y))
-        mean, log_variance = self._encoded(y, planes).chunk(2, 1)
+        config, planes = self.config, self.planes(cond, len(y))
+        mean, log_variance = self._encode_image(y, planes).chunk(2, 1)
         prior_mean, prior_log_variance = self._prior(planes)
         z, kl = cgkernels.sample_and_kl(
             mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
-            seed=seed, index=index, free_bits=config.free_bits,
+            seed=step.seed, index=step.index, free_bits=config.free_bits,
         )  # fmt: skip
-        reconstruction = -self.likelihood.log_prob(_wide(self.decoder(planes, z)), _wide(y))
+        reconstruction = -self.likelihood.log_prob(
+            _at_least_float32(self.decoder(planes, z)), _at_least_float32(y)
+        )
         total = (reconstruction + config.beta * kl) / math.prod(config.event_shape)
         return {"total": total, "reconstruction": reconstruction, "kl": kl}
 
@@ -312,9 +301,9 @@ class ConditionalVAE(LatentModel):
         """
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws must be an int of at least 1, got {draws!r}")
-        self.check_y(y)
-        planes = self._planes(cond, len(y))
-        mean, log_variance = self._encoded(y, planes).chunk(2, 1)
+        self.check_inputs(y, cond)
+        planes = self.planes(cond, len(y))
+        mean, log_variance = self._encode_image(y, planes).chunk(2, 1)
         prior_mean, prior_log_variance = self._prior(planes)
         logs = []
         for draw in range(draws):
@@ -322,7 +311,9 @@ class ConditionalVAE(LatentModel):
                 mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
                 seed=seed, index=index, step=draw,
             )  # fmt: skip
-            log_weight = self.likelihood.log_prob(_wide(self.decoder(planes, z)), _wide(y))
+            log_weight = self.likelihood.log_prob(
+                _at_least_float32(self.decoder(planes, z)), _at_least_float32(y)
+            )
             if draws == 1:
                 return log_weight - kl
             prior = _log_normal(z, prior_mean, prior_log_variance)
@@ -339,15 +330,15 @@ class ConditionalVAE(LatentModel):
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | x, y), both (B, latents)."""
-        self.check_y(y)
-        mean, log_variance = self._encoded(y, self._planes(cond, len(y))).chunk(2, 1)
+        self.check_inputs(y, cond)
+        mean, log_variance = self._encode_image(y, self.planes(cond, len(y))).chunk(2, 1)
         return mean, log_variance
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """The mean of p(y | z, x), (B, C, H, W), of z (B, latents)."""
-        self._check_latents(z)
-        return self.likelihood.mean(self.decoder(self._planes(cond, len(z)), z))
+        self._check_latents(z, cond)
+        return self.likelihood.mean(self.decoder(self.planes(cond, len(z)), z))
 
     def _prior(self, planes: Tensor) -> Prior:
         if self.prior is None:
@@ -356,59 +347,34 @@ class ConditionalVAE(LatentModel):
         return mean, log_variance
 
     # Sampling -------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int | None = None,
-        *,
-        cond: Tensor | None = None,
-        seed: int | Tensor = 0,
-        index: Tensor | None = None,
-        **solver: Any,
-    ) -> Tensor:
-        """Pictures (B, C, H, W) of conditions; (n, B, C, H, W) of n draws; without cond (n, ...).
-
-        The prior's network runs once for each condition. index: (B,) int64 numbers of the
-        conditions, default 0 .. B - 1; without cond of the draws. solver: fields of `VAESampling`.
-
-        Raises:
-            ValueError, TypeError: an argument that does not fit, by name.
-        """
-        options = solver_options(VAESampling, solver)
-        if not 0 <= options.truncation < math.inf:
-            raise ValueError(f"truncation must not be negative, got {options.truncation}")
-        config, parameter = self.config, next(self.parameters())
-        rows, shape, index = numbered(n, cond, index, parameter.device)
-        self.check_sampling(cond, rows, config.num_classes - 1, 1.0)
-        if index.numel() == 0:
-            return torch.empty((*shape, *config.event_shape), device=parameter.device)
-        seed, draws = as_seed(seed, parameter.device)[0], len(index) // rows
+    def _draw(self, draws: Draws, options: VAESampling) -> Tensor:
+        """The prior's network runs once for each condition."""
         z = options.truncation * cgkernels.philox_normal(
-            (len(index), config.latents), seed=seed, index=index, stream=STREAM_LATENTS,
-            dtype=parameter.dtype,
+            (len(draws.index), self.config.latents), seed=draws.seed, index=draws.index,
+            stream=STREAM_LATENTS, dtype=self.dtype,
         )  # fmt: skip
-        planes = self.planes(cond, rows)
+        planes = self.planes(draws.cond, draws.rows)
         mean, log_variance = self._prior(planes)
         if mean is not None:
             assert log_variance is not None
-            z = mean.repeat(draws, 1) + (0.5 * log_variance).exp().repeat(draws, 1) * z
-        out = self.decoder(planes.repeat(draws, 1, 1, 1), z)
-        likelihood = self.likelihood
-        y = likelihood.draw(out, seed, index) if options.noise else likelihood.mean(out)
-        return y.contiguous().view(*shape, *config.event_shape)
+            z = draws.repeat(mean) + draws.repeat((0.5 * log_variance).exp()) * z
+        out, likelihood = self.decoder(draws.repeat(planes), z), self.likelihood
+        return (
+            likelihood.draw(out, draws.seed, draws.index) if options.noise else likelihood.mean(out)
+        )
 
 
-def _wide(t: Tensor) -> Tensor:
+def _at_least_float32(t: Tensor) -> Tensor:
     """At least float32: under autocast networks give less, and a likelihood is a large sum."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _log_normal(z: Tensor, mean: Tensor | None, log_variance: Tensor | None) -> Tensor:
     """log N(z; mean, exp(log_variance)), (B,); None: standard normal."""
-    z = _wide(z)
+    z = _at_least_float32(z)
     if mean is None or log_variance is None:
         return -0.5 * (z.square() + _LOG_2PI).sum(1)
-    log_variance = _wide(log_variance)
+    log_variance = _at_least_float32(log_variance)
     error = (z - mean).square() * (-log_variance).exp()
     return -0.5 * (error + log_variance + _LOG_2PI).sum(1)
 
@@ -427,33 +393,23 @@ class Autoencoder(LatentModel):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config, config.latents)
 
-    def loss(
-        self,
-        y: Tensor,
-        *,
-        cond: Tensor | None = None,
-        phase: str = "model",
-        seed: int | Tensor,
-        index: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """{"total"}: the mean squared error of each y (B, C, H, W); nothing in it is random."""
-        self.check_phase(phase)
-        self.check_y(y)
-        planes = self._planes(cond, len(y))
-        error = _wide(self.decoder(planes, self._encoded(y, planes))) - y
+        planes = self.planes(cond, len(y))
+        error = _at_least_float32(self.decoder(planes, self._encode_image(y, planes))) - y
         return {"total": error.square().flatten(1).mean(1)}
 
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """z (B, latents) of y (B, C, H, W)."""
-        self.check_y(y)
-        return self._encoded(y, self._planes(cond, len(y)))
+        self.check_inputs(y, cond)
+        return self._encode_image(y, self.planes(cond, len(y)))
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """y (B, C, H, W) of z (B, latents)."""
-        self._check_latents(z)
-        return self.decoder(self._planes(cond, len(z)), z)
+        self._check_latents(z, cond)
+        return self.decoder(self.planes(cond, len(z)), z)
 
     def reconstruct(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """What is left of y (B, C, H, W) after it was z."""

@@ -8,7 +8,6 @@ A folder that holds a comparison of the same budget is not trained again, but dr
 """
 
 import csv
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -17,10 +16,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,267 +28,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cgm.checkpoints import load_model, read_tensors, replacing, write_tensors
-from cgm.data import PINK, TEAL, Batch, Dataset, epoch_order, load_task, synthetic
-from cgm.evaluation import ground_truth as truth
-from cgm.evaluation.features import ClassifierFeatures
-from cgm.evaluation.likelihood import class_accuracy
-from cgm.evaluation.metrics import Moments, best_of_n, frechet_distance
-from cgm.evaluation.out_of_distribution import anomaly_scores, has_density
-from cgm.model import config_class, family_class, make_model
+from cgm.checkpoints import load_model, read_tensors, replacing, sampling_preset, write_tensors
+from cgm.data import Batch, Dataset, load_task
+from cgm.evaluation.ground_truth import Scores
+from cgm.model import Model, family_class, make_model
+from cgm.studies.contests import CONTESTS, Contest, Entry, entry_config
 from cgm.training import TrainingConfig, train
-from cgm.viz.plots import POINT, as_pictures, picture_grid, point_map
+from cgm.viz.plots import POINT, as_images, image_grid, point_map
 
 _TIMED, _WARM = 6, 2  # steps that are timed, and those before
 _SEED = 0
-_SHOWN, _SHOWN_DRAWS = 6, 3  # conditions in the picture, and draws of each
+_SHOWN, _SHOWN_DRAWS = 6, 3  # conditions in the image, and draws of each
 RESULT_FILE, SAMPLES_FILE = "result.json", "samples.safetensors"
-
-
-# Who takes part ----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Entry:
-    """A family, and how it is made, trained and drawn from where its defaults do not fit a task."""
-
-    family: str
-    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    solver: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Contest:
-    """What a task asks of a family: so many draws for each of so many held-out conditions."""
-
-    rows: int
-    draws: int
-    score: Callable[[Tensor, Batch], truth.Scores]  # of samples (draws, rows, *event)
-    entries: tuple[Entry, ...]
-    # Of the model itself, where it has what this needs.
-    judge: Callable[[Any, Batch], truth.Scores] | None = None
-
-
-def _colours(samples: Tensor, held_out: Batch) -> truth.Scores:
-    assert held_out["cond"] is not None
-    return truth.colour_scores(samples, held_out["cond"])
-
-
-def _gaussians(samples: Tensor, held_out: Batch) -> truth.Scores:
-    return truth.gaussian_scores(samples.flatten(0, 1), held_out["y"])
-
-
-def _moons(samples: Tensor, held_out: Batch) -> truth.Scores:
-    cond = held_out["cond"]
-    assert cond is not None
-    return truth.moon_scores(samples.flatten(0, 1), cond.repeat(len(samples)), held_out["y"], cond)
-
-
-def _balls(samples: Tensor, held_out: Batch) -> truth.Scores:
-    """Of the balls that meet no wall."""
-    balls = synthetic.balls("test")
-    free = (~balls.bounced[: samples.shape[1]]).nonzero()[:, 0]
-    return truth.ball_scores(samples[:, free], balls.before[free], balls.position[free])
-
-
-def _clothes(samples: Tensor, held_out: Batch) -> truth.Scores:
-    """Share in the asked class; Frechet distance to the held-out pictures, not comparable to FID.
-
-    The distance depends on the number of samples: of so many real ones it is the floor.
-    """
-    cond = held_out["cond"]
-    assert cond is not None
-    real, features = load_task("class_to_image", "test"), ClassifierFeatures()
-    n = samples.shape[0] * samples.shape[1]
-    order = epoch_order(len(real), 0, 0)
-
-    def moments(y: Tensor) -> Moments:
-        found = Moments()
-        found.add(features(y).double())
-        return found
-
-    rest = moments(real.batch(order[n:])["y"])
-    drawn = samples.flatten(0, 1)
-    return {
-        "in the class": class_accuracy(drawn, cond.repeat(len(samples))),
-        "FD-classifier": frechet_distance(moments(drawn), rest),
-        "its floor": frechet_distance(moments(real.batch(order[:n])["y"]), rest),
-    }
-
-
-def _anomalies(model: Any, held_out: Batch) -> truth.Scores:
-    """AUROC of the held-out clothes, if the model has a density, a bound or an energy."""
-    if not has_density(model):
-        return {}
-    found = anomaly_scores(model, held_out["y"])
-    return {f"AUROC, {name}": value for name, value in found.items()}
-
-
-def _pictures(samples: Tensor, held_out: Batch) -> truth.Scores:
-    """Mean |y - y'| of the draws, of the best of them, and between two of them."""
-    errors = (samples - held_out["y"]).abs().flatten(2).mean(2)
-    pairs = [(a - b).abs().mean() for a, b in combinations(samples, 2)]
-    return {
-        "error": errors.mean().item(),
-        "best of n": best_of_n(errors)[-1].item(),
-        "between draws": torch.stack(pairs).mean().item(),
-    }
-
-
-_SMALL: dict[str, Any] = {"width": 16}
-_BATCH: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "ema_decay": 0.99}
-# With the usual base of 10,000 most wavelengths are longer than these pictures.
-_TRANSFORMER: dict[str, Any] = {
-    "layers": 1, "width": 64, "heads": 4, "hidden": 256, "rope_base": 100.0
-}  # fmt: skip
-# Many steps of few pictures: each is some hundred values to predict.
-_SEQUENCES: dict[str, Any] = {**_BATCH, "batch_size": 4, "learning_rate": 3e-3}
-_COLOURS = (TEAL, PINK, (0.0, 0.0))
-_FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
-_POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
-_POINT_TRANSFORMER: dict[str, Any] = {
-    "levels": 64, "layers": 2, "width": 32, "heads": 2, "hidden": 64, "positions": "learned",
-    "cond_dropout": 0.0,
-}  # fmt: skip
-_POINT_VAE: dict[str, Any] = {"levels": 1, "width": 64, "latents": 2, "learn_scale": True}
-_POINT_UNET: dict[str, Any] = {
-    "channels": 64, "multipliers": (1,), "blocks": 1, "attention_levels": 0, "patch": 1,
-    "cond_dropout": 0.0,
-}  # fmt: skip
-_POINT_FLOW: dict[str, Any] = {"steps": (8,), "depth": 1, "values": 0, "noise": 0.02}
-# The data are finer than the noise on pictures, and f of two numbers can be as large as -log p.
-_POINT_ENERGY: dict[str, Any] = {
-    "patch": 1, "levels": 1, "width": 64, "hidden": 256, "temperature": 0.2, "step_size": 0.002,
-    "data_noise": 0.0, "chains": 4096, "chain_steps": 5, "square_weight": 1e-4,
-}  # fmt: skip
-_POINT_GAN: dict[str, Any] = {
-    "patch": 1, "levels": 1, "latents": 4, "width": 64, "discriminator_width": 64, "r1_weight": 0.1
-}  # fmt: skip
-# Without a condition what is said of it, and of the regressions' network, is of no effect.
-_OF_POINTS = (
-    Entry("gaussian_regression", _POINT_REGRESSION, _FLAT),
-    Entry("mixture_density", _POINT_REGRESSION, _FLAT),
-    Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
-    Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
-    Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
-    Entry("flow", _POINT_FLOW, _FLAT),
-    Entry(
-        "diffusion",
-        _POINT_UNET,
-        {**_FLAT, "learning_rate": 3e-3, "ema_decay": 0.99},
-        {"clip": False},
-    ),
-    Entry("gan", _POINT_GAN, {"batch_size": 128, "learning_rate": 1e-3, "ema_decay": 0.995}),
-    # As many steps as a chain of the training lives: in longer ones the weights of the Gaussians
-    # drift, on which chains that begin anew have no say.
-    Entry("energy", _POINT_ENERGY, {"batch_size": 256, "learning_rate": 2e-3}, {"steps": 100}),
-)
-_OF_PICTURES = (
-    *(
-        Entry(family, _SMALL, _BATCH)
-        for family in (
-            "least_squares", "gaussian_regression", "mixture_density", "quantized_classifier"
-        )
-    ),
-    # A finer scale than the decoder can be right to is paid for in z: the prior draws other ones.
-    Entry("vae", {**_SMALL, "scale": 0.3}, _BATCH),
-)  # fmt: skip
-CONTESTS = {
-    "colorize": Contest(
-        rows=50,
-        draws=8,
-        score=_colours,
-        entries=(
-            Entry("least_squares", _SMALL, _BATCH),
-            Entry("gaussian_regression", _SMALL, _BATCH),
-            Entry("mixture_density", _SMALL, _BATCH),
-            Entry("quantized_classifier", {**_SMALL, "palette": _COLOURS}, _BATCH),
-            Entry(
-                "vae",
-                {**_SMALL, "levels": 2, "latents": 1, "pooled": True, "scale": 0.3},
-                _BATCH,
-            ),
-            Entry(
-                "autoregressive",
-                # All levels of the luminance: what is garment begins within one of 16.
-                {**_TRANSFORMER, "palette": _COLOURS, "levels": 256, "cond_dropout": 0.0},
-                _SEQUENCES,
-            ),
-            Entry("flow", {"steps": (1, 4), "width": 24, "values": 0, "noise": 0.05}, _BATCH),
-            Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
-            Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32, "learning_rate": 5e-4}),
-            Entry(
-                "energy",
-                {"patch": 1, "data_noise": 0.05, "start_std": 0.15},
-                {},
-                {"temperature": 0.1},
-            ),
-        ),
-    ),
-    "class_to_image": Contest(
-        rows=100,
-        draws=2,
-        score=_clothes,
-        judge=_anomalies,
-        entries=(
-            *_OF_PICTURES,
-            Entry("autoregressive", _TRANSFORMER, _SEQUENCES),
-            Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
-            Entry("diffusion", {}, _BATCH, {"steps": 12, "sampler": "dpmpp_2m", "guidance": 2.0}),
-            Entry("gan", {}, {}),
-            Entry("energy", {}, {}, {"temperature": 0.1}),
-        ),
-    ),
-    **{
-        task: Contest(
-            rows=50,
-            draws=4,
-            score=_pictures,
-            entries=(
-                *_OF_PICTURES,
-                Entry("autoregressive", {**_TRANSFORMER, "cond_dropout": 0.0}, _SEQUENCES),
-                Entry("flow", {"steps": (2, 4), "width": 16}, _BATCH),
-                Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
-                Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32}),
-                Entry("energy", {}, {}, {"temperature": 0.1}),
-            ),
-        )
-        for task in ("complete", "edges_to_image")
-    },
-    "eight_gaussians": Contest(
-        rows=500,
-        draws=1,
-        score=_gaussians,
-        entries=_OF_POINTS,
-    ),
-    "two_moons": Contest(
-        rows=500,
-        draws=1,
-        score=_moons,
-        entries=_OF_POINTS,
-    ),
-    "bouncing_ball": Contest(
-        rows=100,
-        draws=8,
-        score=_balls,
-        entries=(
-            Entry("least_squares", _SMALL, _BATCH),
-            Entry(
-                "vae",
-                {
-                    "width": 32,
-                    "levels": 1,
-                    "blocks": 2,
-                    "latents": 2,
-                    "pooled": True,
-                    "scale": 0.1,
-                    "free_bits": 2.0,
-                },
-                {"batch_size": 64, "learning_rate": 3e-3, "warmup": 100, "ema_decay": 0.99},
-            ),
-            Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
-        ),
-    ),
-}
 
 
 # The comparison -----------------------------------------------------------------------------------
@@ -298,7 +48,7 @@ class Result:
     """What one family came to."""
 
     family: str
-    scores: truth.Scores
+    scores: Scores
     parameters: int
     steps: int  # of training
     training_seconds: float
@@ -341,7 +91,7 @@ def compare(
         _check_folder(out / entry.family, seconds)
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
-    results, pictures = [], {}
+    results, images = [], {}
     spawned = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(1, spawned, max_tasks_per_child=1) as pool,
@@ -353,11 +103,11 @@ def compare(
                 run_entry, task, contest, entry, out / entry.family, seconds, str(device)
             )
             results.append(job.result())
-            pictures[entry.family] = read_tensors(out / entry.family / SAMPLES_FILE)[0]["samples"]
+            images[entry.family] = read_tensors(out / entry.family / SAMPLES_FILE)[0]["samples"]
             _write_csv(out / "compare.csv", results)  # what is done survives an interruption
     _print(console, f"{task}, {contest.draws} draws for each of {contest.rows}", results)
     held_out = load_task(task, "test").batch(torch.arange(contest.rows))
-    _draw(out / "compare.png", pictures, held_out, stacked=task == "complete")
+    _draw(out / "compare.png", images, held_out, stacked=task == "complete")
     console.print(f"{out / 'compare.csv'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
     return results
 
@@ -384,7 +134,7 @@ def run_entry(
     trained = json.loads(file.read_text(encoding="utf-8"))
     model = load_model(folder, device, expected_family=entry.family)
     held_out = load_task(task, "test").batch(torch.arange(contest.rows))
-    samples, rate = _samples(model, held_out, contest, dict(entry.solver))
+    samples, rate = _samples(model, held_out, contest, sampling_preset(folder))
     judged = {} if contest.judge is None else contest.judge(model, held_out)
     write_tensors(folder / SAMPLES_FILE, {"samples": samples}, {"task": task})
     return Result(
@@ -396,15 +146,6 @@ def run_entry(
         rate,
         trained["peak_megabytes"],
     )
-
-
-def entry_config(entry: Entry, dataset: Dataset) -> Any:
-    """The config of the family's model on these data."""
-    cls = config_class(family_class(entry.family))
-    of_data = ("event_shape", "cond_kind", "cond_shape", "num_classes")
-    names = {field.name for field in dataclasses.fields(cls)}
-    given = {name: getattr(dataset, name) for name in of_data if name in names}
-    return cls(**(given | dict(entry.model)))
 
 
 def _train(
@@ -427,7 +168,7 @@ def _train(
         train(
             model, dataset, training, out, device=device,
             on_step=lambda step, model: times.append(time.perf_counter()),
-            console=Console(quiet=True),
+            console=Console(quiet=True), sampling=entry.solver,
         )  # fmt: skip
         return times
 
@@ -440,10 +181,10 @@ def _train(
 
 
 def _samples(
-    model: Any, held_out: Batch, contest: Contest, solver: dict[str, Any]
+    model: Model, held_out: Batch, contest: Contest, solver: dict[str, Any]
 ) -> tuple[Tensor, float]:
     """Samples (draws, rows, *event) on the CPU, and how many a second, warmed up."""
-    device = next(model.parameters()).device
+    device = model.device
     cond = None if held_out["cond"] is None else held_out["cond"].to(device)
 
     def draw() -> Tensor:
@@ -524,7 +265,7 @@ def _print(console: Console, title: str, results: Sequence[Result]) -> None:
         console.print(table)
 
 
-def _draw(file: Path, pictures: Mapping[str, Tensor], held_out: Batch, *, stacked: bool) -> None:
+def _draw(file: Path, images: Mapping[str, Tensor], held_out: Batch, *, stacked: bool) -> None:
     """A column of draws for each family, beside the conditions and what is true."""
     y, cond = held_out["y"], held_out["cond"]
     if y.shape[1:] == POINT:
@@ -536,15 +277,15 @@ def _draw(file: Path, pictures: Mapping[str, Tensor], held_out: Batch, *, stacke
             parts = [points.flatten(0, 1)[of_draws == kind][:, None] for kind in kinds]
             return torch.stack([point_map(part)[0] for part in parts])[None]
 
-        groups = [(name, mapped(points)) for name, points in pictures.items()]
-        picture_grid(file, [*groups, ("true", mapped(y[None]))])
+        groups = [(name, mapped(points)) for name, points in images.items()]
+        image_grid(file, [*groups, ("true", mapped(y[None]))])
         return
     shown = None if cond is None or cond.dim() != 4 else cond[:_SHOWN]
     groups = [
-        (name, as_pictures(drawn[:_SHOWN_DRAWS, :_SHOWN], shown, stacked=stacked))
-        for name, drawn in pictures.items()
+        (name, as_images(drawn[:_SHOWN_DRAWS, :_SHOWN], shown, stacked=stacked))
+        for name, drawn in images.items()
     ]
     if shown is not None:
-        groups.insert(0, ("given", as_pictures(shown)[None]))
-    groups.append(("true", as_pictures(y[:_SHOWN], shown, stacked=stacked)[None]))
-    picture_grid(file, groups)
+        groups.insert(0, ("given", as_images(shown)[None]))
+    groups.append(("true", as_images(y[:_SHOWN], shown, stacked=stacked)[None]))
+    image_grid(file, groups)

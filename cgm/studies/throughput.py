@@ -1,20 +1,15 @@
 """`cgm bench`: samples per second of the reference models: fused, in plain PyTorch, and compiled.
 
-fused      the model as it is: kernels of cgkernels, one captured step replayed on a GPU
-plain      the same model inside `cgkernels.reference()`, every kernel launched from Python
-compiled   plain, with the networks under `torch.compile`
-
-All three draw the same samples, up to round-off, which is checked before anything is timed.
+The ways to run them are those of `cgm.evaluation.execution`. That all three draw the same samples
+is checked before anything is timed.
 """
 
-import copy
 import csv
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,19 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import cgkernels
 from cgkernels.timing import Timing, measure
-from cgm.checkpoints import drawable_names, load_model, replacing, shipped
-from cgm.studies.compare import CONTESTS
-from cgm.studies.demo import CHECKPOINT, COLOURING, SOLVER
+from cgm.checkpoints import drawable_names, load_model, replacing, sampling_preset, shipped
+from cgm.evaluation.execution import WAYS, compiled_copy, conditions, difference_of, model_call
+from cgm.model import Model
 
-WAYS = ("fused", "plain", "compiled")
-MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
-# Of `sample`, where the defaults are not what one would use.
-SOLVERS: dict[str, dict[str, Any]] = {CHECKPOINT: SOLVER} | {
-    COLOURING + entry.family: dict(entry.solver) for entry in CONTESTS["colorize"].entries
-}
-_VISIBLE = 1 / 255  # half a level of a picture with 256 of them
+_VISIBLE = 1 / 255  # half a level of an image with 256 of them
 
 
 @dataclass(frozen=True)
@@ -56,55 +44,6 @@ class Result:
     ratio: float | None = None
     first_call_s: float | None = None
     difference: float | None = None
-
-
-def conditions(model: Any, rows: int, seed: int = 0) -> Tensor | None:
-    """Random conditions of the kind that a model has, on its device."""
-    config, device = model.config, next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    if config.cond_kind == "none":
-        return None
-    if config.cond_kind == "image":
-        return (2 * torch.rand(rows, *config.cond_shape, generator=generator) - 1).to(device)
-    shape = (rows, *config.cond_shape)
-    return torch.randint(config.num_classes, shape, generator=generator).to(device)
-
-
-def model_call(
-    model: Any, way: str, cond: Tensor | None, *, rows: int, seed: int = 0, **solver: Any
-) -> Callable[[], Tensor]:
-    """The call that draws one sample for each condition in one of the `WAYS`.
-
-    compiled expects `compiled_copy(model)`.
-    """
-    n = rows if cond is None else None
-    if way == "fused":
-        return lambda: model.sample(n, cond=cond, seed=seed, **solver)
-    if "graph" in {field.name for field in dataclasses.fields(model.sampling_config)}:
-        solver["graph"] = False
-
-    def draw() -> Tensor:
-        with cgkernels.reference():
-            return model.sample(n, cond=cond, seed=seed, **solver)
-
-    return draw
-
-
-def compiled_copy(model: Any, mode: str = "default") -> Any:
-    """A copy whose networks are under torch.compile."""
-    twin = copy.deepcopy(model)
-    twin.compile_networks(mode)
-    return twin
-
-
-def difference_of(model: Any, found: Tensor, expected: Tensor) -> float:
-    """The largest between the samples of two ways, of a range of [-1, 1].
-
-    Where values are drawn one after another, one sample in four may come out otherwise: round-off
-    may tip a draw over, and then all that follow it are others.
-    """
-    each = (found - expected).abs().flatten(1).amax(1).sort().values
-    return each[len(each) - 1 - (len(each) // 4 if model.discrete else 0)].item()
 
 
 def bench(
@@ -162,9 +101,9 @@ def bench(
 
 
 def _bench_model(
-    name: str, model: Any, ways: Sequence[str], rows: int, seconds: float, say: Callable
+    name: str, model: Model, ways: Sequence[str], rows: int, seconds: float, say: Callable
 ) -> list[Result]:
-    cond, solver = conditions(model, rows), SOLVERS.get(name, {})
+    cond, solver = conditions(model, rows), sampling_preset(shipped(name))
     expected = model_call(model, "plain", cond, rows=rows, **solver)()
     calls: dict[str, Callable[[], Tensor]] = {}
     first: dict[str, tuple[float, float]] = {}

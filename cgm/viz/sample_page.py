@@ -1,6 +1,6 @@
 """Sample sheets: what a model draws of the same few rows, again and again while it learns.
 
-The folder of a run   samples/step_000500.png   conditions, samples, real pictures
+The folder of a run   samples/step_000500.png   conditions, samples, real images
                       index.html                all of these, newest first, with losses and config
 
 The seed and the numbers of the rows are fixed: what changes from one sheet to the next is the
@@ -43,7 +43,7 @@ class Shown:
     cond: Tensor | None  # as `sample` takes it
     real: Tensor  # y of these rows
     labels: tuple[str, ...]  # one for each row
-    stacked: bool = False  # y is the part of a picture below cond
+    stacked: bool = False  # y is the part of an image below cond
     related: bool = True  # real belongs to cond
 
 
@@ -64,19 +64,18 @@ class Sheets:
 
     def __init__(self, model: Model, shown: Shown, out: Path) -> None:
         """ValueError if the model draws nothing, or nothing that can be shown."""
-        if not hasattr(model, "sampling_config"):
+        if model.sampling_config is None:
             raise ValueError(f"sheet_every must be 0: {model.family} draws nothing")
-        self.model: Any = model
-        self.shown, self.out = shown, out
+        self.model, self.shown, self.out = model, shown, out
         self.cond = shown.cond if shown.cond is not None and shown.cond.dim() == 4 else None
         of_cond = None if self.cond is None else self.cond.shape[1]
         of_y = shown.real.shape[1] if shown.real.dim() == 4 else 0
-        colours = (of_y, of_cond) == (2, 1)  # of the luminance cond
+        colors = (of_y, of_cond) == (2, 1)  # of the luminance cond
         points = shown.real.shape[1:] == POINT
-        if of_cond not in (None, 1, 3) or not (of_y in (1, 3) or colours or points):
+        if of_cond not in (None, 1, 3) or not (of_y in (1, 3) or colors or points):
             cond = "" if self.cond is None else f" and cond {tuple(self.cond.shape)}"
             raise ValueError(
-                "sheet_every must be 0: sheets show points, and pictures with 1 or 3 channels, "
+                "sheet_every must be 0: sheets show points, and images with 1 or 3 channels, "
                 f"got y {tuple(shown.real.shape)}{cond}"
             )
 
@@ -102,7 +101,7 @@ class Sheets:
         cond = self.shown.cond
         if cond is None:
             return self.model.sample(ROWS * self.draws, seed=0)[:, None].cpu()
-        device = next(self.model.parameters()).device
+        device = self.model.device
         samples = self.model.sample(self.draws, cond=cond.to(device), seed=0).cpu()
         return samples[:1] if (samples == samples[:1]).all() else samples
 

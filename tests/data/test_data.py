@@ -1,4 +1,4 @@
-"""cgm.data: the shipped pictures and the tasks on them, folders, order and partners."""
+"""cgm.data: the shipped images and the tasks on them, folders, order and partners."""
 
 import gzip
 import hashlib
@@ -36,15 +36,15 @@ def all_rows(data):
 # The shipped file ---------------------------------------------------------------------------------
 
 
-def test_the_shipped_pictures_are_the_published_ones():
-    pictures, labels = fashion.read()
-    idx = struct.pack(">4I", 0x803, 10000, 28, 28) + pictures.numpy().tobytes()
+def test_the_shipped_images_are_the_published_ones():
+    images, labels = fashion.read()
+    idx = struct.pack(">4I", 0x803, 10000, 28, 28) + images.numpy().tobytes()
     assert hashlib.md5(idx).hexdigest() == "8181f5470baa50b63fa0f6fddb340f0a"
     idx = struct.pack(">2I", 0x801, 10000) + labels.byte().numpy().tobytes()
     assert hashlib.md5(idx).hexdigest() == "15d484375f8d13e6eb1aabb0c3f46965"
 
 
-def test_the_licence_lies_beside_the_pictures():
+def test_the_license_lies_beside_the_images():
     text = resources.files("cgm.data").joinpath("FASHION_MNIST_LICENSE.txt").read_text()
     assert "Copyright (c) 2017 Zalando SE" in text
     assert "Permission is hereby granted, free of charge" in text
@@ -112,8 +112,8 @@ def test_tasks_have_the_documented_shapes(name, rows, event_shape, cond_shape, k
 
 
 def test_the_tasks_are_all_tested_and_unknown_ones_are_refused():
-    on_pictures = ("class_to_image", "complete", "colorize", "edges_to_image")
-    assert (*on_pictures, "bouncing_ball", "two_moons", "eight_gaussians") == TASKS
+    on_images = ("class_to_image", "complete", "colorize", "edges_to_image")
+    assert (*on_images, "bouncing_ball", "two_moons", "eight_gaussians") == TASKS
     with pytest.raises(ValueError, match=r"class_to_image, complete, colorize, .*got 'x'"):
         load_task("x")
     for task in ("complete", "two_moons"):
@@ -121,13 +121,13 @@ def test_the_tasks_are_all_tested_and_unknown_ones_are_refused():
             load_task(task, "valid")
 
 
-def test_class_to_image_pairs_labels_with_pictures():
+def test_class_to_image_pairs_labels_with_images():
     data = load_task("class_to_image", "test")
-    pictures, labels = fashion.read()
+    images, labels = fashion.read()
     rows = fashion.rows_of("test")
     batch = all_rows(data)
     assert batch["cond"].equal(labels[rows])
-    torch.testing.assert_close((batch["y"] + 1) * 127.5, pictures[rows].float())
+    torch.testing.assert_close((batch["y"] + 1) * 127.5, images[rows].float())
     assert data.num_classes == len(data.class_names) == 10
     assert data.class_names[9] == "ankle boot"
 
@@ -137,41 +137,41 @@ def test_complete_puts_upper_and_lower_half_together():
     assert torch.cat([batch["cond"], batch["y"]], 2).equal(all_rows(whole)["y"])
 
 
-def test_colorize_gives_each_garment_both_colours():
+def test_colorize_gives_each_garment_both_colors():
     for split in ("train", "test"):
         batch = all_rows(load_task("colorize", split))
         y, mask = batch["y"], garment_mask(batch["cond"])
         shares = mask.float().mean((1, 2, 3))
         assert shares.min() > 0.2 and shares.max() < 0.95  # a garment, and something around it
-        for half, colour in zip(range(2), (TEAL, PINK), strict=True):
-            painted = mask.chunk(2)[half] * torch.tensor(colour)[:, None, None]
+        for half, color in zip(range(2), (TEAL, PINK), strict=True):
+            painted = mask.chunk(2)[half] * torch.tensor(color)[:, None, None]
             assert y.chunk(2)[half].equal(painted)
         assert batch["cond"].chunk(2)[0].equal(batch["cond"].chunk(2)[1])
 
 
-def test_garment_mask_cuts_between_two_grey_levels():
+def test_garment_mask_cuts_between_two_gray_levels():
     levels = to_float(torch.tensor([0, 12, 13, 255], dtype=torch.uint8))
     assert garment_mask(levels).tolist() == [False, False, True, True]
 
 
-def test_lab_to_rgb_knows_greys_primaries_teal_and_pink():
+def test_lab_to_rgb_knows_grays_primaries_teal_and_pink():
     light = torch.tensor([-1.0, 53.585 / 37.5 - 1]).view(2, 1, 1, 1)
-    black, grey = (lab_to_rgb(light, torch.zeros(2, 2, 1, 1)) + 1).flatten(1) * 127.5
+    black, gray = (lab_to_rgb(light, torch.zeros(2, 2, 1, 1)) + 1).flatten(1) * 127.5
     assert black.abs().max() == 0
-    assert (grey - 128).abs().max() < 0.2  # L* 53.585 is sRGB grey 128
+    assert (gray - 128).abs().max() < 0.2  # L* 53.585 is sRGB gray 128
     primaries = torch.tensor(  # CIELAB of sRGB's red, green and blue under D65
         [[53.2408, 80.0925, 67.2032], [87.7347, -86.1827, 83.1793], [32.297, 79.1875, -107.8602]]
     )[:, :, None, None]
     rgb = lab_to_rgb(primaries[:, :1] / 37.5 - 1, primaries[:, 1:] / 50)
     assert (rgb.flatten(1) - (2 * torch.eye(3) - 1)).abs().max() < 0.02
     for level in (0.0, 0.6):
-        colours = torch.tensor([TEAL, PINK])[:, :, None, None]
-        (r, g, b), (r2, g2, b2) = lab_to_rgb(torch.full((2, 1, 1, 1), level), colours).flatten(1)
+        colors = torch.tensor([TEAL, PINK])[:, :, None, None]
+        (r, g, b), (r2, g2, b2) = lab_to_rgb(torch.full((2, 1, 1, 1), level), colors).flatten(1)
         assert r + 0.5 < min(g, b)  # teal: hardly any red
         assert r2 > b2 + 0.1 and b2 > g2 + 0.1  # pink: red, then blue
 
 
-def test_edges_lie_where_grey_levels_step():
+def test_edges_lie_where_gray_levels_step():
     step = torch.zeros(1, 1, 6, 6, dtype=torch.uint8)
     step[..., 3:] = 61  # a step of s gives 4 s: just above the threshold of 240
     expected = torch.zeros_like(step)
@@ -182,7 +182,7 @@ def test_edges_lie_where_grey_levels_step():
     assert edge_map(step).max() == 0
 
 
-def test_edge_maps_of_the_pictures_are_neither_empty_nor_full():
+def test_edge_maps_of_the_images_are_neither_empty_nor_full():
     cond = all_rows(load_task("edges_to_image", "test"))["cond"]
     assert cond.unique().tolist() == [-1, 1]
     shares = (cond > 0).float().mean((1, 2, 3))
@@ -262,28 +262,28 @@ def test_wrong_rows_are_refused():
 # Augmentation -------------------------------------------------------------------------------------
 
 
-def numbered_pictures(n, height=8, width=8, first=0):
-    """Pictures of which each pixel has a number of its own, and its picture's in channel 1."""
+def numbered_images(n, height=8, width=8, first=0):
+    """Images of which each pixel has a number of its own, and its image's in channel 1."""
     places = torch.arange(height * width, dtype=torch.float32).view(1, height, width)
     return torch.stack([torch.cat([places, torch.full_like(places, first + i)]) for i in range(n)])
 
 
-def places_of(pictures, width=8):
-    """(top, left, mirrored) of crops of `numbered_pictures`, each of which must be a square."""
+def places_of(images, width=8):
+    """(top, left, mirrored) of crops of `numbered_images`, each of which must be a square."""
     found = []
-    for picture in pictures[:, 0].long():
-        mirrored = bool(picture[0, 0] > picture[0, -1])
-        upright = picture.flip(1) if mirrored else picture
+    for image in images[:, 0].long():
+        mirrored = bool(image[0, 0] > image[0, -1])
+        upright = image.flip(1) if mirrored else image
         top, left = divmod(int(upright[0, 0]), width)
-        side = torch.arange(len(picture))
+        side = torch.arange(len(image))
         assert upright.equal((top + side)[:, None] * width + left + side)
         found.append((top, left, mirrored))
     return found
 
 
 def test_crops_and_flips_of_a_pair_are_one():
-    pictures = numbered_pictures(200)
-    data = Dataset("x", pictures, pictures + 0, "image", crop=6, flip=True)
+    images = numbered_images(200)
+    data = Dataset("x", images, images + 0, "image", crop=6, flip=True)
     assert data.event_shape == data.cond_shape == (2, 6, 6)
     rows = torch.arange(200)
     batch = data.batch(rows, epoch=3)
@@ -305,7 +305,7 @@ def test_crops_and_flips_of_a_pair_are_one():
 
 def test_known_places_of_crops():
     """Resuming a run of another version finds the same crops."""
-    data = Dataset("x", numbered_pictures(3), crop=5, flip=True)
+    data = Dataset("x", numbered_images(3), crop=5, flip=True)
     places = [places_of(data.batch(torch.arange(3), epoch)["y"]) for epoch in (0, 1)]
     assert places == [
         [(3, 2, True), (2, 1, False), (2, 3, True)],
@@ -313,8 +313,8 @@ def test_known_places_of_crops():
     ]
 
 
-def test_crops_of_unpaired_pictures_are_each_their_own():
-    y, cond = numbered_pictures(50), numbered_pictures(40, first=100)
+def test_crops_of_unpaired_images_are_each_their_own():
+    y, cond = numbered_images(50), numbered_images(40, first=100)
     data = Dataset("x", y, cond, "image", paired=False, crop=4, flip=True)
     plain = Dataset("x", y, cond, "image", paired=False)
     rows = torch.arange(50)
@@ -327,22 +327,22 @@ def test_crops_of_unpaired_pictures_are_each_their_own():
 
 
 def test_flip_alone_crop_alone_and_neither():
-    pictures = numbered_pictures(30, 4, 6)
+    images = numbered_images(30, 4, 6)
     rows = torch.arange(30)
-    flipped = Dataset("x", pictures, flip=True)
+    flipped = Dataset("x", images, flip=True)
     assert flipped.event_shape == (2, 4, 6)
     y = flipped.batch(rows)["y"]
-    kept = (y == pictures).flatten(1).all(1)
+    kept = (y == images).flatten(1).all(1)
     assert 5 < kept.sum() < 25
-    assert y[~kept].equal(pictures[~kept].flip(3))
-    cropped = Dataset("x", pictures, crop=4).batch(rows)["y"]
+    assert y[~kept].equal(images[~kept].flip(3))
+    cropped = Dataset("x", images, crop=4).batch(rows)["y"]
     assert {place[::2] for place in places_of(cropped, 6)} == {(0, False)}
-    assert Dataset("x", pictures, crop=4).batch(rows)["cond"] is None
-    assert Dataset("x", pictures).batch(rows)["y"].equal(pictures)
+    assert Dataset("x", images, crop=4).batch(rows)["cond"] is None
+    assert Dataset("x", images).batch(rows)["y"].equal(images)
 
 
 def test_classes_keep_their_labels_when_cropped():
-    data = Dataset("x", numbered_pictures(9), torch.arange(9), "class", 9, crop=3)
+    data = Dataset("x", numbered_images(9), torch.arange(9), "class", 9, crop=3)
     batch = data.batch(torch.tensor([4, 2]))
     assert batch["cond"].tolist() == batch["y"][:, 1, 0, 0].tolist() == [4, 2]
     assert data.cond_shape == ()
@@ -351,11 +351,11 @@ def test_classes_keep_their_labels_when_cropped():
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        ({"crop": 9}, "crop must be at most the side of the pictures, 8, got 9"),
+        ({"crop": 9}, "crop must be at most the side of the images, 8, got 9"),
         ({"crop": -1}, "crop must be a side in pixels, or 0 for none, got -1"),
         ({"crop": 2.0}, r"crop must be .*, got 2\.0"),
         ({"crop": True}, "crop must be .*, got True"),
-        ({"y": torch.zeros(2, 8), "flip": True}, "for pictures"),
+        ({"y": torch.zeros(2, 8), "flip": True}, "for images"),
         (
             {"cond": torch.zeros(2, 2, 8, 9), "cond_kind": "image", "flip": True},
             "pairs of one size",
@@ -368,7 +368,7 @@ def test_classes_keep_their_labels_when_cropped():
 )
 def test_wrong_augmentation_is_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
-        Dataset(**{"name": "x", "y": numbered_pictures(2)} | arguments)
+        Dataset(**{"name": "x", "y": numbered_images(2)} | arguments)
 
 
 @pytest.mark.parametrize("layout", ALL_FOLDERS)
@@ -383,15 +383,15 @@ def test_folders_are_cropped_and_flipped(tmp_path, layout):
 # Folders ------------------------------------------------------------------------------------------
 
 
-def flat(colour, size=(8, 8), mode="RGB"):
-    return Image.new(mode, size, colour)
+def flat(color, size=(8, 8), mode="RGB"):
+    return Image.new(mode, size, color)
 
 
-def save(picture, *parts, **options):
-    """Write a picture, making its folders."""
+def save(image, *parts, **options):
+    """Write an image, making its folders."""
     path = parts[0].joinpath(*parts[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+    image.save(path, **options)
     return path
 
 
@@ -399,21 +399,21 @@ def good(root, layout):
     """The smallest right folder of a layout; returns one of its files."""
     if layout == "pairs":
         return save(flat("red", (16, 8)), root, "1.png")
-    sides = [save(flat(colour), root, side, "1.png") for side, colour in (("A", 0), ("B", 255))]
+    sides = [save(flat(color), root, side, "1.png") for side, color in (("A", 0), ("B", 255))]
     return sides[0]
 
 
-def level(pictures):
-    """Grey levels 0 .. 255 of float pictures of one colour, (B, C)."""
-    assert pictures.amax((2, 3)).sub(pictures.amin((2, 3))).max() < 0.05
-    return ((pictures.mean((2, 3)) + 1) * 127.5).round().long().tolist()
+def level(images):
+    """Gray levels 0 .. 255 of float images of one color, (B, C)."""
+    assert images.amax((2, 3)).sub(images.amin((2, 3))).max() < 0.05
+    return ((images.mean((2, 3)) + 1) * 127.5).round().long().tolist()
 
 
 def test_pairs_side_by_side(tmp_path):
     for i, (left, right) in enumerate([((255, 0, 0), (0, 255, 0)), ((0, 0, 255), (9, 9, 9))]):
-        picture = flat(left, (24, 6))
-        picture.paste(right, (12, 0, 24, 6))
-        save(picture, tmp_path, f"{i}.png")
+        image = flat(left, (24, 6))
+        image.paste(right, (12, 0, 24, 6))
+        save(image, tmp_path, f"{i}.png")
     save(flat("red"), tmp_path, ".hidden.png")
     (tmp_path / "notes.txt").write_text("passed over")
     data = load_folder(tmp_path, "pairs", size=8)
@@ -472,15 +472,15 @@ def test_one_folder_per_class(tmp_path):
     assert level(batch["y"]) == [[0] * 3, [0] * 3, [255] * 3]
 
 
-def test_pictures_are_resized_with_antialiasing(tmp_path):
+def test_images_are_resized_with_antialiasing(tmp_path):
     lines = np.tile(np.array([0, 255], np.uint8), (64, 32))  # single columns, black and white
     save(Image.fromarray(lines), tmp_path, "a", "1.png")
-    [picture] = all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"]
-    assert picture.shape == (1, 8, 8) and picture[:, :, 1:-1].abs().max() < 0.1  # even grey
+    [image] = all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"]
+    assert image.shape == (1, 8, 8) and image[:, :, 1:-1].abs().max() < 0.1  # even gray
 
 
 def encodings():
-    """Name, picture, expected RGB, options of Image.save."""
+    """Name, image, expected RGB, options of Image.save."""
     half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
@@ -497,28 +497,28 @@ def encodings():
         "keyed_rgb.png": (flat((1, 2, 3)), [255] * 3, {"transparency": (1, 2, 3)}),
         "sixteen_bit.png": (sixteen, [156] * 3, {}),  # 40000 / 257 = 155.6
         "one_bit.png": (Image.new("1", (8, 8), 1), [255] * 3, {}),
-        "grey.jpg": (flat(77, mode="L"), [77] * 3, {"quality": 100}),
+        "gray.jpg": (flat(77, mode="L"), [77] * 3, {"quality": 100}),
         "cmyk.jpg": (flat((0, 255, 255, 0), mode="CMYK"), [255, 0, 0], {"quality": 100}),
     }
 
 
 @pytest.mark.parametrize("name", encodings())
 def test_every_encoding_becomes_eight_bit_rgb(tmp_path, name):
-    picture, expected, options = encodings()[name]
-    save(picture, tmp_path, "c", name, **options)
+    image, expected, options = encodings()[name]
+    save(image, tmp_path, "c", name, **options)
     [got] = level(all_rows(load_folder(tmp_path, "classes", size=8))["y"])
     assert np.abs(np.array(got) - expected).max() <= 2, got
-    [[grey]] = level(all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"])
-    assert abs(grey - np.dot(expected, [0.299, 0.587, 0.114])) <= 2
+    [[gray]] = level(all_rows(load_folder(tmp_path, "classes", size=8, channels=1))["y"])
+    assert abs(gray - np.dot(expected, [0.299, 0.587, 0.114])) <= 2
 
 
 @pytest.mark.parametrize("name", ["1.jpg", "1.png"])
-def test_exif_orientation_is_honoured(tmp_path, name):
-    picture = flat("black", (16, 32))
-    picture.paste("white", (0, 0, 16, 16))  # white above black
+def test_exif_orientation_is_honored(tmp_path, name):
+    image = flat("black", (16, 32))
+    image.paste("white", (0, 0, 16, 16))  # white above black
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise: black left, white right
-    save(picture, tmp_path, name, exif=exif)
+    save(image, tmp_path, name, exif=exif)
     batch = all_rows(load_folder(tmp_path, "pairs", size=8))
     assert level(batch["cond"]) == [[0] * 3] and level(batch["y"]) == [[255] * 3]
 
@@ -535,7 +535,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, layout, harm):
         data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
     cut = {"empty": b"", "truncated": data[:-2000], "text": b"hello", "broken": data}
     bad.write_bytes(cut[harm])
-    with pytest.raises(ValueError, match=r"1\.png: cannot be read as a picture") as caught:
+    with pytest.raises(ValueError, match=r"1\.png: cannot be read as an image") as caught:
         load_folder(tmp_path, layout)
     assert str(caught.value).startswith(str(bad))
 
@@ -560,7 +560,7 @@ def test_missing_and_empty_folders_are_named(tmp_path, layout):
             load_folder(tmp_path / "a_file", layout)
     for name in ("A", "B"):
         (tmp_path / "empty" / name).mkdir(parents=True)
-    place = "empty: no pictures" if layout == "pairs" else "A: no pictures"
+    place = "empty: no images" if layout == "pairs" else "A: no images"
     with pytest.raises(ValueError, match=place):
         load_folder(tmp_path / "empty", layout)
 
@@ -568,7 +568,7 @@ def test_missing_and_empty_folders_are_named(tmp_path, layout):
 def test_an_empty_class_and_no_class_are_refused(tmp_path):
     save(flat("red"), tmp_path, "full", "1.png")
     (tmp_path / "hollow").mkdir()
-    with pytest.raises(ValueError, match="hollow: no pictures"):
+    with pytest.raises(ValueError, match="hollow: no images"):
         load_folder(tmp_path, "classes")
     with pytest.raises(ValueError, match="full: no class folders"):
         load_folder(tmp_path / "full", "classes")
@@ -584,7 +584,7 @@ def test_pairs_of_odd_width_are_refused(tmp_path):
 def test_two_folders_name_the_file_without_partner(tmp_path, alone):
     good(tmp_path, "two_folders")
     path = save(flat("red"), tmp_path, alone, "single.png")
-    with pytest.raises(ValueError, match="no picture of that name in") as caught:
+    with pytest.raises(ValueError, match="no image of that name in") as caught:
         load_folder(tmp_path, "two_folders")
     assert str(path) in str(caught.value)
 

@@ -7,7 +7,7 @@ import torch
 
 from cgm.data import PINK, TEAL, load_task, synthetic
 from cgm.data.tasks import garment_mask
-from cgm.evaluation import ground_truth as truth
+from cgm.evaluation import ground_truth
 
 
 @pytest.fixture(scope="module")
@@ -16,20 +16,20 @@ def garments():
     return data["cond"], garment_mask(data["cond"]).float()
 
 
-def coloured(mask, pink):
+def colored(mask, pink):
     """(n, B, 2, H, W) of masks (B, 1, H, W) and pink (n, B, 1 or H, 1 or W), 0 or 1."""
-    colours = torch.tensor([TEAL, PINK])[pink.long()].movedim(-1, 2)
-    return colours * mask
+    colors = torch.tensor([TEAL, PINK])[pink.long()].movedim(-1, 2)
+    return colors * mask
 
 
 def coins(*shape, seed=0):
     return torch.randint(2, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Colours ------------------------------------------------------------------------------------------
-def test_true_colours_score_as_the_truth(garments):
+# Colors -------------------------------------------------------------------------------------------
+def test_true_colors_score_as_the_truth(garments):
     luminance, mask = garments
-    scores = truth.colour_scores(coloured(mask, coins(64, 40, 1, 1)), luminance)
+    scores = ground_truth.color_scores(colored(mask, coins(64, 40, 1, 1)), luminance)
     for name in ("chroma", "consistency"):
         assert scores[name] == pytest.approx(1, abs=1e-6)
     assert scores["teal"] + scores["pink"] == 1 and abs(scores["teal"] - 0.5) < 0.05
@@ -40,24 +40,26 @@ def test_true_colours_score_as_the_truth(garments):
 def test_each_way_to_be_wrong_has_a_score(garments):
     luminance, mask = garments
     middle = (torch.tensor([TEAL, PINK]).mean(0)[:, None, None] * mask)[None]
-    grey = truth.colour_scores(middle, luminance)
-    assert grey["chroma"] < 1e-6 and grey["teal"] == grey["pink"] == 0
-    assert grey["best of n"] == pytest.approx(1)
+    gray = ground_truth.color_scores(middle, luminance)
+    assert gray["chroma"] < 1e-6 and gray["teal"] == gray["pink"] == 0
+    assert gray["best of n"] == pytest.approx(1)
 
-    speckled = truth.colour_scores(coloured(mask, coins(4, 40, 28, 28)), luminance)
+    speckled = ground_truth.color_scores(colored(mask, coins(4, 40, 28, 28)), luminance)
     pixels = mask.sum((1, 2, 3))
     assert speckled["chroma"] == pytest.approx(1, abs=1e-6)
     expected = (2 / (math.pi * pixels)).sqrt().mean().item()
     assert speckled["consistency"] == pytest.approx(expected, rel=0.2)
 
-    one = truth.colour_scores(coloured(mask, torch.ones(4, 40, 1, 1)), luminance)
+    one = ground_truth.color_scores(colored(mask, torch.ones(4, 40, 1, 1)), luminance)
     assert one["pink"] == 1 and one["teal"] == 0 and one["calibration error"] == 0.5
-    assert one["best of n"] == pytest.approx(1)  # 0 of the one colour, 2 of the other
+    assert one["best of n"] == pytest.approx(1)  # 0 of the one color, 2 of the other
 
-    everywhere = coloured(torch.ones_like(mask), coins(4, 40, 1, 1))
-    assert truth.colour_scores(everywhere, luminance)["background"] == pytest.approx(1, abs=0.1)
+    everywhere = colored(torch.ones_like(mask), coins(4, 40, 1, 1))
+    assert ground_truth.color_scores(everywhere, luminance)["background"] == pytest.approx(
+        1, abs=0.1
+    )
     with pytest.raises(ValueError, match=r"samples must be \(n, 40, 2"):
-        truth.colour_scores(middle[:, :3], luminance)
+        ground_truth.color_scores(middle[:, :3], luminance)
 
 
 # Points -------------------------------------------------------------------------------------------
@@ -85,25 +87,27 @@ def test_densities_integrate_to_one_and_are_those_of_the_points():
 
 def test_the_energy_test_tells_distributions_apart_and_not_one_from_itself():
     y = load_task("eight_gaussians", "train").y
-    p = [truth.energy_test(y[i : i + 200], y[i + 200 : i + 400]) for i in range(0, 8000, 400)]
+    p = [
+        ground_truth.energy_test(y[i : i + 200], y[i + 200 : i + 400]) for i in range(0, 8000, 400)
+    ]
     assert min(p) > 1 / 200 and sum(value < 0.05 for value in p) <= 3  # about 1 of 20
     true = load_task("eight_gaussians", "test").y[:500]
     drawn = y[:500]
-    seven = drawn[synthetic.gaussian_centres()[0].float().sub(drawn.flatten(1)).norm(dim=1) > 0.3]
-    assert truth.energy_test(seven, true) < 0.05
-    assert truth.energy_test(drawn + 0.1, true) < 0.05
+    seven = drawn[synthetic.gaussian_centers()[0].float().sub(drawn.flatten(1)).norm(dim=1) > 0.3]
+    assert ground_truth.energy_test(seven, true) < 0.05
+    assert ground_truth.energy_test(drawn + 0.1, true) < 0.05
     with pytest.raises(ValueError, match="two rows"):
-        truth.energy_test(y[:1], y)
+        ground_truth.energy_test(y[:1], y)
 
 
 def test_lost_and_blurred_gaussians_show():
     y = load_task("eight_gaussians", "train").y[:2000]
     true = load_task("eight_gaussians", "test").y[:1000]
-    right = truth.gaussian_scores(y[:1000], true)
+    right = ground_truth.gaussian_scores(y[:1000], true)
     assert right["least share"] > 0.7 and right["on a Gaussian"] == pytest.approx(0.989, abs=0.01)
-    half = truth.gaussian_scores(y[y[:, 0, 0, 0] > 0][:1000], true)
+    half = ground_truth.gaussian_scores(y[y[:, 0, 0, 0] > 0][:1000], true)
     assert half["least share"] == 0 and half["p-value"] == 1 / 200
-    blurred = truth.gaussian_scores(y[:1000] + 0.2 * torch.randn(1000, 2, 1, 1), true)
+    blurred = ground_truth.gaussian_scores(y[:1000] + 0.2 * torch.randn(1000, 2, 1, 1), true)
     assert blurred["on a Gaussian"] < 0.7
 
 
@@ -114,9 +118,9 @@ def balls():
 
 
 def test_the_ball_is_where_it_is_said_to_be(balls):
-    assert (truth.centroids(balls.before) - balls.position).norm(dim=1).max() < 0.25
+    assert (ground_truth.centroids(balls.before) - balls.position).norm(dim=1).max() < 0.25
     free = ~balls.bounced
-    after = truth.centroids(balls.after)
+    after = ground_truth.centroids(balls.after)
     assert (after - balls.position - balls.velocity)[free].norm(dim=1).max() < 0.5
     assert (after >= 0.5).all() and (after <= 10.5).all()
     assert 0.05 < balls.bounced.double().mean() < 0.25
@@ -125,19 +129,19 @@ def test_the_ball_is_where_it_is_said_to_be(balls):
 def test_true_and_mean_futures_score_apart(balls):
     free = ~balls.bounced
     before, position = balls.before[free], balls.position[free]
-    true = truth.ball_scores(balls.after[free][None], before, position)
+    true = ground_truth.ball_scores(balls.after[free][None], before, position)
     assert true["speed"] == pytest.approx(2, abs=0.05) and true["right speed"] > 0.98
     assert true["peak"] == pytest.approx(1, abs=0.05)
     assert true["least eighth"] > 0.7 and true["resultant"] < 0.1
-    still = truth.ball_scores(before[None], before, position)
+    still = ground_truth.ball_scores(before[None], before, position)
     assert still["right speed"] == 0
     # Of all velocities at once: the least-squares answer, a faint ring.
-    fainter = truth.ball_scores((balls.after[free][None] + 1) * 0.2 - 1, before, position)
+    fainter = ground_truth.ball_scores((balls.after[free][None] + 1) * 0.2 - 1, before, position)
     assert fainter["peak"] == pytest.approx(0.2, abs=0.02)
 
 
 def test_r_squared_is_that_of_a_linear_regression():
     x = torch.randn(500, 3, dtype=torch.float64)
     y = x @ torch.randn(3, 2, dtype=torch.float64) + 4
-    assert truth.r_squared(x, y) == pytest.approx(1)
-    assert truth.r_squared(torch.randn(500, 3), y) < 0.05
+    assert ground_truth.r_squared(x, y) == pytest.approx(1)
+    assert ground_truth.r_squared(torch.randn(500, 3), y) < 0.05

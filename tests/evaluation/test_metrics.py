@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from cgm.data import load_task
-from cgm.evaluation.likelihood import load_classifier
+from cgm.evaluation.classifier import load_classifier
 from cgm.evaluation.metrics import (
     Birthday,
     InceptionScore,
     Kept,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     best_of_n,
@@ -21,7 +21,7 @@ from cgm.evaluation.metrics import (
     frechet_distance,
     kernel_distance,
     nearest,
-    standardise,
+    standardize,
 )
 
 
@@ -145,12 +145,12 @@ def test_subsets_are_chosen_by_the_seed():
     assert kernel_distance(x, y, subsets=1, size=90) == kernel_distance(x, y, subsets=1, size=50)
 
 
-def test_standardise():
+def test_standardize():
     rows = normals(50, 4) * torch.tensor([1.0, 2, 3, 0]).double() + 5
-    other = standardise(rows * 10 + 3, moments(rows * 10 + 3))
-    torch.testing.assert_close(other, standardise(rows, moments(rows)))
+    other = standardize(rows * 10 + 3, moments(rows * 10 + 3))
+    torch.testing.assert_close(other, standardize(rows, moments(rows)))
     assert other.var(0).mean().item() == pytest.approx(1)
-    assert (standardise(torch.full((3, 2), 4.0), moments(torch.full((3, 2), 4.0))) == 0).all()
+    assert (standardize(torch.full((3, 2), 4.0), moments(torch.full((3, 2), 4.0))) == 0).all()
 
 
 def test_rows_are_kept_at_random_but_the_same():
@@ -244,11 +244,11 @@ def test_recall_of_a_fixed_number_of_samples():
     assert few._replace(recall=0) == every._replace(recall=0)
 
 
-# Memorisation -------------------------------------------------------------------------------------
+# Memorization -------------------------------------------------------------------------------------
 def test_mann_whitney_of_few_rows():
     """Distances to 0: samples 1, 4, 2; unseen rows 2, 3, 5, 6. U = 0 + 2 + 1/2."""
-    memorisation = Memorisation(column(0), column(2, 3, 5, -6))
-    found = result(memorisation, column(-1, 4, 2))
+    memorization = Memorization(column(0), column(2, 3, 5, -6))
+    found = result(memorization, column(-1, 4, 2))
     assert found.z == pytest.approx((2.5 - 6) / math.sqrt(12 * 8 / 12))
     assert found.close == pytest.approx(2 / 3)  # below 2.03
     assert found.nearer_training == pytest.approx(1 / 3) and found.expected == 1 / 5
@@ -256,7 +256,7 @@ def test_mann_whitney_of_few_rows():
 
 def test_copies_on_a_line():
     training, unseen = normals(200, 3), normals(50, 3, seed=1)
-    found = result(Memorisation(training, unseen), training[:100])
+    found = result(Memorization(training, unseen), training[:100])
     # Ties with nothing, below all: U = 0.
     assert found.z == pytest.approx(-math.sqrt(3 * 100 * 50 / 151))
     assert found.close == found.nearer_training == 1 and found.expected == 0.8
@@ -267,7 +267,7 @@ def test_unseen_rows_are_no_copies():
     z, nearer = [], []
     for seed in range(40):
         rows = normals(700, 4, seed=seed)
-        found = result(Memorisation(rows[:400], rows[400:500]), rows[500:])
+        found = result(Memorization(rows[:400], rows[400:500]), rows[500:])
         z.append(found.z)
         nearer.append(found.nearer_training)
     mean = sum(z) / 40
@@ -337,7 +337,7 @@ def test_diversity():
     [
         lambda: PrecisionRecall(normals(80, 6)),
         lambda: PrecisionRecall(normals(80, 6), held=50),
-        lambda: Memorisation(normals(80, 6), normals(30, 6, seed=2)),
+        lambda: Memorization(normals(80, 6), normals(30, 6, seed=2)),
         lambda: Birthday(20, 1.5),
         InceptionScore,
     ],
@@ -373,8 +373,8 @@ def test_parts_change_nothing(make):
         (lambda x: PrecisionRecall(x[:5]), "real must be at least 6 rows, got 5"),
         (lambda x: PrecisionRecall(x).add(x[:, 1:]), r"generated must be \(N, 4\)"),
         (lambda x: result(PrecisionRecall(x), x[:3]), "generated must be more than k = 3 rows"),
-        (lambda x: Memorisation(x, x[:1]), "unseen must be at least 2 rows, got 1"),
-        (lambda x: result(Memorisation(x, x)), "generated must be at least one row"),
+        (lambda x: Memorization(x, x[:1]), "unseen must be at least 2 rows, got 1"),
+        (lambda x: result(Memorization(x, x)), "generated must be at least one row"),
         (lambda x: nearest(x, x[:0]), "reference must be at least 1 rows, got 0"),
         (lambda x: Birthday(1, 1.0), "size and threshold must be at least 2 and positive"),
         (lambda x: Birthday(5, math.nan), "size and threshold must be at least 2 and positive"),
@@ -399,7 +399,7 @@ N = 400
 
 @pytest.fixture(scope="module")
 def known():
-    """{name: pictures (N, 1, 28, 28)} made of pictures held out, the others, and training."""
+    """{name: images (N, 1, 28, 28)} made of images held out, the others, and training."""
     test, train = load_task("class_to_image", "test"), load_task("class_to_image")
     batch = test.batch(torch.arange(1000))
     real, rest, labels = batch["y"][:N], batch["y"][-N:], batch["cond"][:N]
@@ -416,7 +416,7 @@ def known():
         "noise .3": real + 0.3 * noise,
         "classes dropped": torch.cat([half, half, half])[:N],
         "uniform noise": 2 * torch.rand(real.shape, generator=generator) - 1,
-        "one picture": real[:1].expand(N, -1, -1, -1),
+        "one image": real[:1].expand(N, -1, -1, -1),
         "40 repeated": real[:40].repeat(10, 1, 1, 1),
         "copies, noise .05": training[copied] + 0.05 * noise,
     }
@@ -428,8 +428,8 @@ def known():
 def features(known):
     model = load_classifier()
 
-    def extract(pictures):
-        return torch.cat([model.features(part) for part in pictures.split(500)])
+    def extract(images):
+        return torch.cat([model.features(part) for part in images.split(500)])
 
     samples, rest, training = known
     return {k: extract(v) for k, v in samples.items()}, extract(rest), extract(training)
@@ -447,7 +447,7 @@ def test_orders_of_the_kernel_distance(features):
     samples, _, training = features
     real = moments(training)
     found = {
-        name: kernel_distance(standardise(training, real), standardise(rows, real), subsets=3)[0]
+        name: kernel_distance(standardize(training, real), standardize(rows, real), subsets=3)[0]
         for name, rows in samples.items()
     }
     assert abs(found["held out"]) < found["noise .1"] / 2 < found["noise .3"] / 4
@@ -463,7 +463,7 @@ def test_orders_of_recall_and_coverage(features):
     assert found["classes dropped"].recall < held_out.recall - 0.25
     assert found["classes dropped"].coverage < held_out.coverage - 0.25
     assert found["40 repeated"].recall < 0.01 and found["40 repeated"].coverage < 0.4
-    for name in ("uniform noise", "one picture"):
+    for name in ("uniform noise", "one image"):
         assert found[name].recall < 0.05 and found[name].coverage < 0.05
 
 
@@ -474,18 +474,18 @@ def test_inception_scores(features):
     found = {
         name: result(InceptionScore(), head(rows).softmax(1))[0] for name, rows in samples.items()
     }
-    assert found["one picture"] == pytest.approx(1) and found["uniform noise"] < 2
+    assert found["one image"] == pytest.approx(1) and found["uniform noise"] < 2
     assert found["classes dropped"] < found["held out"] - 1
     assert found["training copies"] > found["held out"] - 0.3  # it sees no copying
 
 
 @pytest.mark.parametrize("space", ["pixels", "features"])
-def test_memorisation_catches_copies_and_passes_held_out_pictures(known, features, space):
+def test_memorization_catches_copies_and_passes_held_out_images(known, features, space):
     samples, rest, training = known if space == "pixels" else features
 
     def found(name):
         rows = samples[name].flatten(1)
-        return result(Memorisation(training.flatten(1), rest.flatten(1)), rows)
+        return result(Memorization(training.flatten(1), rest.flatten(1)), rows)
 
     held_out = found("held out")
     assert abs(held_out.z) < 3 and held_out.close < 0.05
@@ -497,8 +497,8 @@ def test_memorisation_catches_copies_and_passes_held_out_pictures(known, feature
     assert found("uniform noise").z > 10
 
 
-def test_birthday_of_pictures_that_repeat(known):
-    """With noise that hides the copies from equality: 60 pictures, or as many as are drawn."""
+def test_birthday_of_images_that_repeat(known):
+    """With noise that hides the copies from equality: 60 images, or as many as are drawn."""
     samples, rest, _ = known
     real = samples["held out"].flatten(1)
     threshold = nearest(real[:200], real[200:])[0].quantile(0.01).item()

@@ -9,7 +9,7 @@ from torch import nn
 
 from cgm.evaluation.metrics import (
     InceptionScore,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     best_of_n,
@@ -18,27 +18,28 @@ from cgm.evaluation.metrics import (
     kernel_distance,
     nearest,
 )
+from tests.support import Peer
 
-fid = pytest.importorskip("torchmetrics.image.fid")
-inception = pytest.importorskip("torchmetrics.image.inception")
-kid = pytest.importorskip("torchmetrics.image.kid")
-linalg = pytest.importorskip("scipy.linalg")
-distance = pytest.importorskip("scipy.spatial.distance")
-stats = pytest.importorskip("scipy.stats")
-prdc = pytest.importorskip("prdc")
+fid = Peer("torchmetrics.image.fid")
+inception = Peer("torchmetrics.image.inception")
+kid = Peer("torchmetrics.image.kid")
+linalg = Peer("scipy.linalg")
+distance = Peer("scipy.spatial.distance")
+stats = Peer("scipy.stats")
+prdc = Peer("prdc")
 pytestmark = [
-    pytest.mark.peers,
+    pytest.mark.peers("torchmetrics", "scipy", "prdc"),
     pytest.mark.filterwarnings("ignore:Metric `.*` will save all extracted:UserWarning"),
 ]
 
 
 class Flat(nn.Module):
-    """Features that are the pictures themselves; torchmetrics asks it for their number."""
+    """Features that are the images themselves; torchmetrics asks it for their number."""
 
     num_features = 16
 
-    def forward(self, pictures):
-        return pictures.flatten(1)
+    def forward(self, images):
+        return images.flatten(1)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def result(meter, rows):
     return meter.result()
 
 
-def as_pictures(rows):
+def as_images(rows):
     return rows.reshape(-1, 1, 4, 4)
 
 
@@ -75,8 +76,8 @@ def test_frechet_distance(features):
     ours = frechet_distance(moments(real), moments(generated))
     metric = fid.FrechetInceptionDistance(Flat(), normalize=True, input_img_size=(1, 4, 4))
     metric.set_dtype(torch.float64)
-    metric.update(as_pictures(real), real=True)
-    metric.update(as_pictures(generated), real=False)
+    metric.update(as_images(real), real=True)
+    metric.update(as_images(generated), real=False)
     assert ours == pytest.approx(metric.compute().item(), rel=1e-4)
     covariances = [np.cov(rows.double().numpy(), rowvar=False) for rows in features]
     apart = (real.double().mean(0) - generated.double().mean(0)).square().sum().item()
@@ -89,8 +90,8 @@ def test_kernel_distance(features):
     """Of subsets that hold all rows, in whatever order: torchmetrics draws its own."""
     real, generated = (rows[:250] for rows in features)
     metric = kid.KernelInceptionDistance(Flat(), subsets=2, subset_size=250)
-    metric.update(as_pictures(real), real=True)
-    metric.update(as_pictures(generated), real=False)
+    metric.update(as_images(real), real=True)
+    metric.update(as_images(generated), real=False)
     ours, deviation = kernel_distance(real, generated, subsets=2, size=250)
     assert ours == pytest.approx(metric.compute()[0].item(), rel=1e-4) and deviation < 1e-12
 
@@ -99,8 +100,8 @@ def test_kernel_distance_of_subsets(features):
     """The mean over many subsets, of which each library draws others."""
     real, generated = features
     metric = kid.KernelInceptionDistance(Flat(), subsets=200, subset_size=100)
-    metric.update(as_pictures(real), real=True)
-    metric.update(as_pictures(generated), real=False)
+    metric.update(as_images(real), real=True)
+    metric.update(as_images(generated), real=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         mean, deviation = (v.item() for v in metric.compute())
@@ -119,7 +120,7 @@ def test_inception_score(features, splits):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         place = torch.randperm(len(logits)).argsort()
-        metric.update(as_pictures(logits[split.argsort(stable=True)][place]))
+        metric.update(as_images(logits[split.argsort(stable=True)][place]))
         torch.manual_seed(0)
         mean, deviation = (v.item() for v in metric.compute())
     ours = result(score, logits.softmax(1))
@@ -136,10 +137,10 @@ def test_precision_recall_density_coverage(features, k):
     assert ours._asdict() == pytest.approx(theirs, rel=1e-9)
 
 
-def test_memorisation(features):
+def test_memorization(features):
     """scipy's U and one-sided p; it corrects for ties, of which there are none."""
     training, unseen, generated = features[0][:150], features[0][150:], features[1]
-    z = result(Memorisation(training, unseen), generated).z
+    z = result(Memorization(training, unseen), generated).z
     far = [distance.cdist(rows.double(), training.double()).min(1) for rows in (generated, unseen)]
     theirs = stats.mannwhitneyu(*far, alternative="less", method="asymptotic", use_continuity=False)
     n, m = len(generated), len(unseen)

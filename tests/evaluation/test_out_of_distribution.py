@@ -1,4 +1,4 @@
-"""Densities of clothes against those of pictures that are none."""
+"""Densities of clothes against those of images that are none."""
 
 import math
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from cgm.studies.compare import CONTESTS, entry_config
 
 
 class Templates(Model):
-    """Unit Gaussians around a picture of each class, by the name that it is given."""
+    """Unit Gaussians around an image of each class, by the name that it is given."""
 
     family = "templates"
 
@@ -25,15 +25,20 @@ class Templates(Model):
             event_shape=(1, 28, 28), cond_kind="class" if classes else "none",
             num_classes=classes, values=256,
         )  # fmt: skip
-        self.centres = torch.nn.Parameter(torch.linspace(-1, 1, max(classes, 1)))
+        self.kind = kind
+        self.centers = torch.nn.Parameter(torch.linspace(-1, 1, max(classes, 1)))
         if kind == "elbo":
             self.elbo = lambda y, *, cond, seed: self.of(y, cond) - 1
         if kind == "energy":
             self.energy = lambda y, *, cond: -self.of(y, cond)
 
+    @property
+    def density(self):
+        return {"elbo": "bound", "energy": "energy", "none": None}[self.kind]
+
     def of(self, y, cond):
-        centre = self.centres[0] if cond is None else self.centres[cond][:, None, None, None]
-        return -(y - centre).square().sum((1, 2, 3)) / 2
+        center = self.centers[0] if cond is None else self.centers[cond][:, None, None, None]
+        return -(y - center).square().sum((1, 2, 3)) / 2
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -69,19 +74,19 @@ def test_an_exact_density_is_taken_first():
     torch.testing.assert_close(log_density(model, y), expected.detach())
 
 
-def test_pictures_near_the_density_are_found_likelier():
+def test_images_near_the_density_are_found_likelier():
     clothes = load_task("class_to_image", "test").batch(torch.arange(60))["y"]
     model = Templates("energy")
-    torch.nn.init.constant_(model.centres, clothes.mean().item())
+    torch.nn.init.constant_(model.centers, clothes.mean().item())
     scores = anomaly_scores(model, clothes)
     assert scores.keys() == {"digits", "noise"}
     # By this density what is brighter or darker than the mean everywhere is unlikely.
-    torch.nn.init.constant_(model.centres, -1.0)
+    torch.nn.init.constant_(model.centers, -1.0)
     dark = anomaly_scores(model, clothes)
     assert dark["noise"] > 0.7 and dark["digits"] < 0.4  # digits are darker than clothes
 
 
-def test_a_model_without_density_or_of_pictures_is_refused():
+def test_a_model_without_density_or_of_images_is_refused():
     y = torch.zeros(2, 1, 28, 28)
     assert has_density(Templates("elbo")) and not has_density(Templates("none"))
     with pytest.raises(ValueError, match="a templates has none"):
@@ -114,11 +119,11 @@ def test_digits_are_strokes_that_differ():
     assert not torch.equal(synthetic.digits(5, seed=1), drawn[:5])
 
 
-def test_of_a_flow_the_bound_is_taken_where_it_learned_pictures():
+def test_of_a_flow_the_bound_is_taken_where_it_learned_images():
     y = torch.rand(3, 1, 4, 4) * 2 - 1
     sizes = {"steps": (1,), "width": 4, "depth": 1}
-    picture = make_model(ConditionalFlow, FlowConfig((1, 4, 4), **sizes)).eval()
-    expected = picture.elbo(y, seed=3).double().detach()
-    torch.testing.assert_close(log_density(picture, y, seed=3), expected)
+    image = make_model(ConditionalFlow, FlowConfig((1, 4, 4), **sizes)).eval()
+    expected = image.elbo(y, seed=3).double().detach()
+    torch.testing.assert_close(log_density(image, y, seed=3), expected)
     real = make_model(ConditionalFlow, FlowConfig((1, 4, 4), values=0, **sizes)).eval()
     torch.testing.assert_close(log_density(real, y), real.log_prob(y).double().detach())

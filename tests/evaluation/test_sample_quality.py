@@ -1,4 +1,4 @@
-"""How samples compare with real pictures: of models that return what we know."""
+"""How samples compare with real images: of models that return what we know."""
 
 import math
 import sys
@@ -10,20 +10,22 @@ from PIL import Image
 from torch import nn
 
 from cgm.data import Dataset, load_task
-from cgm.evaluation import sample_quality as realism
+from cgm.evaluation import sample_quality
+from cgm.evaluation.classifier import load_classifier
 from cgm.evaluation.features import ClassifierFeatures, InceptionFeatures, Pixels, load_features
-from cgm.evaluation.likelihood import evaluate, load_classifier
+from cgm.evaluation.likelihood import evaluate
 from cgm.evaluation.metrics import (
     Kept,
-    Memorisation,
+    Memorization,
     Moments,
     PrecisionRecall,
     choose,
     frechet_distance,
     kernel_distance,
-    standardise,
+    standardize,
 )
 from cgm.evaluation.sample_quality import MEASURES, against_real, check_measures, write_nearest
+from cgm.model import Model
 
 
 def of_rows(dataset, rows):
@@ -33,20 +35,20 @@ def of_rows(dataset, rows):
 
 @pytest.fixture(scope="module")
 def data():
-    """Few of the shipped pictures: training, held out, and others that no one has seen."""
+    """Few of the shipped images: training, held out, and others that no one has seen."""
     training, test = load_task("class_to_image"), load_task("class_to_image", "test")
     parts = (training, 600), (test, 200)
     rest = test.batch(torch.arange(400, 1000))["y"]
     return *(of_rows(dataset, torch.arange(n)) for dataset, n in parts), rest
 
 
-class Returns(nn.Module):
-    """A model whose sample of number i is picture i."""
+class Returns(Model):
+    """A model whose sample of number i is image i."""
 
-    def __init__(self, pictures):
+    def __init__(self, images):
         super().__init__()
-        self.device = nn.Parameter(torch.zeros(()))
-        self.pictures, self.calls = pictures, []
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.images, self.calls = images, []
 
     def sample(self, n=None, *, cond=None, seed, index=None, steps=1):
         if index is None:
@@ -55,7 +57,7 @@ class Returns(nn.Module):
             index = index + torch.arange(n)[:, None] * 2**32
         self.calls.append((index.clone(), cond, seed, steps))
         rows, draws = index % 2**32, index // 2**32
-        return self.pictures[(rows + 200 * draws) % len(self.pictures)]
+        return self.images[(rows + 200 * draws) % len(self.images)]
 
 
 def values(found):
@@ -68,14 +70,14 @@ def values(found):
 
 
 # What is measured ---------------------------------------------------------------------------------
-def test_held_out_pictures_and_copies(data):
-    """Copies win the Frechet distance; the memorisation test tells them, and passes the others."""
+def test_held_out_images_and_copies(data):
+    """Copies win the Frechet distance; the memorization test tells them, and passes the others."""
     training, held_out, rest = data
     copied = training.y[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
-    found, names = {}, ("fd", "precision_recall", "memorisation", "birthday")
-    for name, pictures in (("real", rest), ("copies", copied)):
+    found, names = {}, ("fd", "precision_recall", "memorization", "birthday")
+    for name, images in (("real", rest), ("copies", copied)):
         result = against_real(
-            Returns(pictures),
+            Returns(images),
             training,
             held_out,
             ClassifierFeatures(),
@@ -87,7 +89,7 @@ def test_held_out_pictures_and_copies(data):
     assert copies["FD-classifier"].value < real["FD-classifier"].value
     assert copies["precision"].value > 0.75 and copies["recall"].value > 0.75
     for space in ("pixels", "classifier"):
-        z = f"memorisation z, {space}"
+        z = f"memorization z, {space}"
         assert copies[z].value < -10 and abs(real[z].value) < 3
         assert copies[z + " ... below 1 % quantile"].value == 1
         nearer = z + " ... nearer to training"
@@ -105,7 +107,7 @@ def test_the_measures_are_those_of_the_features(data):
     model = Returns(rest)
     result = against_real(model, training, held_out, extractor, samples=230, seed=5, steps=3)
     found = values(result.measures)
-    # Picture 200 is draw 1 of row 0.
+    # Image 200 is draw 1 of row 0.
     assert torch.equal(result.samples, rest[:200])
     assert torch.cat([call[0] for call in model.calls]).tolist() == [
         *range(200),
@@ -124,7 +126,7 @@ def test_the_measures_are_those_of_the_features(data):
     assert fd.floor == pytest.approx(frechet_distance(meters[0], meters[2]))
     assert (fd.rows, fd.reference, fd.floor_rows) == (230, 600, 200)
     kid = kernel_distance(
-        standardise(real, meters[0]), standardise(ours, meters[0]), subsets=20, size=230, seed=5
+        standardize(real, meters[0]), standardize(ours, meters[0]), subsets=20, size=230, seed=5
     )
     assert found["KID-classifier"].value == pytest.approx(kid[0])
     assert found["KID-classifier ... sd over 20 subsets"].value == pytest.approx(kid[1])
@@ -132,14 +134,14 @@ def test_the_measures_are_those_of_the_features(data):
     balls.add(ours)
     for name, value in balls.result()._asdict().items():
         assert found[name].value == pytest.approx(value) and found[name].reference == 230
-    copying = Memorisation(training.y.flatten(1), held_out.y.flatten(1))
+    copying = Memorization(training.y.flatten(1), held_out.y.flatten(1))
     copying.add(rest[:230].flatten(1))
-    assert found["memorisation z, pixels"].value == pytest.approx(copying.result().z)
+    assert found["memorization z, pixels"].value == pytest.approx(copying.result().z)
     assert found["IS-classifier"].value < 10 and found["IS-classifier"].floor_rows == 200
 
 
 def test_duplicates(data):
-    """A model with 40 pictures: each equals one in 40."""
+    """A model with 40 images: each equals one in 40."""
     training, held_out, rest = data
     ids = torch.randint(40, (1000,), generator=torch.Generator().manual_seed(0))
     found = against_real(
@@ -152,11 +154,11 @@ def test_duplicates(data):
 
 
 def test_diversity_in_a_class(data):
-    """1 of real pictures, more of samples of any class, 0 if all are one."""
+    """1 of real images, more of samples of any class, 0 if all are one."""
     training, held_out, rest = data
     found = []
-    for pictures in (held_out.batch(torch.arange(200))["y"], rest, rest[:1]):
-        model = Returns(pictures)
+    for images in (held_out.batch(torch.arange(200))["y"], rest, rest[:1]):
+        model = Returns(images)
         found += against_real(
             model, training, held_out, Pixels(), samples=200, measures=("conditions",)
         ).measures
@@ -182,16 +184,16 @@ def test_samples_for_one_condition():
 
 def test_parts_and_memory(data, monkeypatch):
     training, held_out, rest = data
-    names = "fd", "memorisation", "precision_recall"
+    names = "fd", "memorization", "precision_recall"
     once = against_real(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
-    monkeypatch.setattr(realism, "_AT_ONCE", 37)
+    monkeypatch.setattr(sample_quality, "_AT_ONCE", 37)
     parts = against_real(Returns(rest), training, held_out, Pixels(), samples=200, measures=names)
     for one, other in zip(once.measures, parts.measures, strict=True):
         assert one.value == pytest.approx(other.value, rel=1e-6) and one.name == other.name
     assert torch.equal(once.closest.nearest, parts.closest.nearest)
     assert torch.equal(once.first.samples, parts.first.samples)
     kept = []
-    monkeypatch.setattr(realism, "_HELD", 25)
+    monkeypatch.setattr(sample_quality, "_HELD", 25)
     add = Kept.add
     monkeypatch.setattr(Kept, "add", lambda self, rows: (add(self, rows), kept.append(self.rows)))
     against_real(Returns(rest), training, held_out, Pixels(), samples=700, measures=("kid",))
@@ -204,38 +206,37 @@ def test_samples_drawn_before_are_not_drawn_again(data):
     with pytest.raises(ValueError, match=r"samples must have shape \(30, 1, 28, 28\)"):
         evaluate(Returns(held_out.y), shipped_task, rows=30, samples=held_out.y[:20])
     model = Returns(held_out.y)
-    model.log_prob = lambda y, cond: (_ for _ in ()).throw(NotImplementedError)
     found = evaluate(
         model, shipped_task, rows=30, samples=shipped_task.batch(torch.arange(30))["y"]
     )
     assert model.calls == [] and found[0].value > 0.7
 
 
-# The picture --------------------------------------------------------------------------------------
-def test_nearest_neighbours_as_a_picture(data, tmp_path):
+# The image ----------------------------------------------------------------------------------------
+def test_nearest_neighbors_as_an_image(data, tmp_path):
     training, held_out, rest = data
-    pictures = rest.clone()
-    pictures[150:153] = training.y[77:80]
+    images = rest.clone()
+    images[150:153] = training.y[77:80]
     result = against_real(
-        Returns(pictures), training, held_out, Pixels(), samples=200, measures=("memorisation",)
+        Returns(images), training, held_out, Pixels(), samples=200, measures=("memorization",)
     )
     assert result.closest.nearest[:3].tolist() == [77, 78, 79]
     assert result.closest.conditions[:3].tolist() == [150, 151, 152]
     assert torch.equal(result.closest.samples[:3], training.y[77:80])
-    assert torch.equal(result.first.samples, pictures[:8])
-    every = (pictures[:8, None] - training.y).flatten(2).norm(dim=2)
+    assert torch.equal(result.first.samples, images[:8])
+    every = (images[:8, None] - training.y).flatten(2).norm(dim=2)
     assert torch.equal(result.first.nearest, every.argmin(1))
     write_nearest(tmp_path / "a.png", result, training, held_out)
     assert Image.open(tmp_path / "a.png").height > 8 * 64
 
 
-def test_pictures_of_the_tasks(tmp_path):
-    """Colours are shown on their luminance, lower halves below the upper ones."""
+def test_images_of_the_tasks(tmp_path):
+    """Colors are shown on their luminance, lower halves below the upper ones."""
     sizes = {}
     for task in ("colorize", "complete"):
         parts = [of_rows(load_task(task, split), torch.arange(40)) for split in ("train", "test")]
         model = Returns(parts[1].y)
-        result = against_real(model, *parts, Pixels(), samples=20, measures=("memorisation",))
+        result = against_real(model, *parts, Pixels(), samples=20, measures=("memorization",))
         file = tmp_path / f"{task}.png"
         write_nearest(file, result, *parts, stacked=task == "complete")
         sizes[task] = Image.open(file).size
@@ -244,17 +245,17 @@ def test_pictures_of_the_tasks(tmp_path):
 
 # Features -----------------------------------------------------------------------------------------
 def test_features(data):
-    pictures = data[2][:5]
+    images = data[2][:5]
     classifier = load_features(None, (1, 28, 28))
     model = load_classifier()
     assert classifier.name == "classifier" and len(classifier.fingerprint) == 8
-    features = classifier(pictures)
+    features = classifier(images)
     assert features.shape == (5, 648)
     with torch.no_grad():
-        torch.testing.assert_close(classifier.probabilities(features), model(pictures).softmax(1))
+        torch.testing.assert_close(classifier.probabilities(features), model(images).softmax(1))
     pixels = load_features(None, (2, 28, 28))
     assert pixels.name == "pixels" and pixels.probabilities(features) is None
-    assert torch.equal(pixels(pictures), pictures.flatten(1))
+    assert torch.equal(pixels(images), images.flatten(1))
 
 
 class FakeInception(nn.Module):
@@ -283,9 +284,9 @@ def torchmetrics(monkeypatch):
 def test_inception_is_given_levels_in_three_channels(torchmetrics, data):
     extractor = load_features("inception", (1, 28, 28))
     assert isinstance(extractor, InceptionFeatures)
-    pictures = data[2][:3]
-    levels = ((pictures + 1) * 127.5).round()
-    features = extractor(pictures * 1.0000001)
+    images = data[2][:3]
+    levels = ((images + 1) * 127.5).round()
+    features = extractor(images * 1.0000001)
     assert torch.equal(features, levels.expand(-1, 3, -1, -1).flatten(1)[:, :2048])
     assert extractor(torch.full((1, 1, 28, 28), 1.2)).max() == 255
     probabilities = extractor.probabilities(features / 255)
@@ -333,7 +334,7 @@ def test_features_that_do_not_fit(name, shape, words):
 def test_measures_that_do_not_fit(data):
     training, held_out, rest = data
     assert check_measures(None, held_out, ClassifierFeatures()) == MEASURES
-    none = Dataset("pictures", rest)
+    none = Dataset("images", rest)
     assert set(MEASURES) - set(check_measures(None, none, Pixels())) == {
         "inception_score",
         "conditions",
@@ -344,7 +345,7 @@ def test_measures_that_do_not_fit(data):
     ):
         with pytest.raises(ValueError, match=words):
             against_real(Returns(rest), training, held_out, Pixels(), measures=names)
-    with pytest.raises(ValueError, match="conditions: it needs classes or pairs of pictures"):
+    with pytest.raises(ValueError, match="conditions: it needs classes or pairs of images"):
         against_real(Returns(rest), none, none, Pixels(), measures=("conditions",))
     with pytest.raises(ValueError, match="samples must be at least 20, got 19"):
         against_real(Returns(rest), training, held_out, Pixels(), samples=19)
@@ -355,7 +356,7 @@ def test_measures_that_do_not_fit(data):
 def test_a_model_without_condition(data):
     rest = data[2]
     model = Returns(rest[:200].repeat(4, 1, 1, 1))
-    some = Dataset("pictures", rest[200:])
+    some = Dataset("images", rest[200:])
     model.sample = lambda n, seed, index: rest[index // 2**32]
     found = against_real(
         model, some, Dataset("more", rest[-50:]), Pixels(), samples=60, measures=("fd",)

@@ -102,7 +102,7 @@ def test_pix2pix_from_its_files_to_a_picture(cgm, tmp_path):
     # The printed command draws, of a grey picture as the network reads it: v / 127.5 - 1.
     levels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     Image.fromarray(levels).save(tmp_path / "a picture.png")
-    command = shlex.split(lines[-1].replace("PICTURE", f"'{tmp_path}/a picture.png'"))
+    command = shlex.split(lines[-1].replace("IMAGE", f"'{tmp_path}/a picture.png'"))
     array = tmp_path / "a.safetensors"
     more = ("--n", 1, "--no-dropout", "--out", tmp_path / "a.png", "--save-array", array)
     code, _, err = cgm(*command[1:], *more)

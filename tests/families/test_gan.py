@@ -158,7 +158,7 @@ def test_the_gan_by_hand():
     model = small_gan(loss="hinge", r1_weight=0.0)
     y = torch.full((1, 1, 8, 8), 0.25)
     model.generator = Fixed({})
-    model._draw = lambda *args: torch.full((1, 1, 8, 8), -0.5)
+    model._generate = lambda *args: torch.full((1, 1, 8, 8), -0.5)
     model.discriminator = Fixed({0.25: MAP, -0.5: MAP})
     cond = torch.tensor([2])
     values = model.loss(y, cond=cond, phase="discriminator", seed=0)
@@ -175,6 +175,19 @@ def test_penalties_of_a_linear_discriminator():
     torch.testing.assert_close(square, w.square().sum().expand(5))
     penalty = gradient_penalty(linear, y, fake, share=torch.rand(5))
     torch.testing.assert_close(penalty, ((w.square().sum().sqrt() - 1) ** 2).expand(5))
+
+
+def test_a_wgan_trains_with_the_gradient_penalty():
+    y, cond = pictures(3, 1, 8), torch.tensor([0, 1, 2])
+    loss = {"cond": cond, "phase": "discriminator", "index": torch.arange(3)}
+    with_penalty = small_gan(loss="wgan", r1_weight=0.0, penalty_weight=10.0)
+    values = with_penalty.loss(y, seed=0, **loss)
+    without = small_gan(loss="wgan", r1_weight=0.0).loss(y, seed=0, **loss)
+    torch.testing.assert_close(values["total"], without["total"] + 10 * values["penalty"])
+    assert_equal(values["penalty"], with_penalty.loss(y, seed=0, **loss)["penalty"])
+    assert (values["penalty"] != with_penalty.loss(y, seed=1, **loss)["penalty"]).all()
+    values["total"].mean().backward()
+    assert all(p.grad is not None for p in with_penalty.discriminator.parameters())
 
 
 def test_the_penalty_is_taken_between_the_pictures():
@@ -329,7 +342,7 @@ def test_wrong_configs(make, changes, message):
 def test_the_usual_depth(generator, side, depth):
     sizes = {"width": 1, "discriminator_width": 1, "norm": "instance", "depth": 0}
     shape = (1, side, side)
-    config = Pix2PixConfig(shape, shape, generator=generator, **sizes)
+    config = Pix2PixConfig(event_shape=shape, cond_shape=shape, generator=generator, **sizes)
     made: Any = Pix2Pix(config).generator.config
     assert (made.downs if generator == "unet" else made.blocks) == depth
     assert made.dropout == (generator == "resnet" or depth >= 6)
@@ -369,7 +382,7 @@ def test_wrong_arguments(family):
 
 
 def test_wrong_options():
-    with pytest.raises(ValueError, match="way must be forward or back"):
+    with pytest.raises(ValueError, match="way must be one of forward, back"):
         small_cyclegan().sample(cond=pictures(1), way="BtoA")
     with pytest.raises(ValueError, match="truncation must not be negative"):
         small_gan().sample(cond=torch.tensor([0]), truncation=-1.0)
@@ -428,7 +441,7 @@ def squares(rows: int, side: int = 16) -> Dataset:
 GAN_TRAINING = {"learning_rate": 2e-3, "beta1": 0.5, "warmup": 0, "decay": "late_linear"}
 
 
-@pytest.mark.parametrize("loss", ["lsgan", "vanilla"])
+@pytest.mark.parametrize("loss", ["lsgan", pytest.param("vanilla", marks=pytest.mark.slow)])
 def test_pix2pix_learns_to_fill_squares(tmp_path, loss):
     model = make_model(Pix2Pix, Pix2PixConfig(**{**SAME, "width": 8, "loss": loss}), seed=1)
     data = squares(32)
@@ -481,7 +494,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path, family, pool):
         assert torch.equal(a, b), name
     if pool:
         assert int(whole.pool_a.count) == pool
-        assert_equal(parts.pool_a.pictures, whole.pool_a.pictures)
+        assert_equal(parts.pool_a.images, whole.pool_a.images)
         assert not any("pool" in name for name in whole.state_dict())
 
 

@@ -17,21 +17,23 @@ from cgkernels.random import normal, uniform
 from cgm.checkpoints import load_model, save_model
 from cgm.data import PINK, TEAL, Dataset, load_task
 from cgm.data.quantization import from_bins, to_bins, to_palette
+from cgm.families.quantized_classifier import (
+    QuantizedClassifier,
+    QuantizedClassifierConfig,
+    palette_of,
+)
 from cgm.families.regression import (
-    ClassifierConfig,
     GaussianConfig,
     GaussianRegression,
     LeastSquares,
     LeastSquaresConfig,
     MixtureConfig,
     MixtureDensity,
-    QuantizedClassifier,
     Regression,
-    palette_of,
 )
 from cgm.model import make_model
 from cgm.training import TrainingConfig, train
-from tests.support import assert_equal
+from tests.support import Peer, assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:LeastSquares predicts one y:UserWarning")
 
@@ -43,8 +45,8 @@ FAMILIES = {
     "Laplace": (LeastSquares, LeastSquaresConfig, {"sigma": 0.3, "error": "l1"}),
     "Gaussian": (GaussianRegression, GaussianConfig, {}),
     "mixture": (MixtureDensity, MixtureConfig, {"components": 3}),
-    "bins": (QuantizedClassifier, ClassifierConfig, {"bins": 5}),
-    "palette": (QuantizedClassifier, ClassifierConfig, {"palette": PALETTE}),
+    "bins": (QuantizedClassifier, QuantizedClassifierConfig, {"bins": 5}),
+    "palette": (QuantizedClassifier, QuantizedClassifierConfig, {"palette": PALETTE}),
 }
 CONDITIONS = {
     "none": {},
@@ -227,9 +229,9 @@ def test_log_prob_is_that_of_torch_distributions(family):
     torch.testing.assert_close(model.log_prob(y), terms.flatten(1).sum(1))
 
 
-@pytest.mark.peers
+@pytest.mark.peers("scipy")
 def test_the_mixture_is_that_of_scipy():
-    scipy_stats, special = pytest.importorskip("scipy.stats"), pytest.importorskip("scipy.special")
+    scipy_stats, special = Peer("scipy.stats"), Peer("scipy.special")
     model, y = small("mixture").double(), 3 * pictures(5).double()
     logits, mean, width = model.table.detach()[0].chunk(3)
     sigma = model.config.min_sigma + special.softplus(width.numpy())
@@ -386,7 +388,7 @@ def test_the_fit_of_a_gaussian_is_mean_and_variance():
 
 @pytest.mark.parametrize("family", ["bins", "palette"])
 def test_the_fit_of_a_classifier_is_the_share_of_each_class(family):
-    y = pictures(60)
+    y = pictures(60).double()
     model = small(family).double()
     model.fit(y)
     classes = model._classes(y)
@@ -571,15 +573,19 @@ def test_of_two_answers_it_gives_a_mean_or_speckles(family):
         (GaussianConfig, {"min_sigma": 0.0}, "min_sigma must be positive"),
         (MixtureConfig, {"components": 0}, "components must be positive"),
         (MixtureConfig, {"min_sigma": math.nan}, "min_sigma must be positive"),
-        (ClassifierConfig, {"bins": 257}, "bins must be from 2 to 256"),
-        (ClassifierConfig, {"palette": PALETTE}, r"palette must be \(\) but for two channels"),
+        (QuantizedClassifierConfig, {"bins": 257}, "bins must be from 2 to 256"),
         (
-            ClassifierConfig,
+            QuantizedClassifierConfig,
+            {"palette": PALETTE},
+            r"palette must be \(\) but for two channels",
+        ),
+        (
+            QuantizedClassifierConfig,
             {"event_shape": SHAPE, "palette": (*PALETTE, (0.0, math.inf))},
             "palette must have two finite numbers",
         ),
         (
-            ClassifierConfig,
+            QuantizedClassifierConfig,
             {"event_shape": SHAPE, "palette": ((0.0, 0.0), (0.0, 0.0))},
             "palette must have two colours or more, all different",
         ),
@@ -653,7 +659,7 @@ def test_bits_are_those_of_pictures_of_256_values():
     values = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     gaussian = GaussianRegression(GaussianConfig((1, 1, 1)))
     gaussian.fit(0.2 * torch.randn(1000, 1, 1, 1))
-    classifier = QuantizedClassifier(ClassifierConfig((1, 1, 1), bins=256))
+    classifier = QuantizedClassifier(QuantizedClassifierConfig((1, 1, 1), bins=256))
     for model in (gaussian, classifier):
         total = (-model.bits_per_dimension(values) * math.log(2)).exp().sum().item()
         assert total == pytest.approx(1, abs=1e-3)

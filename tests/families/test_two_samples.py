@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cgm.checkpoints import load_model
+from cgm.checkpoints import load_model, sampling_preset
 from cgm.data import load_task
 from cgm.evaluation.ground_truth import gaussian_scores
-from cgm.studies.compare import CONTESTS
+from cgm.studies.contests import CONTESTS
 
 CONTEST = CONTESTS["eight_gaussians"]
 FOLDER = Path(__file__).parents[1] / "data" / "eight_gaussians"
@@ -23,7 +23,7 @@ CANNOT = {"gaussian_regression", "mixture_density", "quantized_classifier"}
 @pytest.mark.parametrize("entry", CONTEST.entries, ids=lambda entry: entry.family)
 def test_samples_of_the_eight_gaussians_are_told_from_true_ones_only_where_they_must(entry):
     model = load_model(FOLDER / entry.family, expected_family=entry.family)
-    points = model.sample(CONTEST.rows, seed=0, **entry.solver)
+    points = model.sample(CONTEST.rows, seed=0, **sampling_preset(FOLDER / entry.family))
     true = load_task("eight_gaussians", "test").batch(torch.arange(CONTEST.rows))["y"]
     scores = gaussian_scores(points, true)
     if entry.family in CANNOT:

@@ -19,9 +19,11 @@ from cgkernels.samplers import (
     make_schedule,
     make_table,
 )
+from tests.support import Peer
 
-diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.peers
+pytestmark = pytest.mark.peers("diffusers")
+
+diffusers = Peer("diffusers")
 
 SEED = 11
 SHAPE = (2, 3, 4, 4)
@@ -34,6 +36,14 @@ CLASSES = {
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+
+
+def predictions_of(*samplers, of=PREDICTIONS):
+    """Samplers with the predictions that diffusers implements for them."""
+    return pytest.mark.parametrize(
+        ("sampler", "prediction"),
+        [pair for pair in product(samplers, of) if pair != ("euler_ancestral", "x0")],
+    )
 
 
 class Float64Torch:
@@ -189,11 +199,8 @@ def test_ddim(prediction, spacing, eta, clipped_epsilon, monkeypatch):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m"])
+@predictions_of("euler", "euler_ancestral", "dpmpp_2m")
 def test_euler_and_dpm_solver(sampler, prediction, spacing, monkeypatch):
-    if sampler == "euler_ancestral" and prediction == "x0":
-        pytest.skip("diffusers does not implement it")
     for name, steps in product(("linear", "scaled_linear", "cosine"), STEPS):
         schedule = make_schedule(name)
         offset = int(spacing == "leading")
@@ -209,11 +216,8 @@ def test_euler_and_dpm_solver(sampler, prediction, spacing, monkeypatch):
         compare(scheduler, table, monkeypatch)
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
-@pytest.mark.parametrize("sampler", CLASSES)
+@predictions_of(*CLASSES, of=("x0", "v"))
 def test_zero_terminal_snr(sampler, prediction, monkeypatch):
-    if sampler == "euler_ancestral" and prediction == "x0":
-        pytest.skip("diffusers does not implement it")
     schedule = make_schedule("scaled_linear", zero_terminal_snr=True)
     if sampler in ("ddpm", "ddim"):
         config = {"clip_sample": False}

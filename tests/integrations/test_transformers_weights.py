@@ -5,9 +5,11 @@ import torch
 
 from cgm.networks.transformer import from_transformers
 from cgm.sampling.decoding import generate
+from tests.support import Peer
 
-transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.peers
+pytestmark = pytest.mark.peers("transformers")
+
+transformers = Peer("transformers")
 
 SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
 

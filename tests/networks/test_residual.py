@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from cgm.model import PictureConfig
+from cgm.model import ImageConfig
 from cgm.networks.residual import ConditionPlanes, ResidualEncoder, ResidualUNet
 
 CONFIGS = {
-    "none": PictureConfig((2, 1, 1)),
-    "class": PictureConfig((1, 7, 12), "class", 5),
-    "image": PictureConfig((2, 9, 8), "image", 0, (3, 9, 8)),
+    "none": ImageConfig((2, 1, 1)),
+    "class": ImageConfig((1, 7, 12), "class", 5),
+    "image": ImageConfig((2, 9, 8), "image", 0, (3, 9, 8)),
 }
 
 
@@ -58,4 +58,4 @@ def test_an_untrained_unet_predicts_zero():
 )
 def test_a_config_that_does_not_fit_says_what_is_wrong(changed, named):
     with pytest.raises(ValueError, match=named):
-        PictureConfig(**changed)
+        ImageConfig(**changed)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from benchmarks.ops import LAUNCHES
 from cgkernels.library import OPS, reference
-from cgkernels.ops import norm_linear as op
-from cgkernels.ops.norm_linear import norm_linear, pack_weight
-from cgkernels.testing import assert_within_budget, compile_launch, values
+from cgkernels.ops.norm_linear import cpu, norm_linear, pack_weight
+from cgkernels.ops.norm_linear.launch import _launch, _launch_config
+from cgkernels.testing import assert_within_budget, compile_launch, plain_and_modelled, values
 from tests.support import (
     FLOATS,
     HALVES,
@@ -28,7 +28,7 @@ from tests.support import (
     one_of_each_dtype,
 )
 
-LAUNCHERS = {"norm_linear": op._launch, "norm_linear_counted": op._launch}
+LAUNCHERS = {"norm_linear": _launch, "norm_linear_counted": _launch}
 
 DIFFERENTIABLE = ("x", "weight", "norm_weight", "norm_bias", "bias", "residual")
 
@@ -151,7 +151,8 @@ def test_it_is_what_the_modules_compute(rows, dtype, variant):
     inputs = make_inputs((rows, 130), 67, dtype, **VARIANTS[variant])
     with torch.no_grad():
         exact = by_modules(**widened(inputs))
-    assert_within_budget(norm_linear(**inputs), by_modules(**inputs), exact)
+    plain, modelled = plain_and_modelled(lambda: by_modules(**inputs))
+    assert_within_budget(norm_linear(**inputs), plain, exact, modelled)
 
 
 @variants
@@ -167,9 +168,10 @@ def test_gradients_are_those_of_the_modules(dtype, variant):
         return torch.autograd.grad(out, [leaves[n] for n in names], dout.to(out.dtype))
 
     exact = gradients(by_modules, widened(inputs))
-    ours, plain = (gradients(function, inputs) for function in (norm_linear, by_modules))
-    for one, same, true in zip(ours, plain, exact, strict=True):
-        assert_within_budget(one, same, true)
+    ours = gradients(norm_linear, inputs)
+    plain, modelled = plain_and_modelled(lambda: gradients(by_modules, inputs))
+    for one, same, true, model in zip(ours, plain, exact, modelled, strict=True):
+        assert_within_budget(one, same, true, model)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
@@ -189,14 +191,15 @@ def test_a_large_mean_costs_no_digits():
     x = 100 + normals(16, 300)
     inputs = {"weight": normals(40, 300, seed=1), "norm": "layer"}
     exact = by_modules(x.double(), **widened(inputs))
-    assert_within_budget(norm_linear(x, **inputs), by_modules(x, **inputs), exact)
+    plain, modelled = plain_and_modelled(lambda: by_modules(x, **inputs))
+    assert_within_budget(norm_linear(x, **inputs), plain, exact, modelled)
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "by rows"])
 def product(request, monkeypatch):
     """How the CPU multiplies a few rows: as it finds best, or as it can everywhere."""
     if not request.param:
-        monkeypatch.setattr(op, "_onednn_keeps_rows", lambda transposed: False)
+        monkeypatch.setattr(cpu, "_onednn_keeps_rows", lambda transposed: False)
 
 
 @contextlib.contextmanager
@@ -234,14 +237,18 @@ def test_a_packed_weight_is_as_accurate_as_products_row_by_row(rows, features, v
     residual = inputs.pop("residual", torch.zeros(rows, 300))
     with torch.no_grad():
         exact = by_modules(**widened(inputs), residual=residual.double())
-    alone = [
-        by_modules(**{**inputs, "x": x[None]}, residual=r[None])
-        for x, r in zip(inputs["x"], residual, strict=True)
-    ]
+
+    def alone():
+        rows = zip(inputs["x"], residual, strict=True)
+        return torch.cat(
+            [by_modules(**{**inputs, "x": x[None]}, residual=r[None]) for x, r in rows]
+        )
+
+    plain, modelled = plain_and_modelled(alone)
     packed = {**inputs, "weight": pack_weight(inputs["weight"]), "residual": residual}
-    assert_within_budget(norm_linear(**packed), torch.cat(alone), exact)
+    assert_within_budget(norm_linear(**packed), plain, exact, modelled)
     with reference():
-        assert_within_budget(norm_linear(**packed), torch.cat(alone), exact)
+        assert_within_budget(norm_linear(**packed), plain, exact, modelled)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -273,7 +280,7 @@ def test_what_is_not_packed():
 
 
 def test_a_onednn_whose_rows_depend_on_their_batch_gets_no_packed_weight(monkeypatch):
-    monkeypatch.setattr(op, "_packing_keeps_rows", lambda *shape: False)
+    monkeypatch.setattr(cpu, "_packing_keeps_rows", lambda *shape: False)
     weight = torch.ones(3, 4)
     assert pack_weight(weight) is weight
 
@@ -313,7 +320,8 @@ def test_on_the_cpu_batches_of_many_sizes_agree(
 def test_long_sums_on_the_cpu_are_as_accurate_as_those_of_pytorch(rows, features, product):
     inputs = make_inputs((rows, features), 1536, torch.float32)
     exact = by_modules(**widened(inputs))
-    assert_within_budget(norm_linear(**inputs), by_modules(**inputs), exact)
+    plain, modelled = plain_and_modelled(lambda: by_modules(**inputs))
+    assert_within_budget(norm_linear(**inputs), plain, exact, modelled)
 
 
 @pytest.mark.parametrize("strides", ["transposed", "every other", "expanded", "shifted"])
@@ -414,7 +422,7 @@ def test_wrong_arguments(error, words, changed):
 def test_splits_cover_the_features_and_programs_the_gpu(dtype):
     for channels in (1, 16, 768, 2047, 2048, 8191, 8192, 32000):
         for features in (1, 64, 511, 768, 1023, 1024, 3072, 11008):
-            config = op._launch_config(channels, features, dtype, None)
+            config = _launch_config(channels, features, dtype, None)
             splits, split = config["SPLITS"], config["SPLIT"]
             assert (splits - 1) * split < features <= splits * split
             assert split % config["BLOCK_K"] == 0 and 1 <= splits <= 8
@@ -423,8 +431,8 @@ def test_splits_cover_the_features_and_programs_the_gpu(dtype):
 
 
 def test_swiglu_has_twice_the_rows():
-    wide = op._launch_config(8192, 768, torch.bfloat16, None)
-    assert op._launch_config(4096, 768, torch.bfloat16, "swiglu") == wide
+    wide = _launch_config(8192, 768, torch.bfloat16, None)
+    assert _launch_config(4096, 768, torch.bfloat16, "swiglu") == wide
 
 
 # Kernels ------------------------------------------------------------------------------------------
@@ -469,7 +477,7 @@ def test_every_variant(dtype, int8, device, variant):
 @pytest.mark.parametrize(("rows", "features"), [(1, 1024), (17, 1601)])
 def test_splits_are_merged(rows, features, variant, dtype, device):
     inputs = make_inputs((rows, features), 9, dtype, **VARIANTS[variant])
-    assert op._launch_config(9, features, dtype, inputs.get("activation"))["SPLITS"] > 1
+    assert _launch_config(9, features, dtype, inputs.get("activation"))["SPLITS"] > 1
     check(inputs, device)
 
 
@@ -479,7 +487,7 @@ def test_counters_are_found_and_left_at_zero(device):
     counters = torch.zeros(6, dtype=torch.int32, device=device)
     for rows, features in ((1, 1024), (33, 1601), (1, 1024)):
         inputs = make_inputs((rows, features), 19, torch.bfloat16, device, options=("bias",))
-        assert op._launch_config(19, features, torch.bfloat16, None)["SPLITS"] > 1
+        assert _launch_config(19, features, torch.bfloat16, None)["SPLITS"] > 1
         with kernels(device, order_seed=rows):
             assert_equal(norm_linear(**inputs, counters=counters), norm_linear(**inputs))
         assert not counters.any()
@@ -490,7 +498,7 @@ def test_counters_are_found_and_left_at_zero(device):
 @pytest.mark.parametrize("activation", [None, "swiglu"])
 def test_many_channels_have_wider_tiles(activation, dtype, device):
     channels = 4101 if activation else 8197
-    assert op._launch_config(channels, 40, dtype, activation)["BLOCK_N"] == 32
+    assert _launch_config(channels, 40, dtype, activation)["BLOCK_N"] == 32
     options = {"options": ("bias",)}
     call = call_of(make_inputs((2, 40), channels, dtype, activation=activation, **options), device)
     assert_kernels_agree(call, kernel_results(call))

@@ -13,7 +13,8 @@ from cgm.checkpoints import load_model
 from cgm.data import TASKS, load_task
 from cgm.model import config_class, family_class
 from cgm.studies import compare as module
-from cgm.studies.compare import CONTESTS, Entry, compare, run_entry
+from cgm.studies.compare import compare, run_entry
+from cgm.studies.contests import CONTESTS, Entry, entry_config
 from cgm.training import TrainingConfig
 
 TINY = {
@@ -45,12 +46,13 @@ def test_every_entry_fits_its_task():
         assert len({entry.family for entry in contest.entries}) == len(contest.entries)
         for entry in contest.entries:
             model_class = family_class(entry.family)
-            config = module.entry_config(entry, dataset)
+            config = entry_config(entry, dataset)
             assert isinstance(config, config_class(model_class))
             TrainingConfig(**{**model_class.training_defaults, **entry.training})
             model_class.sampling_config(**entry.solver)
 
 
+@pytest.mark.slow
 def test_a_comparison_trains_once_and_then_loads(small, tmp_path):
     console = Console(record=True, width=120)
     results = compare("eight_gaussians", tmp_path, seconds=0.3, console=console)
@@ -67,8 +69,8 @@ def test_a_comparison_trains_once_and_then_loads(small, tmp_path):
     assert float(rows[0]["on a Gaussian"]) == round(results[0].scores["on a Gaussian"], 3)
     text = console.export_text()
     assert "least share" in text and "samples/s" in text and "20" in text
-    with Image.open(tmp_path / "compare.png") as picture:
-        assert picture.width > 3 * 64
+    with Image.open(tmp_path / "compare.png") as image:
+        assert image.width > 3 * 64
     weights = (tmp_path / "gan" / "model.safetensors").read_bytes()
     again = run_entry("eight_gaussians", small, TINY["gan"], tmp_path / "gan", 0.3, "cpu")
     assert (tmp_path / "gan" / "model.safetensors").read_bytes() == weights

@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-import cgm.evaluation.likelihood
+import cgm.evaluation.classifier
 from cgkernels.library import using_reference
-from cgm.checkpoints import load_model, save_model
+from cgm.checkpoints import load_model, sampling_preset, save_model, shipped
 from cgm.cli import main
 from cgm.data import load_task, to_float
-from cgm.evaluation.ground_truth import colour_scores
+from cgm.evaluation.ground_truth import color_scores
 from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.families.regression import LeastSquares, LeastSquaresConfig
 from cgm.model import make_model
 from cgm.studies import demo as study
-from cgm.studies.demo import LIBRARY, PLAIN, SOLVER, demo
+from cgm.studies.demo import CHECKPOINT, LIBRARY, PLAIN, demo
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def tiny(tmp_path, monkeypatch):
     config = DiffusionConfig(
         cond_kind="class", num_classes=10, channels=8, heads=2, multipliers=(1,), blocks=1, patch=4
     )
-    monkeypatch.setitem(study.SOLVER, "steps", 3)
-    save_model(tmp_path / "tiny", make_model(ConditionalDiffusion, config))
+    preset = {"sampling": {**sampling_preset(shipped(CHECKPOINT)), "steps": 3}}
+    save_model(tmp_path / "tiny", make_model(ConditionalDiffusion, config), preset)
     lower = AutoregressiveConfig(
         event_shape=(1, 14, 28), cond_kind="image", cond_shape=(1, 14, 28), levels=2, layers=1,
         width=8, heads=1, hidden=8,
@@ -41,19 +41,19 @@ def tiny(tmp_path, monkeypatch):
         patch=1, norm="instance", discriminator_width=4,
     )  # fmt: skip
     save_model(tmp_path / "translating", make_model(Pix2Pix, edges))
-    colours = LeastSquaresConfig(
+    colors = LeastSquaresConfig(
         event_shape=(2, 28, 28), cond_kind="image", cond_shape=(1, 28, 28), width=4, levels=1
     )
-    save_model(tmp_path / "colouring", make_model(LeastSquares, colours))
+    save_model(tmp_path / "coloring", make_model(LeastSquares, colors))
     monkeypatch.setattr(study, "drawable_names", lambda: ["colorize_least_squares", "other"])
     folders = {
-        "colorize_least_squares": "colouring",
+        "colorize_least_squares": "coloring",
         study.CHECKPOINT: "tiny",
         study.COMPLETING: "completing",
         study.TRANSLATING: "translating",
     }
     monkeypatch.setattr(study, "shipped", lambda name: tmp_path / folders[name])
-    monkeypatch.setattr(study, "class_accuracy", lambda pictures, labels: 0.25)
+    monkeypatch.setattr(study, "class_accuracy", lambda images, labels: 0.25)
     monkeypatch.setattr(study, "held_out_accuracy", lambda: 0.75)
     return load_model(tmp_path / "tiny")
 
@@ -86,7 +86,8 @@ def test_draws_are_measured_in_turn_and_numbered_on(tiny, ways, tmp_path):
     assert {way for way, _ in ways[:-5]} == {PLAIN, LIBRARY}
     assert len(measured.rates[PLAIN]) == 2 and len(measured.rates[LIBRARY]) == 3
     assert measured.difference == 0  # on a CPU they are the same operations
-    expected = tiny.sample(6, cond=torch.arange(10), seed=0, **SOLVER)
+    solver = {"sampler": "dpmpp_2m", "steps": 3, "guidance": 2.0}
+    expected = tiny.sample(6, cond=torch.arange(10), seed=0, **solver)
     # Round-off: the network saw other batches.
     torch.testing.assert_close(measured.samples, expected, rtol=0, atol=1e-3)
     drawn = ("25.0% of 60 drawn", "25.0% of 40 completed", "25.0% of 20 made of edges")
@@ -101,8 +102,8 @@ def test_draws_are_measured_in_turn_and_numbered_on(tiny, ways, tmp_path):
     upper = (to_float(first_of_each_class())[:, :, :14]).expand(4, -1, -1, -1, -1)
     assert torch.equal(measured.completed[:, :, :, :14], upper)
     assert Image.open(tmp_path / "demo.png").height > 10 * 28
-    assert measured.coloured.keys() == {"least_squares"}
-    assert measured.coloured["least_squares"].shape == (4, 6, 2, 28, 28)
+    assert measured.colored.keys() == {"least_squares"}
+    assert measured.colored["least_squares"].shape == (4, 6, 2, 28, 28)
     assert Image.open(tmp_path / "families.png").height > 6 * 28
     assert "6 garments, 4 draws each" in text.getvalue() and "consistency" in text.getvalue()
 
@@ -138,18 +139,18 @@ def test_command(tiny, tmp_path, monkeypatch, capsys):
 def test_shipped_model_draws_clothes(tmp_path):
     measured = demo(tmp_path, seconds=0.0, console=Console(file=io.StringIO()))
     labels = torch.arange(10).repeat(len(measured.samples))
-    assert cgm.evaluation.likelihood.class_accuracy(measured.samples.flatten(0, 1), labels) > 0.8
-    completed = cgm.evaluation.likelihood.class_accuracy(
+    assert cgm.evaluation.classifier.class_accuracy(measured.samples.flatten(0, 1), labels) > 0.8
+    completed = cgm.evaluation.classifier.class_accuracy(
         measured.completed.flatten(0, 1), torch.arange(10).repeat(len(measured.completed))
     )
     assert completed > 0.5
     assert (measured.translated - to_float(first_of_each_class())).abs().mean() < 0.2
     luminance = load_task("colorize", "test").batch(torch.arange(6))["cond"]
-    scores = {name: colour_scores(ab, luminance) for name, ab in measured.coloured.items()}
-    assert scores["least_squares"]["chroma"] < 0.05  # grey
+    scores = {name: color_scores(ab, luminance) for name, ab in measured.colored.items()}
+    assert scores["least_squares"]["chroma"] < 0.05  # gray
     for family in ("mixture_density", "quantized_classifier"):  # speckled
         assert scores[family]["consistency"] < 0.3 and scores[family]["chroma"] > 0.9
-    # One clean colour.
+    # One clean color.
     for family in ("vae", "autoregressive", "flow", "diffusion", "gan", "energy"):
         assert scores[family]["consistency"] > 0.95 and scores[family]["chroma"] > 0.9, family
         assert scores[family]["background"] < 0.2

@@ -10,18 +10,14 @@ from PIL import Image
 from rich.console import Console
 
 import cgkernels
+from cgm.evaluation.execution import compiled_copy, conditions, difference_of, model_call
 from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.model import make_model
 from cgm.studies import throughput as module
-from cgm.studies.throughput import (
-    CHECKPOINT,
-    bench,
-    compiled_copy,
-    conditions,
-    difference_of,
-    model_call,
-)
+from cgm.studies.throughput import bench
+
+CHECKPOINT = "class_to_image_diffusion"
 
 SMALL = {"event_shape": (1, 8, 8), "channels": 8, "multipliers": (1,), "blocks": 1, "heads": 2}
 CONDITIONS = {
@@ -92,8 +88,8 @@ def test_table_and_files(tmp_path, tiny, capsys):
     with (tmp_path / "bench.csv").open() as opened:
         rows = list(csv.DictReader(opened))
     assert [float(row["p50"]) for row in rows] == [r.p50 for r in results]
-    picture = Image.open(tmp_path / "bench.png")
-    assert picture.width > 300 and len(picture.getcolors(10**6)) > 10
+    image = Image.open(tmp_path / "bench.png")
+    assert image.width > 300 and len(image.getcolors(10**6)) > 10
 
 
 def test_rates_are_samples_a_second(tmp_path, tiny, monkeypatch):
