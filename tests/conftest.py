@@ -60,11 +60,13 @@ def pytest_addoption(parser):
 # One process on each core -------------------------------------------------------------------------
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """A run of folders takes all cores; `-n` decides otherwise, and `-n 0` is one process."""
+    """A run of folders takes all cores, unless `-n` says otherwise; a GPU has one process."""
     option = config.option
+    on_gpu = torch.cuda.is_available() and "not cuda" not in option.markexpr
     if (
         not hasattr(config, "workerinput")  # of a worker
         and getattr(option, "numprocesses", 0) is None  # pytest-xdist is here, and no -n was given
+        and not on_gpu
         and any(os.path.isdir(argument) for argument in config.args)
         and not (option.usepdb or option.trace or option.collectonly or option.capture == "no")
     ):
@@ -107,7 +109,8 @@ def reason_to_leave_out(item):
         return "offline"
     if not all(is_installed(name) for peers in item.iter_markers("peers") for name in peers.args):
         return "peers"
-    if marked("slow") and not (named or "slow" in expression or item.config.option.slow):
+    asked = named or "slow" in expression or item.config.option.slow
+    if marked("slow") and not marked("cuda") and not asked:  # slow on a CPU
         return "slow"
     return None
 

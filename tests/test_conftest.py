@@ -77,7 +77,7 @@ def test_what_cannot_run_is_left_out_in_one_line(arguments, in_workers, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [(".", "--slow", "-k", "slow"), (".", "-m", "slow"), ("test_toy.py::test_slow",)],
+    [(".", "--slow", "-k", "test_slow"), (".", "-m", "slow"), ("test_toy.py::test_slow",)],
 )
 def test_what_is_slow_is_run_when_asked_for(arguments, tmp_path):
     status, output = pytest_process(tmp_path, *arguments)

@@ -112,7 +112,8 @@ def test_small_results_are_judged_together():
     assert sum(t.numel() for t in actual) >= 256 and exact[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
 def test_the_gate_of_models(broken, monkeypatch):
     cases = select("models", CPU, sizes=["few"])
     case = next(case for case in cases if case.name == "class_to_image_diffusion")
