@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cgkernels.ops.decode_attention.launch import empty_outputs
 from cgkernels.ops.decode_attention.reference import rotary_ref, rotate
+from cgkernels.rows import compute_dtype
 
 Attention = tuple[Tensor, Tensor]
 """Results (rows, heads, queries, D), and their log-sum-exp (rows, heads, queries)."""
@@ -49,7 +50,7 @@ def _cpu_append(
     if queries > 1:
         q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     q = q.reshape(rows, kv_heads, -1, head_size)  # (B, Hkv, G Sq, D)
-    q = q.to(torch.promote_types(dtype, torch.float32))
+    q = q.to(compute_dtype(q))
     attend = partial(_attend_range, queries, window, softcap, scale)
     out, lse = _attend_own(attend, plan, queries, q, k_cache, v_cache, k_new, v_new)
     if prefix_k is not None and prefix_v is not None:
