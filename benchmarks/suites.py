@@ -28,7 +28,7 @@ def cases(suite: str, device: torch.device) -> list[Case]:
             dataclasses.replace(case, providers={OURS: case.providers[OURS]})
             for case in _growth_cases(device)
         ]
-    found = []
+    found: list[Case] = []
     if suite in ("ops", "all"):
         found += _op_cases(device)
     if suite in ("models", "all"):

@@ -47,7 +47,7 @@ class Launch:
     """
 
     label: str
-    run: functools.partial[object]
+    run: functools.partial[Any]
     vector_bits: int = 0
     dot: bool = False
 

@@ -121,7 +121,13 @@ class _Modelled(TorchDispatchMode):
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in library.OPS.values():  # what it is made of
             device = next(a.device.type for a in args if isinstance(a, Tensor))
@@ -142,7 +148,7 @@ class _Modelled(TorchDispatchMode):
             return self._rounded(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _rounded(self, func, args, kwargs):
+    def _rounded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not any(_is_narrow(a) for a in (*args, *kwargs.values())):
             return func(*args, **kwargs)
         kind = func.overloadpacket
@@ -167,7 +173,7 @@ class _Modelled(TorchDispatchMode):
                 target.copy_(wide if error is None else wide + error)
         return result
 
-    def _mean(self, func, args, kwargs):
+    def _mean(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         if result.dtype not in _NARROW or not result.numel() or "out" in kwargs:
             return result

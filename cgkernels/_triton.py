@@ -35,6 +35,8 @@ except ImportError:  # macOS, Windows
             return 1 << (n - 1).bit_length()
 
     class _Language:
-        constexpr = Any  # evaluated when a kernel with annotated arguments is defined
+        class constexpr:  # in annotations of kernels, and for constants that kernels read
+            def __init__(self, value: Any) -> None:
+                self.value = value
 
     triton, tl = _Triton(), _Language()  # type: ignore[assignment]

@@ -5,12 +5,19 @@ for no device: Python numbers, and tensors on the CPU outside a trace.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise unless value is one of these names."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -109,7 +116,7 @@ def as_index(index: Tensor | None, rows: int, device: torch.device | str | None)
     if index is None:
         return torch.arange(rows, device=device)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        raise TypeError(f"index must be an int64 tensor, got {_described(index)}")
+        raise TypeError(f"index must be an int64 tensor, got {_dtype_of(index)}")
     check_shape("index", index, (rows,))
     if device is not None and index.device.type != torch.device(device).type:
         raise ValueError(f"index must be on {device}, got {index.device}")
@@ -133,7 +140,7 @@ def as_step(
         if device is not None and step.device.type != torch.device(device).type:
             raise ValueError(f"{name} must be on {device}, got {step.device}")
         if readable(step) and step.numel():
-            low, high = _ends(step)
+            low, high = _extremes(step)
             if low < least or high >= limit:
                 raise ValueError(
                     f"{name} must be in [{least}, {limit}), got values from {low} to {high}"
@@ -151,12 +158,12 @@ def check_integers(
 ) -> None:
     """Raise unless int32 or int64 of this shape on this device, in [low, high] where readable."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
-        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_described(tensor)}")
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {_dtype_of(tensor)}")
     check_shape(name, tensor, shape)
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if readable(tensor) and tensor.numel():
-        least, most = _ends(tensor)
+        least, most = _extremes(tensor)
         if least < low or most > high:
             raise ValueError(
                 f"{name} must be in [{low}, {high}], got values from {least} to {most}"
@@ -167,13 +174,13 @@ def check_int64(**tensors: Tensor) -> None:
     """Raise unless each is an int64 tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {_described(tensor)}")
+            raise TypeError(f"{name} must be an int64 tensor, got {_dtype_of(tensor)}")
 
 
 def check_counters(counters: Tensor, least: int, device: torch.device) -> None:
     """Raise unless these can count the programs of a launch: int32 zeros side by side."""
     if not isinstance(counters, Tensor) or counters.dtype != torch.int32:
-        raise TypeError(f"counters must be an int32 tensor, got {_described(counters)}")
+        raise TypeError(f"counters must be an int32 tensor, got {_dtype_of(counters)}")
     if counters.dim() != 1 or counters.shape[0] < least or not counters.is_contiguous():
         raise ValueError(
             f"counters must have shape (at least {least},), contiguous, got "
@@ -224,7 +231,7 @@ def check_attention(window: int | None, softcap: float | None, scale: float) -> 
         raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _ends(tensor: Tensor) -> tuple[int, int]:
+def _extremes(tensor: Tensor) -> tuple[int, int]:
     """The smallest and the largest of integers on the CPU."""
     if tensor.numel() > 64:
         return tuple(int(v) for v in tensor.aminmax())  # type: ignore[return-value]
@@ -232,5 +239,6 @@ def _ends(tensor: Tensor) -> tuple[int, int]:
     return min(values), max(values)
 
 
-def _described(value: object) -> str:
+def _dtype_of(value: object) -> str:
+    """The dtype of a tensor, the type of anything else."""
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,11 +1,20 @@
-"""Triton functions on loaded values, shared by the kernels: noise, and addresses of rows.
+"""Triton functions shared by the kernels: noise, rows of tensors, sums and moments of parts.
 
 The noise agrees with `random.py`: every word is equal, every normal within 4 ulp of float32. Only
 32-bit integer and float32 arithmetic is used. The polynomials are minimax fits made for this file;
 explicit fused multiply-adds keep them independent of the compiler's contraction of a b + c.
 """
 
+from cgkernels import random
 from cgkernels._triton import tl, triton
+
+# Streams of `random.py`, as kernels must see global constants.
+STREAM_SAMPLER = tl.constexpr(random.STREAM_SAMPLER)
+STREAM_TOKENS = tl.constexpr(random.STREAM_TOKENS)
+STREAM_TRAINING = tl.constexpr(random.STREAM_TRAINING)
+STREAM_LATENTS = tl.constexpr(random.STREAM_LATENTS)
+
+_TO_UNIT = tl.constexpr(2.0**-32)  # from a word of 32 bits to [0, 1)
 
 
 @triton.jit
@@ -16,7 +25,7 @@ def philox_words(seed, index, step, quad, STREAM: tl.constexpr):
     """
     c1 = (index & 0xFFFFFFFF).to(tl.uint32)
     c2 = ((index >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c3 = (tl.full((), STREAM * 16777216, tl.int64) + step).to(tl.uint32)
+    c3 = (tl.full((), STREAM << 24, tl.int64) + step).to(tl.uint32)
     return tl.philox(seed, quad.to(tl.uint32), c1, c2, c3)
 
 
@@ -32,7 +41,7 @@ def _radius(w):
     bits = value.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    distance = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    distance = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * _TO_UNIT
     x = tl.where(near_one, -distance, mantissa - 1.0)
     k = tl.where(near_one, 0, 32 - exponent).to(tl.float32)
     p = tl.fma(x, -0.07859611511230469, 0.12881647050380707)
@@ -53,7 +62,7 @@ def _cos_sin(w):
     """cos and sin of 2 pi (w + 0.5) 2^-32; the quadrant is taken off in integers."""
     quadrant = (w + 0x20000000) >> 30
     rest = (w - (quadrant << 30)).to(tl.int32, bitcast=True)
-    t = (rest.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # turns, in [-1/8, 1/8]
+    t = (rest.to(tl.float32) + 0.5) * _TO_UNIT  # turns, in [-1/8, 1/8]
     square = t * t
     sin = tl.fma(square, -75.40206909179688, 81.5925521850586)
     sin = tl.fma(square, sin, -41.3416633605957)
@@ -110,7 +119,7 @@ def exponential_of(w):
     bits = value.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
     mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    distance = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    distance = ((w ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * _TO_UNIT
     x = tl.where(near_one, -distance, mantissa - 1.0)
     k = tl.where(near_one, 0, 32 - exponent).to(tl.float32)
     p = x * -0.07859611511230469 + 0.12881647050380707
@@ -195,6 +204,20 @@ def row_offset(strides, row, position, element, pixels, DENSE: tl.constexpr):
 
 
 @triton.jit
+def load_row(ptr, strides, row, position, element, pixels, mask, DENSE: tl.constexpr):
+    """A block of a row (`row_offset`) in float32, 0 where masked."""
+    offset = row_offset(strides, row, position, element, pixels, DENSE)
+    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(ptr, strides, value, row, position, element, pixels, mask, DENSE: tl.constexpr):
+    """Stores a block of a row (`row_offset`) in the dtype of the tensor."""
+    offset = row_offset(strides, row, position, element, pixels, DENSE)
+    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def table_row(table_ptr, t, timesteps):
     """(alpha, sigma) of a timestep; NaN outside the table, which must not look like a result."""
     inside = (t >= 0) & (t < timesteps)
@@ -235,6 +258,42 @@ def tanh(x, EXACT: tl.constexpr = False):
     large = 1.0 - 2.0 * decay / (1.0 + decay)
     large = tl.where(x < 0, -large, large)
     return tl.where(tl.abs(x) < 0.4, small, large)
+
+
+# Work that is split among programs, and merged ----------------------------------------------------
+@triton.jit
+def is_last_program(count_ptr, programs):
+    """Whether all other programs that count at this address have counted.
+
+    Then what they stored before can be read, past the L1 cache (cache_modifier=".cg").
+    """
+    tl.debug_barrier()  # all threads have stored before one of them counts
+    return tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+
+
+@triton.jit
+def sum_of_parts(part_ptr, parts, BLOCK: tl.constexpr):
+    """Sum of float32 partial sums that lie side by side, in one order whoever made them."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        total += tl.load(part_ptr + part, mask=part < parts, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def merged_moments(mean, rest, m2, count, total):
+    """Mean, in two summands, and M2 = sum (x - mean)^2 of all columns: Chan's formula.
+
+    mean, rest, m2: [ROWS, PARTS], of parts that have count [1, PARTS] values each and total
+    together; the mean of a part is mean + rest. A rough mean is taken off first, of few digits so
+    that this rounds as little as can be; what is left is averaged.
+    """
+    rough = (tl.sum(mean * count, 1) / total).to(tl.bfloat16).to(tl.float32)
+    off = tl.where(count > 0, (mean - rough[:, None]) + rest, 0.0)
+    rest = tl.sum(off * count, 1) / total
+    off = tl.where(count > 0, off - rest[:, None], 0.0)
+    return rough, rest, tl.sum(m2 + count * off * off, 1)
 
 
 # Programmatic dependent launch (PTX ISA: griddepcontrol) ------------------------------------------

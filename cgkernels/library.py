@@ -6,6 +6,7 @@ CPU, and a fake that states shapes, dtypes and strides.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,13 @@ def define_op(
 ) -> torch._ops.OpOverload:
     """Register cgkernels::<name>; schema like "(Tensor x, float eps) -> (Tensor, Tensor)"."""
 
-    def cuda_on_its_device(*args):
+    def cuda_on_its_device(*args: Any) -> Any:
         # A Python implementation gets no device guard from the dispatcher, and Triton launches on
         # the current device.
         with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
             return cuda(*args)
 
-    def cpu_as_written(*args):
+    def cpu_as_written(*args: Any) -> Any:
         # Autocast reaches into a Python implementation: products that are to be in float32 would
         # lose digits, and results have another dtype than `fake` says.
         if not torch.is_autocast_enabled("cpu"):

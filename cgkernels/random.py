@@ -35,7 +35,7 @@ STREAM_LATENTS = 6
 STREAM_DROPOUT = 7
 STREAM_DATA = 8  # data sets: the order of an epoch, partners
 STREAM_AUGMENTATION = 9
-STREAM_POOL = 10  # adversarial training: the pool of pictures from before
+STREAM_POOL = 10  # adversarial training: the pool of images from before
 STREAM_PENALTY = 11  # gradient penalties: places between real and drawn
 STREAM_MEASURES = 12  # measures of samples: which rows they take
 
@@ -83,7 +83,7 @@ def uniform(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Uniforms of shape (B, *event), always inside (0, 1); arguments as in `normal`."""
-    numbers, n = _words_of(shape, seed, index, step, stream, device)
+    numbers, n = _event_words(shape, seed, index, step, stream, device)
     u = torch.stack([(w.double() + 0.5) * 2.0**-32 for w in numbers], -1).flatten(1)[:, :n]
     # Rounding to a narrower dtype must reach neither 0 nor 1.
     info = torch.finfo(dtype)
@@ -106,7 +106,7 @@ def normal(
     seed: int or one-element int64 tensor. index: (B,) int64 numbers of the samples, default
     0 .. B - 1. step: int or integer tensor () or (B,), in [0, 2^24).
     """
-    numbers, n = _words_of(shape, seed, index, step, stream, device)
+    numbers, n = _event_words(shape, seed, index, step, stream, device)
     z = torch.stack([*_box_muller(*numbers[:2]), *_box_muller(*numbers[2:])], -1)
     z = z.flatten(1)[:, :n]
     if dtype != torch.float64:
@@ -129,7 +129,7 @@ def exponential(
     They lie in [2^-33, 22.9], and keep their full relative precision at the small end, where u is
     next to 1. -ln of one is a Gumbel variable.
     """
-    numbers, n = _words_of(shape, seed, index, step, stream, device)
+    numbers, n = _event_words(shape, seed, index, step, stream, device)
     w = torch.stack(numbers, -1).flatten(1)[:, :n]
     if dtype == torch.float64:
         e = -((w.double() + 0.5) * 2.0**-32).log()
@@ -180,7 +180,15 @@ def exp_of(x: Tensor) -> Tensor:
     return (r * r * p + r + 1) * power
 
 
-def _words_of(shape, seed, index, step, stream, device):
+def _event_words(
+    shape: tuple[int, ...],
+    seed: int | Tensor,
+    index: Tensor | None,
+    step: int | Tensor,
+    stream: int,
+    device: torch.device | str | None,
+) -> tuple[Words, int]:
+    """Words for all elements of each sample, four (B, quads), and how many elements it has."""
     rows, n = shape[0], math.prod(shape[1:])
     seed, device = as_seed(seed, device)
     index = as_index(index, rows, device)

@@ -1,4 +1,4 @@
-"""Layouts of (B, C, *spatial) tensors as kernels see them: rows of C x pixels elements.
+"""Layouts and dtypes of (B, C, *spatial) tensors as kernels see them: rows of C x pixels elements.
 
 A kernel walks the elements of each sample (row) in the order of memory and numbers them in logical
 (C, H, W) order, so that noise does not depend on the memory format.
@@ -6,7 +6,7 @@ A kernel walks the elements of each sample (row) in the order of memory and numb
 
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,22 @@ class Layout(NamedTuple):
     dense: bool  # in every tensor, a row's memory follows that walk without gaps
 
 
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype in which an op computes: that of its tensors, but at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format that is nearest to the strides of x (N, C, H, W)."""
+    pixel = x.stride(3) if x.shape[3] > 1 else x.stride(2)
+    last = x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1 and 0 < x.stride(1) < pixel
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def row_strides(tensor: Tensor) -> Strides | None:
     """Strides (batch, channel, pixel), or None where the spatial dimensions are no single one."""
     batch, *rest = tensor.stride()
@@ -38,6 +54,10 @@ def row_strides(tensor: Tensor) -> Strides | None:
     return batch, rest[0], spatial[-1][1] if spatial else 1
 
 
+@overload
+def with_row_strides(tensor: Tensor) -> Tensor: ...
+@overload
+def with_row_strides(tensor: Tensor | None) -> Tensor | None: ...
 def with_row_strides(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself, or a contiguous copy where it has no row strides; None stays None."""
     if tensor is None or row_strides(tensor) is not None:

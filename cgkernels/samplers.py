@@ -33,6 +33,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cgkernels.checks import check_choice
+
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m")
 PREDICTIONS = ("epsilon", "x0", "v")
@@ -88,8 +90,8 @@ class Schedule:
                  snr = 0 (zero terminal SNR) it is 0 for x0, 1 for epsilon and 0 for v.
                  arXiv:2303.09556
         """
-        _check_name("prediction", prediction, PREDICTIONS)
-        _check_name("weighting", weighting, WEIGHTINGS)
+        check_choice("prediction", prediction, PREDICTIONS)
+        check_choice("weighting", weighting, WEIGHTINGS)
         if not gamma > 0:
             raise ValueError(f"gamma must be positive, got {gamma}")
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
@@ -126,7 +128,7 @@ def make_schedule(
     zero_terminal_snr shifts and scales sqrt(A) so that it ends at 0 and its first entry stays.
     arXiv:2305.08891, algorithm 1
     """
-    _check_name("name", name, SCHEDULES)
+    check_choice("name", name, SCHEDULES)
     if num_timesteps < 1 + zero_terminal_snr:
         raise ValueError(
             f"num_timesteps must be at least {1 + zero_terminal_snr}, got {num_timesteps}"
@@ -214,12 +216,12 @@ def make_table(
     outside of the schedule, for an option that the sampler does not take, and for epsilon
     prediction at a timestep with A_t = 0, where epsilon says nothing about x0.
     """
-    _check_name("sampler", sampler, SAMPLERS)
-    _check_name("prediction", prediction, PREDICTIONS)
-    _check_name("spacing", spacing, SPACINGS)
-    _check_name("variance", variance, VARIANCES)
-    _check_taken(sampler, "ddpm", variance=(variance, "fixed_small"))
-    _check_taken(
+    check_choice("sampler", sampler, SAMPLERS)
+    check_choice("prediction", prediction, PREDICTIONS)
+    check_choice("spacing", spacing, SPACINGS)
+    check_choice("variance", variance, VARIANCES)
+    _check_options(sampler, "ddpm", variance=(variance, "fixed_small"))
+    _check_options(
         sampler,
         "ddim",
         eta=(eta, 0.0),
@@ -352,13 +354,8 @@ def _extrapolation(levels: _Array) -> _Array:
     return k
 
 
-def _check_name(argument: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(known)}, got {name!r}")
-
-
-def _check_taken(sampler: str, taker: str, **options: tuple[object, object]) -> None:
-    """Each option is (value, default); only its taker may have another value."""
+def _check_options(sampler: str, owner: str, **options: tuple[object, object]) -> None:
+    """Each option is (value, default); only its owner may have another value."""
     for option, (value, default) in options.items():
-        if sampler != taker and value != default:
+        if sampler != owner and value != default:
             raise ValueError(f"{option} must be {default!r} for {sampler}, got {value!r}")

@@ -225,7 +225,7 @@ def float32_normals() -> Iterator[None]:
     """
     exact = random._box_muller
 
-    def rounded(w, v):
+    def rounded(w: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         radius = exact(w, torch.zeros_like(v))[0]
         x, y = (z / radius for z in exact(w, v))
         return tuple((radius.float() * c.float()).double() for c in (x, y))

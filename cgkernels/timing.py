@@ -135,7 +135,7 @@ def verdict(before: tuple[float, float, float], after: tuple[float, float, float
     return "FASTER" if change < 0 else "SLOWER"
 
 
-# Synchronisations ---------------------------------------------------------------------------------
+# Synchronizations ---------------------------------------------------------------------------------
 def cuda_syncs(call: Call) -> int:
     """What PyTorch reports (reads of values, copies to the host), and explicit waits."""
     found = 0
@@ -199,7 +199,7 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Pairs of events; one synchronisation, after a block of samples."""
+    """Pairs of events; one synchronization, after a block of samples."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

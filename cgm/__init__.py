@@ -17,12 +17,8 @@ if TYPE_CHECKING:
     from cgm.families.energy import ConditionalEBM
     from cgm.families.flow import ConditionalFlow
     from cgm.families.gan import ConditionalGAN, Pix2Pix
-    from cgm.families.regression import (
-        GaussianRegression,
-        LeastSquares,
-        MixtureDensity,
-        QuantizedClassifier,
-    )
+    from cgm.families.quantized_classifier import QuantizedClassifier
+    from cgm.families.regression import GaussianRegression, LeastSquares, MixtureDensity
     from cgm.families.vae import Autoencoder, ConditionalVAE
     from cgm.model import make_model
     from cgm.training import TrainingConfig, train
@@ -64,12 +60,8 @@ _NAMES = {
     "cgm.families.energy": ("ConditionalEBM",),
     "cgm.families.flow": ("ConditionalFlow",),
     "cgm.families.gan": ("ConditionalGAN", "Pix2Pix"),
-    "cgm.families.regression": (
-        "GaussianRegression",
-        "LeastSquares",
-        "MixtureDensity",
-        "QuantizedClassifier",
-    ),
+    "cgm.families.quantized_classifier": ("QuantizedClassifier",),
+    "cgm.families.regression": ("GaussianRegression", "LeastSquares", "MixtureDensity"),
     "cgm.families.vae": ("Autoencoder", "ConditionalVAE"),
     "cgm.model": ("make_model",),
     "cgm.training": ("TrainingConfig", "train"),

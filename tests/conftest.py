@@ -65,7 +65,7 @@ def pytest_cmdline_main(config):
     if (
         not hasattr(config, "workerinput")  # of a worker
         and getattr(option, "numprocesses", 0) is None  # pytest-xdist is here, and no -n was given
-        and all(os.path.isdir(argument) for argument in config.args)
+        and any(os.path.isdir(argument) for argument in config.args)
         and not (option.usepdb or option.trace or option.collectonly or option.capture == "no")
     ):
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()

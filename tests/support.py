@@ -127,12 +127,12 @@ def op_modules() -> list[types.ModuleType]:
 def every_sample(*, costly: bool = False, **only: Any) -> list[Any]:
     """Parameters (module, label) for pytest: all samples of all ops, or those with a property.
 
-    costly: samples that bring no argument of a new kind are slow.
+    costly: of each function all but the few samples with most kinds of arguments are slow.
     """
     parameters = []
     for module in op_modules():
         samples = list(module.samples(torch.float32, torch.device("cpu")))
-        needed = new_kinds(samples) if costly else {sample.label for sample in samples}
+        needed = diverse(samples) if costly else {sample.label for sample in samples}
         for sample in samples:
             if all(bool(getattr(sample, name)) == value for name, value in only.items()):
                 marks = [] if sample.label in needed else [pytest.mark.slow]
@@ -141,11 +141,11 @@ def every_sample(*, costly: bool = False, **only: Any) -> list[Any]:
     return parameters
 
 
-def new_kinds(samples: list[Sample]) -> set[str]:
-    """Labels of a few samples in which every argument of the others is, in kind.
+def diverse(samples: list[Sample], most: int = 3) -> set[str]:
+    """Labels of a few samples of each function, in which most arguments of all are, in kind.
 
     Which code a call takes is decided by the dtypes and ranks of its tensors, by what is given at
-    all, and by what is no number; the others differ in values, sizes and strides.
+    all, and by what is no number; the rest is values, sizes and strides.
     """
 
     def kind(value: Any) -> Any:
@@ -156,16 +156,20 @@ def new_kinds(samples: list[Sample]) -> set[str]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return type(value) if is_number else value
 
-    kinds = {}
-    for sample in samples:
-        names = {name for other in samples if other.fn is sample.fn for name in other.inputs}
-        given = {name: kind(value) for name, value in sample.inputs.items()}
-        kinds[sample.label] = {(sample.fn, name, given.get(name, "absent")) for name in names}
-    missing, chosen = set().union(*kinds.values()), set()
-    while missing:
-        best = max(kinds, key=lambda label: len(kinds[label] & missing))
-        chosen.add(best)
-        missing -= kinds[best]
+    chosen = set()
+    for fn in {sample.fn: None for sample in samples}:
+        of_fn = [sample for sample in samples if sample.fn is fn]
+        names = {name for sample in of_fn for name in sample.inputs}
+        kinds = {
+            sample.label: {(name, kind(sample.inputs.get(name, "absent"))) for name in names}
+            for sample in of_fn
+        }
+        missing = set().union(*kinds.values())
+        for _ in range(most):
+            best = max(kinds, key=lambda label: len(kinds[label] & missing))
+            if kinds[best] & missing:
+                chosen.add(best)
+            missing -= kinds[best]
     return chosen
 
 
@@ -264,6 +268,11 @@ def launchers() -> dict[str, Callable]:
     return {name: run for module in op_modules() for name, run in module.LAUNCHERS.items()}
 
 
+def module_of(launcher: Callable) -> str:
+    """The module that defines the op of a launcher; of an op that is a folder, the package."""
+    return ".".join(launcher.__module__.split(".")[:3])
+
+
 @contextlib.contextmanager
 def kernels(device: str, *, order_seed: int = 0) -> Iterator[None]:
     """Within, public functions run their kernels on tensors of this device.
@@ -285,7 +294,7 @@ def launching() -> Iterator[None]:
     """Within, public functions call launchers where they would call ops, on any device."""
     with contextlib.ExitStack() as stack:
         for name, launcher in launchers().items():
-            op_module = sys.modules[launcher.__module__]
+            op_module = sys.modules[module_of(launcher)]
             place = next(n for n, value in vars(op_module).items() if value is OPS[name])
             stack.enter_context(mock.patch.object(op_module, place, launcher))
         yield

@@ -70,8 +70,9 @@ def test_without_kernel():
 
 
 def pytest_process(*arguments):
-    """Run pytest on kernels; return (exit status, output)."""
+    """Run pytest on kernels, in one process; return (exit status, output)."""
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-m", "kernel"]
+    command += ["-n", "0", "--slow"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]  # of pytest-xdist, where this test runs in one of its workers

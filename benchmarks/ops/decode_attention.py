@@ -21,7 +21,7 @@ from benchmarks.harness.ceilings import Call
 from benchmarks.harness.inputs import normal
 from benchmarks.harness.plain import sdpa
 from benchmarks.harness.tuning import Config, early, tuned
-from cgkernels.ops.decode_attention import _launch_append, _launch_fwd
+from cgkernels.ops.decode_attention.launch import _launch_append, _launch_fwd
 from cgkernels.testing import Launch
 
 _SPARE = 128  # slots of a cache that are not used yet

@@ -11,7 +11,7 @@ from benchmarks.harness.case import Inputs, OpCase, Provider, passes
 from benchmarks.harness.ceilings import Call
 from benchmarks.harness.inputs import normal, numbers
 from benchmarks.harness.tuning import ROWS
-from cgkernels.ops.guided_step import _launch_bwd, _launch_fwd, _launch_inplace
+from cgkernels.ops.guided_step.launch import _launch_bwd, _launch_fwd, _launch_inplace
 from cgkernels.samplers import make_schedule, make_table
 from cgkernels.testing import Launch
 

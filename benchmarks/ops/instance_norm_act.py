@@ -17,15 +17,10 @@ import cgkernels
 from benchmarks.harness.case import Inputs, OpCase, Size, passes
 from benchmarks.harness.inputs import normal
 from benchmarks.harness.tuning import Config, tuned
-from cgkernels.ops.instance_norm_act import (
-    _empty_padded,
-    _empty_statistics,
-    _launch_bwd,
-    _launch_fwd,
-    _launch_inplace,
-)
+from cgkernels.ops.instance_norm_act.launch import _launch_bwd, _launch_fwd, _launch_inplace
+from cgkernels.ops.instance_norm_act.reference import _empty_padded, _empty_statistics
 from cgkernels.testing import Launch
-from cgm.networks.layers import joined, norm_leaky_relu_and_relu_, norm_relu_
+from cgm.networks.layers import join_channels, norm_leaky_relu_and_relu_, norm_relu_
 
 _NORM = torch.nn.InstanceNorm2d(1)  # which knows no number of channels
 
@@ -95,7 +90,7 @@ def _skip(x, up):
     )
     left, right = both.chunk(2, dim=1)
     down, skip = norm_leaky_relu_and_relu_(left, x, _NORM)
-    return down, joined(both, skip, norm_relu_(right, up, _NORM))
+    return down, join_channels(both, skip, norm_relu_(right, up, _NORM))
 
 
 def _plain_skip(x, up):

@@ -17,7 +17,7 @@ import cgkernels
 from benchmarks.harness.case import Inputs, OpCase, Size, Sweep
 from benchmarks.harness.inputs import normal
 from benchmarks.harness.tuning import Config, early, tuned
-from cgkernels.ops.norm_linear import _launch, _launch_config, _least_counters
+from cgkernels.ops.norm_linear.launch import _launch, _launch_config, _least_counters
 from cgkernels.testing import Launch
 
 
@@ -112,11 +112,11 @@ CASES = [
 # Launches -----------------------------------------------------------------------------------------
 def launches() -> Iterator[Launch]:
     def launch(label, dtype, channels, features, *, int8=False, bits=128, **options):
-        lines = 2 * channels if options.get("activation") == "swiglu" else channels
+        weight_rows = 2 * channels if options.get("activation") == "swiglu" else channels
         x = torch.empty(8, features, dtype=dtype, device="meta")
-        weight = x.new_empty(lines, features, dtype=torch.int8 if int8 else dtype)
+        weight = x.new_empty(weight_rows, features, dtype=torch.int8 if int8 else dtype)
         inputs = {
-            "scales": x.new_empty(lines, dtype=torch.float32) if int8 else None,
+            "scales": x.new_empty(weight_rows, dtype=torch.float32) if int8 else None,
             "norm_weight": x.new_empty(features), "norm_bias": None,
             "bias": None, "residual": None, "norm": "rms", "activation": None, **options,
         }  # fmt: skip

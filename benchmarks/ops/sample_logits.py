@@ -16,7 +16,7 @@ from benchmarks.harness.case import Inputs, OpCase, Provider, Size, Sweep
 from benchmarks.harness.ceilings import Call
 from benchmarks.harness.inputs import normal, numbers
 from benchmarks.harness.tuning import Config, tuned
-from cgkernels.ops.sample_logits import _launch_bwd, _launch_fwd, _launch_inplace
+from cgkernels.ops.sample_logits.launch import _launch_bwd, _launch_fwd, _launch_inplace
 from cgkernels.testing import Launch
 
 _TOP_K, _TOP_P = 50, 0.9

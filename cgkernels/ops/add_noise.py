@@ -10,6 +10,7 @@ Source   DDPM arXiv:2006.11239; v: arXiv:2202.00512; flow matching: arXiv:2210.0
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,18 @@ from cgkernels.checks import (
     check_table,
 )
 from cgkernels.device import (
+    STREAM_TRAINING,
     block_of_row,
     element_of,
+    load_row,
     normal_of,
-    row_offset,
+    store_row,
     table_row,
     target_coefficients,
 )
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
+    compute_dtype,
     empty_rows,
     in_strides_of,
     row_launch,
@@ -48,7 +52,9 @@ from cgkernels.targets import target_coefficients as target_coefficients_ref
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def add_noise_ref(x0, table, t, seed, index, target):
+def add_noise_ref(
+    x0: Tensor, table: Tensor, t: Tensor, seed: Tensor, index: Tensor, target: str
+) -> tuple[Tensor, Tensor]:
     dtype, alpha, sigma, p0, p1 = _coefficients_ref(x0, table, t, target)
     z = random.normal(
         tuple(x0.shape), seed=seed, index=index, stream=random.STREAM_TRAINING, dtype=dtype
@@ -57,13 +63,18 @@ def add_noise_ref(x0, table, t, seed, index, target):
     return (alpha * x + sigma * z).to(x0.dtype), (p0 * x + p1 * z).to(x0.dtype)
 
 
-def add_noise_bwd_ref(dx_t, dtarget, table, t, target):
+def add_noise_bwd_ref(
+    dx_t: Tensor, dtarget: Tensor, table: Tensor, t: Tensor, target: str
+) -> Tensor:
     dtype, alpha, _, p0, _ = _coefficients_ref(dx_t, table, t, target)
     return (alpha * dx_t.to(dtype) + p0 * dtarget.to(dtype)).to(dx_t.dtype)
 
 
-def _coefficients_ref(x, table, t, target):
-    dtype = torch.promote_types(x.dtype, torch.float32)
+def _coefficients_ref(
+    x: Tensor, table: Tensor, t: Tensor, target: str
+) -> tuple[torch.dtype, Tensor, Tensor, Tensor, Tensor]:
+    """The dtype of the computation; alpha, sigma, p0 and p1, (B, 1, ...)."""
+    dtype = compute_dtype(x)
     per_row = (-1,) + (1,) * (x.dim() - 1)
     alpha, sigma = (c.view(per_row) for c in table[t].to(dtype).unbind(1))
     return dtype, alpha, sigma, *target_coefficients_ref(target, alpha, sigma)
@@ -71,7 +82,7 @@ def _coefficients_ref(x, table, t, target):
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _fwd_kernel(
+def _fwd_kernel(  # type: ignore[no-untyped-def]
     x_t_ptr, x_t_strides, target_ptr, target_strides, x0_ptr, x0_strides,
     table_ptr, t_ptr, t_stride, seed_ptr, index_ptr, timesteps, numel, channels, pixels, blocks,
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,19 +93,16 @@ def _fwd_kernel(
     alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
     p0, p1 = target_coefficients(alpha, sigma, TARGET)
     seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
-    z = normal_of(seed, index, 0, first, element, 3, CHANNELS_LAST, BLOCK)
-    offset = row_offset(x0_strides, row, position, element, pixels, DENSE)
-    x0 = tl.load(x0_ptr + offset, mask=mask).to(tl.float32)
+    z = normal_of(seed, index, 0, first, element, STREAM_TRAINING, CHANNELS_LAST, BLOCK)
+    x0 = load_row(x0_ptr, x0_strides, row, position, element, pixels, mask, DENSE)
     x_t = alpha * x0 + sigma * z
     target = p0 * x0 + p1 * z
-    offset = row_offset(x_t_strides, row, position, element, pixels, DENSE)
-    tl.store(x_t_ptr + offset, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)
-    offset = row_offset(target_strides, row, position, element, pixels, DENSE)
-    tl.store(target_ptr + offset, target.to(target_ptr.dtype.element_ty), mask=mask)
+    store_row(x_t_ptr, x_t_strides, x_t, row, position, element, pixels, mask, DENSE)
+    store_row(target_ptr, target_strides, target, row, position, element, pixels, mask, DENSE)
 
 
 @triton.jit
-def _bwd_kernel(
+def _bwd_kernel(  # type: ignore[no-untyped-def]
     dx0_ptr, dx0_strides, dx_t_ptr, dx_t_strides, dtarget_ptr, dtarget_strides,
     table_ptr, t_ptr, t_stride, timesteps, numel, channels, pixels, blocks,
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -104,30 +112,31 @@ def _bwd_kernel(
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
     p0, _ = target_coefficients(alpha, sigma, TARGET)
-    offset = row_offset(dx_t_strides, row, position, element, pixels, DENSE)
-    dx0 = alpha * tl.load(dx_t_ptr + offset, mask=mask).to(tl.float32)
-    offset = row_offset(dtarget_strides, row, position, element, pixels, DENSE)
-    dx0 += p0 * tl.load(dtarget_ptr + offset, mask=mask).to(tl.float32)
-    offset = row_offset(dx0_strides, row, position, element, pixels, DENSE)
-    tl.store(dx0_ptr + offset, dx0.to(dx0_ptr.dtype.element_ty), mask=mask)
+    dx_t = load_row(dx_t_ptr, dx_t_strides, row, position, element, pixels, mask, DENSE)
+    dtarget = load_row(dtarget_ptr, dtarget_strides, row, position, element, pixels, mask, DENSE)
+    dx0 = alpha * dx_t
+    dx0 += p0 * dtarget
+    store_row(dx0_ptr, dx0_strides, dx0, row, position, element, pixels, mask, DENSE)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_fwd(x0, table, t, seed, index, target):
-    x_t, goal = _fake_fwd(x0, table, t, seed, index, target)
+def _launch_fwd(
+    x0: Tensor, table: Tensor, t: Tensor, seed: Tensor, index: Tensor, target: str
+) -> tuple[Tensor, Tensor]:
+    x_t, target_out = _fake_fwd(x0, table, t, seed, index, target)
     if x0.numel() == 0:
-        return x_t, goal
-    tensors = (x_t, goal, with_row_strides(x0))
+        return x_t, target_out
+    tensors = (x_t, target_out, with_row_strides(x0))
     grid, arguments = row_launch(*tensors)
     _fwd_kernel[grid](
         *with_strides(*tensors),
         table.contiguous(), t, t.stride(0), seed, index.contiguous(), table.shape[0],
         TARGET=TARGETS.index(target), **arguments,
     )  # fmt: skip
-    return x_t, goal
+    return x_t, target_out
 
 
-def _launch_bwd(dx_t, dtarget, table, t, target):
+def _launch_bwd(dx_t: Tensor, dtarget: Tensor, table: Tensor, t: Tensor, target: str) -> Tensor:
     dx0 = _fake_bwd(dx_t, dtarget, table, t, target)
     if dx0.numel() == 0:
         return dx0
@@ -142,19 +151,24 @@ def _launch_bwd(dx_t, dtarget, table, t, target):
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake_fwd(x0, table, t, seed, index, target):
+def _fake_fwd(
+    x0: Tensor, table: Tensor, t: Tensor, seed: Tensor, index: Tensor, target: str
+) -> tuple[Tensor, Tensor]:
     return empty_rows(x0), empty_rows(x0)
 
 
-def _cpu_fwd(x0, table, t, seed, index, target):
-    return tuple(in_strides_of(x0, v) for v in add_noise_ref(x0, table, t, seed, index, target))
+def _cpu_fwd(
+    x0: Tensor, table: Tensor, t: Tensor, seed: Tensor, index: Tensor, target: str
+) -> tuple[Tensor, Tensor]:
+    x_t, target_out = add_noise_ref(x0, table, t, seed, index, target)
+    return in_strides_of(x0, x_t), in_strides_of(x0, target_out)
 
 
-def _fake_bwd(dx_t, dtarget, table, t, target):
+def _fake_bwd(dx_t: Tensor, dtarget: Tensor, table: Tensor, t: Tensor, target: str) -> Tensor:
     return empty_rows(dx_t)
 
 
-def _cpu_bwd(dx_t, dtarget, table, t, target):
+def _cpu_bwd(dx_t: Tensor, dtarget: Tensor, table: Tensor, t: Tensor, target: str) -> Tensor:
     return in_strides_of(dx_t, add_noise_bwd_ref(dx_t, dtarget, table, t, target))
 
 
@@ -179,13 +193,15 @@ _bwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _AddNoise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x0, table, t, seed, index, target):
+    def forward(
+        ctx: Any, x0: Tensor, table: Tensor, t: Tensor, seed: Tensor, index: Tensor, target: str
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(table, t)
         ctx.target = target
         return _fwd(x0, table, t, seed, index, target)
 
     @staticmethod
-    def backward(ctx, dx_t, dtarget):
+    def backward(ctx: Any, dx_t: Tensor, dtarget: Tensor) -> tuple[Tensor | None, ...]:
         # Grad mode in a backward means create_graph=True.
         run: Callable[..., Tensor] = add_noise_bwd_ref if torch.is_grad_enabled() else _bwd
         return run(dx_t, dtarget, *ctx.saved_tensors, ctx.target), None, None, None, None, None

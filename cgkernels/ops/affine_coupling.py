@@ -6,7 +6,7 @@
 Only the elements of a mask are transformed; the others are copied in the same pass. first and last:
 the channels before C // 2, and those from there on. even and odd: the squares of a checkerboard,
 where h + w is even or odd, in all channels. Whether an element is in the mask is computed from its
-place; nothing is gathered.
+position; nothing is gathered.
 
 Shapes   y, y': (B, C, *spatial), for even and odd (B, C, H, W); params (B, 2 N, *spatial), of the N
          channels that the mask touches first all raw, then all t (additive: (B, N, *spatial));
@@ -21,15 +21,28 @@ Source   coupling: NICE arXiv:1410.8516 (additive), RealNVP arXiv:1605.08803 (af
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_float, check_same_device, check_shape
-from cgkernels.device import block_of_row, element_of, exp_of, row_offset, tanh
+from cgkernels.device import (
+    block_of_row,
+    element_of,
+    exp_of,
+    is_last_program,
+    load_row,
+    row_offset,
+    store_row,
+    sum_of_parts,
+    tanh,
+)
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
+    Layout,
+    compute_dtype,
     empty_rows,
     in_strides_of,
     row_block,
@@ -43,117 +56,131 @@ MASKS = ("first", "last", "even", "odd")
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def affine_coupling_ref(y, params, mask, limit, additive, inverse):
-    wide = _wide(y, params)
-    touched = _touched(y, mask).to(wide)
-    log_scale, shift = _log_scale_and_shift(params.to(wide), limit, additive)
+def affine_coupling_ref(
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(y, params)
+    inner = _masked_channels(y, mask).to(dtype)
+    log_scale, shift = _log_scale_and_shift(params.to(dtype), limit, additive)
     if log_scale is None:
-        out = touched - shift if inverse else touched + shift
-        logdet = y.new_zeros(y.shape[0], dtype=wide)
+        out = inner - shift if inverse else inner + shift
+        logdet = y.new_zeros(y.shape[0], dtype=dtype)
     else:
-        log_scale = _inside(log_scale, mask)
-        out = (
-            (touched - shift) * (-log_scale).exp() if inverse else touched * log_scale.exp() + shift
-        )
+        log_scale = _zero_outside(log_scale, mask)
+        out = (inner - shift) * (-log_scale).exp() if inverse else inner * log_scale.exp() + shift
         logdet = log_scale.flatten(1).sum(1)
-    return _joined(out.to(y.dtype), y, mask), -logdet if inverse else logdet
+    return _merge_outside(out.to(y.dtype), y, mask), -logdet if inverse else logdet
 
 
-def affine_coupling_bwd_ref(dout, dlogdet, y, params, mask, limit, additive, inverse):
-    wide = _wide(y, params)
-    dtouched = _inside(_touched(dout, mask).to(wide), mask)
-    log_scale, shift = _log_scale_and_shift(params.to(wide), limit, additive)
+def affine_coupling_bwd_ref(
+    dout: Tensor,
+    dlogdet: Tensor,
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(y, params)
+    dinner = _zero_outside(_masked_channels(dout, mask).to(dtype), mask)
+    log_scale, shift = _log_scale_and_shift(params.to(dtype), limit, additive)
     if log_scale is None:
-        dy, dparams = dtouched, -dtouched if inverse else dtouched
+        dy, dparams = dinner, -dinner if inverse else dinner
     else:
         per_row = (-1,) + (1,) * (y.dim() - 1)
-        log_scale, touched = _inside(log_scale, mask), _touched(y, mask).to(wide)
+        log_scale, inner = _zero_outside(log_scale, mask), _masked_channels(y, mask).to(dtype)
         if inverse:
-            dy = dtouched * (-log_scale).exp()
+            dy = dinner * (-log_scale).exp()
             dshift = -dy
-            dlog_scale = dy * (shift - touched) - dlogdet.view(per_row)
+            dlog_scale = dy * (shift - inner) - dlogdet.view(per_row)
         else:
-            dy, dshift = dtouched * log_scale.exp(), dtouched
-            dlog_scale = dy * touched + dlogdet.view(per_row)
-        draw = _inside(dlog_scale * (1 - (log_scale / limit).square()), mask)
+            dy, dshift = dinner * log_scale.exp(), dinner
+            dlog_scale = dy * inner + dlogdet.view(per_row)
+        draw = _zero_outside(dlog_scale * (1 - (log_scale / limit).square()), mask)
         dparams = torch.cat([draw, dshift], 1)
-    return _joined(dy.to(y.dtype), dout.to(y.dtype), mask), dparams.to(params.dtype)
+    return _merge_outside(dy.to(y.dtype), dout.to(y.dtype), mask), dparams.to(params.dtype)
 
 
-def _wide(y, params):
-    return torch.promote_types(torch.promote_types(y.dtype, params.dtype), torch.float32)
-
-
-def _channels(channels, mask):
+def _channel_range(channels: int, mask: str) -> tuple[int, int]:
     """The channels that a mask touches, as (start, stop)."""
     half = channels // 2
     return {"first": (0, half), "last": (half, channels)}.get(mask, (0, channels))
 
 
-def _touched(y, mask):
+def _masked_channels(y: Tensor, mask: str) -> Tensor:
     """The channels that a mask touches."""
-    start, stop = _channels(y.shape[1], mask)
+    start, stop = _channel_range(y.shape[1], mask)
     return y[:, start:stop]
 
 
-def _log_scale_and_shift(params, limit, additive):
+def _log_scale_and_shift(
+    params: Tensor, limit: float, additive: bool
+) -> tuple[Tensor | None, Tensor]:
     if additive:
         return None, params
     raw, shift = params.chunk(2, 1)
     return limit * (raw / limit).tanh(), shift
 
 
-def _squares(like, mask):
+def _checkerboard(like: Tensor, mask: str) -> Tensor:
     """(H, W) bool: where a checkerboard is transformed."""
     height, width = like.shape[2:]
     rows, columns = (torch.arange(n, device=like.device) for n in (height, width))
     return (rows[:, None] + columns) % 2 == MASKS.index(mask) - 2
 
 
-def _inside(values, mask):
+def _zero_outside(values: Tensor, mask: str) -> Tensor:
     """Values of the channels that a mask touches, 0 where it does not."""
     if mask in ("first", "last"):
         return values
-    return torch.where(_squares(values, mask), values, 0)
+    return torch.where(_checkerboard(values, mask), values, 0)
 
 
-def _joined(touched, others, mask):
+def _merge_outside(inner: Tensor, others: Tensor, mask: str) -> Tensor:
     """The transformed values where the mask is, and the others' elsewhere."""
-    start, stop = _channels(others.shape[1], mask)
+    start, stop = _channel_range(others.shape[1], mask)
     if mask == "first":
-        return torch.cat([touched, others[:, stop:]], 1)
+        return torch.cat([inner, others[:, stop:]], 1)
     if mask == "last":
-        return torch.cat([others[:, :start], touched], 1)
-    return torch.where(_squares(others, mask), touched, others)
+        return torch.cat([others[:, :start], inner], 1)
+    return torch.where(_checkerboard(others, mask), inner, others)
 
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _mask_of(element, first, lane, inside, start, stop, height, width,
-             MASK: tl.constexpr, EVEN: tl.constexpr, CHANNELS_LAST: tl.constexpr):  # fmt: skip
+def _mask_of(  # type: ignore[no-untyped-def]
+    element, first, lane, inside, start, stop, height, width,
+    MASK: tl.constexpr, EVEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
     """What of a block is transformed, and which of its params are read.
 
     Params of a checkerboard are read whole, so that accesses are wide. EVEN: so is the height, and
-    the parity of a line is that of its number among the lines of all channels.
+    the parity of a pixel row is that of its number among the rows of all channels.
     """
     if MASK >= 2:
-        line = element // width
-        column = element - line * width
+        pixel_row = element // width
+        column = element - pixel_row * width
         if not EVEN:
-            line = line % height
-        touched = inside & ((line + column) % 2 == MASK - 2)
+            pixel_row = pixel_row % height
+        transformed = inside & ((pixel_row + column) % 2 == MASK - 2)
         read = inside
     elif CHANNELS_LAST:
-        touched = inside & (element >= start) & (element < stop)
-        read = touched
+        transformed = inside & (element >= start) & (element < stop)
+        read = transformed
     else:  # compared with the lane, so that the compiler sees whole vectors in or out
-        touched = inside & (lane >= start - first) & (lane < stop - first)
-        read = touched
-    return touched, read
+        transformed = inside & (lane >= start - first) & (lane < stop - first)
+        read = transformed
+    return transformed, read
 
 
 @triton.jit
-def _exp(x, y_ptr):
+def _exp(x, y_ptr):  # type: ignore[no-untyped-def]
     """e^x for y: what is rounded to a half type needs no more than the GPU's own."""
     if y_ptr.dtype.element_ty == tl.float32:
         return exp_of(x)
@@ -162,7 +189,7 @@ def _exp(x, y_ptr):
 
 
 @triton.jit
-def _fwd_kernel(
+def _fwd_kernel(  # type: ignore[no-untyped-def]
     out_ptr, out_strides, y_ptr, y_strides, params_ptr, params_strides, logdet_ptr, partial_ptr,
     count_ptr, limit, start, stop, half, height, width, numel, channels, pixels, blocks,
     MASK: tl.constexpr, EVEN: tl.constexpr, ADDITIVE: tl.constexpr, INVERSE: tl.constexpr,
@@ -178,12 +205,10 @@ def _fwd_kernel(
     for first in range(begin, tl.minimum(begin + SPLIT, numel), BLOCK):
         position, inside = first + lane, lane < numel - first
         element = element_of(position, channels, pixels, CHANNELS_LAST)
-        offset = row_offset(y_strides, row, position, element, pixels, DENSE)
-        y = tl.load(y_ptr + offset, mask=inside)
-        out = y.to(tl.float32)
+        out = load_row(y_ptr, y_strides, row, position, element, pixels, inside, DENSE)
         # A block of channels that stay needs no arithmetic.
         if MASK >= 2 or CHANNELS_LAST or ((first < stop) & (first + BLOCK > start)):
-            touched, read = _mask_of(
+            transformed, read = _mask_of(
                 element, first, lane, inside, start, stop, height, width, MASK, EVEN,
                 CHANNELS_LAST,
             )  # fmt: skip
@@ -196,14 +221,13 @@ def _fwd_kernel(
             else:
                 raw = tl.load(raw_ptr + offset, mask=read, other=0.0).to(tl.float32)
                 log_scale = limit * tanh(raw * (1.0 / limit), EXACT=True)
-                total += tl.where(touched, log_scale, 0.0)
+                total += tl.where(transformed, log_scale, 0.0)
                 if INVERSE:
                     moved = (out - shift) * _exp(-log_scale, y_ptr)
                 else:
                     moved = out * _exp(log_scale, y_ptr) + shift
-            out = tl.where(touched, moved, out)
-        offset = row_offset(out_strides, row, position, element, pixels, DENSE)
-        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+            out = tl.where(transformed, moved, out)
+        store_row(out_ptr, out_strides, out, row, position, element, pixels, inside, DENSE)
 
     logdet = tl.sum(total, 0)
     if INVERSE:
@@ -212,19 +236,12 @@ def _fwd_kernel(
         tl.store(logdet_ptr + row, logdet, mask=program % blocks == 0)
     else:
         tl.store(partial_ptr + program, logdet)
-        tl.debug_barrier()  # it is stored before this program counts
-        done = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
-        if done == blocks - 1:
-            block = tl.arange(0, MERGE)
-            parts = tl.load(
-                partial_ptr + row * blocks + block, mask=block < blocks, other=0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            tl.store(logdet_ptr + row, tl.sum(parts, 0))
+        if is_last_program(count_ptr + row, blocks):
+            tl.store(logdet_ptr + row, sum_of_parts(partial_ptr + row * blocks, blocks, MERGE))
 
 
 @triton.jit
-def _bwd_kernel(
+def _bwd_kernel(  # type: ignore[no-untyped-def]
     dy_ptr, dy_strides, dout_ptr, dout_strides, y_ptr, y_strides,
     dparams_ptr, dparams_strides, params_ptr, params_strides, dlogdet_ptr,
     limit, start, stop, half, height, width, numel, channels, pixels, blocks,
@@ -235,44 +252,41 @@ def _bwd_kernel(
     """One program per BLOCK elements of one row."""
     row, first, position, inside = block_of_row(blocks, numel, BLOCK)
     element = element_of(position, channels, pixels, CHANNELS_LAST)
-    offset = row_offset(dout_strides, row, position, element, pixels, DENSE)
-    dout = tl.load(dout_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    dout = load_row(dout_ptr, dout_strides, row, position, element, pixels, inside, DENSE)
     dy = dout
     if MASK >= 2 or CHANNELS_LAST or ((first < stop) & (first + BLOCK > start)):
-        touched, read = _mask_of(
+        transformed, read = _mask_of(
             element, first, tl.arange(0, BLOCK), inside, start, stop, height, width, MASK,
             EVEN, CHANNELS_LAST,
         )  # fmt: skip
         inner = element - start
-        dshift = tl.where(touched, -dout if INVERSE and ADDITIVE else dout, 0.0)
+        dshift = tl.where(transformed, -dout if INVERSE and ADDITIVE else dout, 0.0)
         doffset = row_offset(dparams_strides, row, inner, inner, pixels, PARAMS_DENSE)
         if not ADDITIVE:
             offset = row_offset(params_strides, row, inner, inner, pixels, PARAMS_DENSE)
             raw = tl.load(params_ptr + offset, mask=read, other=0.0).to(tl.float32)
             bounded = tanh(raw * (1.0 / limit), EXACT=True)
-            at = row_offset(y_strides, row, position, element, pixels, DENSE)
-            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            y = load_row(y_ptr, y_strides, row, position, element, pixels, inside, DENSE)
             dlogdet = tl.load(dlogdet_ptr + row).to(tl.float32)
             if INVERSE:
                 shift_ptr = params_ptr + half * params_strides[1]
                 shift = tl.load(shift_ptr + offset, mask=read, other=0.0).to(tl.float32)
                 dmoved = dout * _exp(-limit * bounded, y_ptr)
-                dshift = tl.where(touched, -dmoved, 0.0)
+                dshift = tl.where(transformed, -dmoved, 0.0)
                 dlog_scale = dmoved * (shift - y) - dlogdet
             else:
                 dmoved = dout * _exp(limit * bounded, y_ptr)
                 dlog_scale = dmoved * y + dlogdet
-            dy = tl.where(touched, dmoved, dout)
-            draw = tl.where(touched, dlog_scale * (1.0 - bounded * bounded), 0.0)
+            dy = tl.where(transformed, dmoved, dout)
+            draw = tl.where(transformed, dlog_scale * (1.0 - bounded * bounded), 0.0)
             tl.store(dparams_ptr + doffset, draw.to(dparams_ptr.dtype.element_ty), mask=read)
         dshift_ptr = dparams_ptr + half * dparams_strides[1]
         tl.store(dshift_ptr + doffset, dshift.to(dparams_ptr.dtype.element_ty), mask=read)
-    offset = row_offset(dy_strides, row, position, element, pixels, DENSE)
-    tl.store(dy_ptr + offset, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+    store_row(dy_ptr, dy_strides, dy, row, position, element, pixels, inside, DENSE)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_config(numel, dense):
+def _launch_config(numel: int, dense: bool) -> dict[str, Any]:
     """Four blocks or more a program: each ends in an atomic that waits for its stores.
 
     Rows of one program need neither partial sums nor a count that is zeroed first; of long rows at
@@ -283,7 +297,14 @@ def _launch_config(numel, dense):
     return {"SPLIT": blocks * config["BLOCK"], **config}
 
 
-def _launch_fwd(y, params, mask, limit, additive, inverse):
+def _launch_fwd(
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
     out, logdet = _fake_fwd(y, params, mask, limit, additive, inverse)
     if out.numel() == 0:
         return out, logdet.zero_()
@@ -296,7 +317,7 @@ def _launch_fwd(y, params, mask, limit, additive, inverse):
     if blocks > 1 and not additive:
         partial = torch.empty(rows * blocks, dtype=torch.float32, device=y.device)
         count = torch.zeros(rows, dtype=torch.int32, device=y.device)
-    numbers, switches = _of_mask(y, mask, limit, additive)
+    numbers, switches = _mask_arguments(y, mask, limit, additive)
     _fwd_kernel[(rows * blocks,)](
         *with_strides(*tensors, params), logdet, partial, count,
         *numbers, layout.numel, layout.channels, layout.pixels, blocks, **switches,
@@ -307,7 +328,16 @@ def _launch_fwd(y, params, mask, limit, additive, inverse):
     return out, logdet
 
 
-def _launch_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
+def _launch_bwd(
+    dout: Tensor,
+    dlogdet: Tensor,
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
     dy, dparams = _fake_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse)
     if dy.numel() == 0:
         return dy, dparams
@@ -315,7 +345,7 @@ def _launch_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
     grid, arguments = row_launch(*tensors)
     params = with_row_strides(params)
     layout = row_layout(*tensors)
-    numbers, switches = _of_mask(y, mask, limit, additive)
+    numbers, switches = _mask_arguments(y, mask, limit, additive)
     _bwd_kernel[grid](
         *with_strides(*tensors, dparams, params), dlogdet.contiguous(),
         *numbers, **switches, INVERSE=inverse,
@@ -324,9 +354,11 @@ def _launch_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
     return dy, dparams
 
 
-def _of_mask(y, mask, limit, additive):
+def _mask_arguments(
+    y: Tensor, mask: str, limit: float, additive: bool
+) -> tuple[tuple[float, ...], dict[str, Any]]:
     """What kernels are told of a mask: numbers, and switches."""
-    start, stop = _channels(y.shape[1], mask)
+    start, stop = _channel_range(y.shape[1], mask)
     pixels = math.prod(y.shape[2:])
     half = 0 if additive else stop - start  # channels of params before t
     height, width = y.shape[2:] if mask in ("even", "odd") else (1, 1)
@@ -334,32 +366,64 @@ def _of_mask(y, mask, limit, additive):
     return numbers, {"MASK": MASKS.index(mask), "EVEN": height % 2 == 0, "ADDITIVE": additive}
 
 
-def _params_dense(layout, *params):
-    """Whether params can be addressed by what the place in y is, without channel and pixel."""
+def _params_dense(layout: Layout, *params: Tensor) -> bool:
+    """Whether params can be addressed by the position in y, without channel and pixel."""
     return not layout.channels_last and all(
         found.dense and not found.channels_last for found in map(row_layout, params)
     )
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake_fwd(y, params, mask, limit, additive, inverse):
-    return empty_rows(y), y.new_empty(y.shape[0], dtype=_wide(y, params))
+def _fake_fwd(
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    return empty_rows(y), y.new_empty(y.shape[0], dtype=compute_dtype(y, params))
 
 
-def _cpu_fwd(y, params, mask, limit, additive, inverse):
+def _cpu_fwd(
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
     out, logdet = affine_coupling_ref(y, params, mask, limit, additive, inverse)
     return in_strides_of(y, out), logdet
 
 
-def _fake_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
+def _fake_bwd(
+    dout: Tensor,
+    dlogdet: Tensor,
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
     return empty_rows(y), empty_rows(params)
 
 
-def _cpu_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse):
-    gradients = affine_coupling_bwd_ref(
+def _cpu_bwd(
+    dout: Tensor,
+    dlogdet: Tensor,
+    y: Tensor,
+    params: Tensor,
+    mask: str,
+    limit: float,
+    additive: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    dy, dparams = affine_coupling_bwd_ref(
         dout, dlogdet, y, params, mask, limit, additive, inverse
     )  # fmt: skip
-    return tuple(in_strides_of(t, g) for t, g in zip((y, params), gradients, strict=True))
+    return in_strides_of(y, dy), in_strides_of(params, dparams)
 
 
 _fwd = define_op(
@@ -384,13 +448,13 @@ _bwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _AffineCoupling(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, params, *options):
+    def forward(ctx: Any, y: Tensor, params: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(y, params)
         ctx.options = options
         return _fwd(y, params, *options)
 
     @staticmethod
-    def backward(ctx, dout, dlogdet):
+    def backward(ctx: Any, dout: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
         # Grad mode in a backward means create_graph=True.
         run: Callable[..., tuple] = _bwd
         if torch.is_grad_enabled():
@@ -452,7 +516,7 @@ def affine_coupling(
             )
     elif y.dim() != 4:
         raise ValueError(f"y must have shape (B, C, H, W) for {mask!r}, got {tuple(y.shape)}")
-    start, stop = _channels(y.shape[1], mask)
+    start, stop = _channel_range(y.shape[1], mask)
     count = (stop - start) * (1 if additive else 2)
     check_shape("params", params, (y.shape[0], count, *y.shape[2:]))
     check_same_device(y=y, params=params)

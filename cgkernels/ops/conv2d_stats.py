@@ -20,6 +20,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,33 +29,45 @@ from torch import Tensor
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_float, check_same_device
 from cgkernels.library import define_op, needs_function, using_reference
+from cgkernels.moments import centered_moments, merge_moments
+from cgkernels.rows import compute_dtype
 
 KERNELS, STRIDES, PADDINGS = (1, 3, 4), (1, 2), (0, 1, 2)
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def conv2d_stats_ref(x, weight, stride, padding):
-    wide = _wide(x)
-    y = F.conv2d(x.to(wide), weight.to(wide), None, stride, padding).to(x.dtype)
+def conv2d_stats_ref(
+    x: Tensor, weight: Tensor, stride: int, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x)
+    y = F.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding).to(x.dtype)
     return y, *_stats_ref(y)
 
 
-def _stats_ref(y):
-    """Mean and biased variance of each image and channel, in at least float32.
-
-    Not by torch.var_mean: it sums in float64 on a CPU, which no kernel can be asked for.
-    """
-    y = y.to(_wide(y))
-    mean = y.mean((2, 3))
-    return mean, (y - mean[..., None, None]).square().mean((2, 3))
+def _stats_ref(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each image and channel, (N, O), in at least float32."""
+    _, mean, var = centered_moments(y, over_batch=False)
+    return mean.view(y.shape[:2]), var.view(y.shape[:2])
 
 
-def conv2d_stats_bwd_ref(wanted, dy, dmean, dvar, x, weight, y, mean, stride, padding):
+def conv2d_stats_bwd_ref(
+    wanted: tuple[bool, bool],
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    stride: int,
+    padding: int,
+) -> tuple[Tensor | None, ...]:
     """Gradients of x and weight where wanted, None elsewhere; dy, dmean, dvar: None for zero.
 
     As in PyTorch, the two convolutions take the gradient of y rounded to its dtype.
     """
-    wide, pixels, parts = _wide(x), math.prod(y.shape[2:]), []
+    wide, pixels = compute_dtype(x), math.prod(y.shape[2:])
+    parts: list[Tensor] = []
     if dy is not None:
         parts.append(dy.to(wide))
     if dmean is not None:
@@ -76,17 +89,15 @@ def conv2d_stats_bwd_ref(wanted, dy, dmean, dvar, x, weight, y, mean, stride, pa
     )
 
 
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _channels_last(x):
+def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _sum_of_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_of_rows(  # type: ignore[no-untyped-def]
+    x, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """By twos, eights and the rest: no chain of additions is long, nor its error large.
 
     Tensor cores leave row r and r + 8 in one thread, eight rows in a warp: so no sum costs more.
@@ -96,30 +107,30 @@ def _sum_of_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
-    y_ptr, partial_ptr, x_ptr, weight_ptr, features, height, width, channels, out_width, pixels,
-    stride, padding, tiles, blocks,
+def _kernel(  # type: ignore[no-untyped-def]
+    y_ptr, mean_ptr, rest_ptr, m2_ptr, x_ptr, weight_ptr, features, height, width, channels,
+    out_width, pixels, stride, padding, tiles, blocks,
     KERNEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program per BLOCK_M pixels of an image and BLOCK_N output channels: an implicit GEMM.
 
-    Stores y, and of the tile what `_merge_kernel` takes: the mean of each channel, and the sums of
-    the distances from it and of their squares.
-    Programs that share pixels are neighbours.
+    Stores y, and of the tile what `merge_moments` takes: of each channel the mean, what rounding
+    took from it, and the sum of the squared distances from both.
+    Programs that share pixels are neighbors.
     """
     program = tl.program_id(0)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
     pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = pixel < pixels
+    pixel_mask = pixel < pixels
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    good = channel < channels
+    channel_mask = channel < channels
     # The first tap of each pixel; where there is no pixel, all its taps are above the image.
-    top = tl.where(there, pixel // out_width * stride - padding, -KERNEL)
+    top = tl.where(pixel_mask, pixel // out_width * stride - padding, -KERNEL)
     left = pixel % out_width * stride - padding
     first = (image.to(tl.int64) * height + top) * width + left
-    x_row = x_ptr + first[:, None] * features
-    weight_row = weight_ptr + channel.to(tl.int64)[:, None] * (KERNEL * KERNEL * features)
+    x_row_ptr = x_ptr + first[:, None] * features
+    weight_row_ptr = weight_ptr + channel.to(tl.int64)[:, None] * (KERNEL * KERNEL * features)
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # One loop over blocks of features and taps, that it may be pipelined. Its counter is split by
@@ -129,76 +140,34 @@ def _kernel(
         tap = i % (KERNEL * KERNEL)
         down, right = tap // KERNEL, tap % KERNEL
         feature = i // (KERNEL * KERNEL) * BLOCK_K + tl.arange(0, BLOCK_K)
-        some = (feature < features)[None, :]
+        feature_mask = (feature < features)[None, :]
         row, column = top + down, left + right
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        at = x_row + ((down * width + right) * features + feature)[None, :]
-        x = tl.load(at, mask=inside[:, None] & some, other=0.0)
-        at = weight_row + (tap * features + feature)[None, :]
-        w = tl.load(at, mask=good[:, None] & some, other=0.0)
+        at = x_row_ptr + ((down * width + right) * features + feature)[None, :]
+        x = tl.load(at, mask=inside[:, None] & feature_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        at = weight_row_ptr + (tap * features + feature)[None, :]
+        w = tl.load(at, mask=channel_mask[:, None] & feature_mask, other=0.0)  # [BLOCK_N, BLOCK_K]
         y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
 
     rounded = y.to(y_ptr.dtype.element_ty)
     at = image.to(tl.int64) * pixels + pixel
     at = y_ptr + at[:, None] * channels + channel[None, :]
-    tl.store(at, rounded, mask=there[:, None] & good[None, :])
+    tl.store(at, rounded, mask=pixel_mask[:, None] & channel_mask[None, :])
     y = rounded.to(tl.float32)  # zero where there is no pixel
-    mean = _sum_of_rows(y, BLOCK_M, BLOCK_N) / tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)
-    distance = tl.where(there[:, None], y - mean[None, :], 0.0)
-    at = partial_ptr + (image.to(tl.int64) * tiles + tile) * (3 * channels) + channel
-    tl.store(at, mean, mask=good)
-    tl.store(at + channels, _sum_of_rows(distance, BLOCK_M, BLOCK_N), mask=good)
-    tl.store(at + 2 * channels, _sum_of_rows(distance * distance, BLOCK_M, BLOCK_N), mask=good)
-
-
-@triton.jit
-def _merge_kernel(
-    mean_ptr, var_ptr, partial_ptr, channels, pixels, tiles, blocks,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program per BLOCK_N channels of an image: merges its tiles, in their order.
-
-    Tile t of n_t pixels has a mean m_t, rounded, and of the distances y - m_t the sums r_t (what
-    rounding took from m_t) and s_t (of squares). With any c near the mean,
-
-        sum y - c = sum_t n_t (m_t - c) + r_t
-        sum (y - c)^2 = sum_t s_t + 2 (m_t - c) r_t + n_t (m_t - c)^2,
-
-    of which mean and variance lose no digits, however large the mean is.
-    """
-    program = tl.program_id(0)
-    block, image = program % blocks, program // blocks
-    channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    good = channel < channels
-    first = partial_ptr + image.to(tl.int64) * tiles * (3 * channels)
-    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & good[None, :]
-        at = first + tile[:, None] * (3 * channels) + channel[None, :]
-        count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M).to(tl.float32)[:, None]
-        total += count * tl.load(at, mask=mask, other=0.0)
-    near = tl.sum(total, 0) / pixels
-    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + tl.arange(0, BLOCK_T)
-        mask = (tile < tiles)[:, None] & good[None, :]
-        at = first + tile[:, None] * (3 * channels) + channel[None, :]
-        count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M).to(tl.float32)[:, None]
-        distance = tl.where(mask, tl.load(at, mask=mask, other=0.0) - near[None, :], 0.0)
-        rest = tl.load(at + channels, mask=mask, other=0.0)
-        within = tl.load(at + 2 * channels, mask=mask, other=0.0)
-        total += count * distance + rest
-        squares += within + distance * (2.0 * rest + count * distance)
-    off = tl.sum(total, 0) / pixels
-    at = image.to(tl.int64) * channels + channel
-    tl.store(mean_ptr + at, near + off, mask=good)
-    tl.store(var_ptr + at, tl.sum(squares, 0) / pixels - off * off, mask=good)
+    count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)
+    mean = _sum_of_rows(y, BLOCK_M, BLOCK_N) / count
+    distance = tl.where(pixel_mask[:, None], y - mean[None, :], 0.0)
+    total = _sum_of_rows(distance, BLOCK_M, BLOCK_N)
+    rest = total / count
+    m2 = _sum_of_rows(distance * distance, BLOCK_M, BLOCK_N) - total * rest
+    at = (image.to(tl.int64) * tiles + tile) * channels + channel
+    tl.store(mean_ptr + at, mean, mask=channel_mask)
+    tl.store(rest_ptr + at, rest, mask=channel_mask)
+    tl.store(m2_ptr + at, m2, mask=channel_mask)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_config(pixels, channels, features, dtype):
+def _launch_config(pixels: int, channels: int, features: int, dtype: torch.dtype) -> dict[str, Any]:
     """Sizes that may depend on nothing else, or an image would depend on its batch.
 
     Four warps at most (see `_kernel`). A tile of 64 x 128 moves fewer bytes a product than one of
@@ -219,7 +188,7 @@ def _launch_config(pixels, channels, features, dtype):
     }  # fmt: skip
 
 
-def _launch(x, weight, stride, padding):
+def _launch(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, var = _fake(x, weight, stride, padding)
     if y.numel() == 0:
         return y, mean, var
@@ -229,21 +198,17 @@ def _launch(x, weight, stride, padding):
     config = _launch_config(pixels, channels, features, x.dtype)
     tiles = triton.cdiv(pixels, config["BLOCK_M"])
     blocks = triton.cdiv(channels, config["BLOCK_N"])
-    partial = torch.empty(images, tiles, 3, channels, dtype=torch.float32, device=x.device)
+    parts = torch.empty(3, images, tiles, channels, dtype=torch.float32, device=x.device)
     _kernel[(images * tiles * blocks,)](
-        y, partial, x, weight, features, *x.shape[2:], channels, width, pixels, stride, padding,
+        y, *parts, x, weight, features, *x.shape[2:], channels, width, pixels, stride, padding,
         tiles, blocks, KERNEL=weight.shape[2], enable_fp_fusion=True, **config,
     )  # fmt: skip
-    blocks = triton.cdiv(channels, 32)
-    _merge_kernel[(images * blocks,)](
-        mean, var, partial, channels, pixels, tiles, blocks, BLOCK_M=config["BLOCK_M"],
-        BLOCK_T=16, BLOCK_N=32, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    merge_moments(mean, var, parts, pixels, config["BLOCK_M"])
     return y, mean, var
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake(x, weight, stride, padding):
+def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     images, _, *sides = x.shape
     channels, _, kernel, _ = weight.shape
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in sides)
@@ -251,22 +216,22 @@ def _fake(x, weight, stride, padding):
         (images, channels, height, width), dtype=x.dtype, device=x.device,
         memory_format=torch.channels_last,
     )  # fmt: skip
-    mean, var = (x.new_empty(images, channels, dtype=_wide(x)) for _ in range(2))
+    mean, var = (x.new_empty(images, channels, dtype=compute_dtype(x)) for _ in range(2))
     return y, mean, var
 
 
-def _cpu(x, weight, stride, padding):
-    out, *stats = _fake(x, weight, stride, padding)
+def _cpu(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    out, mean, var = _fake(x, weight, stride, padding)
     if out.numel() == 0:
-        return out, *stats
-    wide = _wide(x)
-    x, weight = _channels_last(x.to(wide)), _channels_last(weight.to(wide))
+        return out, mean, var
+    dtype = compute_dtype(x)
+    x, weight = _channels_last(x.to(dtype)), _channels_last(weight.to(dtype))
     images = x.split(1 if weight.shape[2] == 1 else len(x))
-    y = out.copy_(torch.cat([_convolved(part, weight, stride, padding) for part in images]))
+    y = out.copy_(torch.cat([_conv2d(part, weight, stride, padding) for part in images]))
     return y, *_stats_ref(y)
 
 
-def _convolved(x, weight, stride, padding):
+def _conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """The convolution by oneDNN, which gives an image the same bits in any batch, if k is not 1.
 
     So much for what was tried. One image alone PyTorch may compute in another way: it is doubled.
@@ -287,7 +252,9 @@ _fwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _Conv2dStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, stride, padding):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = _fwd(x, weight, stride, padding)
         ctx.save_for_backward(x, weight, y, mean)
         ctx.options = stride, padding
@@ -295,7 +262,9 @@ class _Conv2dStats(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    def backward(ctx, dy, dmean, dvar):
+    def backward(
+        ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
         gradients = conv2d_stats_bwd_ref(wanted, dy, dmean, dvar, *ctx.saved_tensors, *ctx.options)
         return *gradients, None, None

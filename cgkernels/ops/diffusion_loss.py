@@ -12,6 +12,7 @@ Source   DDPM arXiv:2006.11239 eq. 14; v: arXiv:2202.00512; weights: arXiv:2303.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,15 +33,19 @@ from cgkernels.checks import (
     check_table,
 )
 from cgkernels.device import (
+    STREAM_TRAINING,
     block_of_row,
     element_of,
+    load_row,
     normal_of,
-    row_offset,
+    store_row,
+    sum_of_parts,
     table_row,
     target_coefficients,
 )
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
+    compute_dtype,
     empty_rows,
     in_strides_of,
     row_launch,
@@ -52,21 +57,48 @@ from cgkernels.targets import target_coefficients as target_coefficients_ref
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def diffusion_loss_ref(pred, x0, table, t, seed, index, weight, target):
+def diffusion_loss_ref(
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    target: str,
+) -> Tensor:
     difference, _ = _difference_ref(pred, x0, table, t, seed, index, target)
     return weight * difference.square().unsqueeze(-1).flatten(1).mean(1)  # (B,) has no event
 
 
-def diffusion_loss_bwd_ref(dloss, pred, x0, table, t, seed, index, weight, target):
+def diffusion_loss_bwd_ref(
+    dloss: Tensor,
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    target: str,
+) -> tuple[Tensor, Tensor]:
     difference, p0 = _difference_ref(pred, x0, table, t, seed, index, target)
     factor = 2 * weight * dloss / max(1, pred[0:1].numel())
     dpred = factor.view(p0.shape) * difference
     return dpred.to(pred.dtype), (-p0 * dpred).to(x0.dtype)
 
 
-def _difference_ref(pred, x0, table, t, seed, index, target):
+def _difference_ref(
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    target: str,
+) -> tuple[Tensor, Tensor]:
     """pred - target, and the share p0 that x0 has in the target."""
-    dtype = torch.promote_types(torch.promote_types(pred.dtype, x0.dtype), torch.float32)
+    dtype = compute_dtype(pred, x0)
     per_row = (-1,) + (1,) * (pred.dim() - 1)
     alpha, sigma = (c.view(per_row) for c in table[t].to(dtype).unbind(1))
     p0, p1 = target_coefficients_ref(target, alpha, sigma)
@@ -78,7 +110,7 @@ def _difference_ref(pred, x0, table, t, seed, index, target):
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _difference(
+def _difference(  # type: ignore[no-untyped-def]
     pred_ptr, pred_strides, x0_ptr, x0_strides, table_ptr, t_ptr, t_stride, seed_ptr, index_ptr,
     timesteps, row, first, position, mask, channels, pixels,
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,16 +120,14 @@ def _difference(
     alpha, sigma = table_row(table_ptr, tl.load(t_ptr + row * t_stride), timesteps)
     p0, p1 = target_coefficients(alpha, sigma, TARGET)
     seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
-    z = normal_of(seed, index, 0, first, element, 3, CHANNELS_LAST, BLOCK)
-    offset = row_offset(pred_strides, row, position, element, pixels, DENSE)
-    pred = tl.load(pred_ptr + offset, mask=mask).to(tl.float32)
-    offset = row_offset(x0_strides, row, position, element, pixels, DENSE)
-    x0 = tl.load(x0_ptr + offset, mask=mask).to(tl.float32)
+    z = normal_of(seed, index, 0, first, element, STREAM_TRAINING, CHANNELS_LAST, BLOCK)
+    pred = load_row(pred_ptr, pred_strides, row, position, element, pixels, mask, DENSE)
+    x0 = load_row(x0_ptr, x0_strides, row, position, element, pixels, mask, DENSE)
     return tl.where(mask, pred - (p0 * x0 + p1 * z), 0.0), p0, element
 
 
 @triton.jit
-def _partial_kernel(
+def _partial_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, pred_ptr, pred_strides, x0_ptr, x0_strides,
     table_ptr, t_ptr, t_stride, seed_ptr, index_ptr, timesteps, numel, channels, pixels, blocks,
     TARGET: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -113,20 +143,18 @@ def _partial_kernel(
 
 
 @triton.jit
-def _merge_kernel(loss_ptr, partial_ptr, weight_ptr, weight_stride, blocks, numel,
-                  BLOCK: tl.constexpr):  # fmt: skip
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    loss_ptr, partial_ptr, weight_ptr, weight_stride, blocks, numel, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program per row: partial sums in the order of their blocks, weighted mean."""
     row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, blocks, BLOCK):
-        block = start + tl.arange(0, BLOCK)
-        total += tl.load(partial_ptr + row * blocks + block, mask=block < blocks, other=0.0)
+    total = sum_of_parts(partial_ptr + row * blocks, blocks, BLOCK)
     weight = tl.load(weight_ptr + row * weight_stride)
-    tl.store(loss_ptr + row, weight * (tl.sum(total, 0) / numel))
+    tl.store(loss_ptr + row, weight * (total / numel))
 
 
 @triton.jit
-def _bwd_kernel(
+def _bwd_kernel(  # type: ignore[no-untyped-def]
     dpred_ptr, dpred_strides, dx0_ptr, dx0_strides, pred_ptr, pred_strides, x0_ptr, x0_strides,
     dloss_ptr, weight_ptr, weight_stride,
     table_ptr, t_ptr, t_stride, seed_ptr, index_ptr, timesteps, numel, channels, pixels, blocks,
@@ -141,14 +169,21 @@ def _bwd_kernel(
     )  # fmt: skip
     weight = tl.load(weight_ptr + row * weight_stride)
     dpred = (2 * weight * tl.load(dloss_ptr + row) / numel) * difference
-    offset = row_offset(dpred_strides, row, position, element, pixels, DENSE)
-    tl.store(dpred_ptr + offset, dpred.to(dpred_ptr.dtype.element_ty), mask=mask)
-    offset = row_offset(dx0_strides, row, position, element, pixels, DENSE)
-    tl.store(dx0_ptr + offset, (-p0 * dpred).to(dx0_ptr.dtype.element_ty), mask=mask)
+    store_row(dpred_ptr, dpred_strides, dpred, row, position, element, pixels, mask, DENSE)
+    store_row(dx0_ptr, dx0_strides, -p0 * dpred, row, position, element, pixels, mask, DENSE)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_fwd(pred, x0, table, t, seed, index, weight, target):
+def _launch_fwd(
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    target: str,
+) -> Tensor:
     loss = _fake_fwd(pred, x0, table, t, seed, index, weight, target)
     if pred.numel() == 0:
         return loss.fill_(float("nan"))  # the mean of nothing, as in PyTorch
@@ -168,7 +203,17 @@ def _launch_fwd(pred, x0, table, t, seed, index, weight, target):
     return loss
 
 
-def _launch_bwd(dloss, pred, x0, table, t, seed, index, weight, target):
+def _launch_bwd(
+    dloss: Tensor,
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    target: str,
+) -> tuple[Tensor, Tensor]:
     dpred, dx0 = _fake_bwd(dloss, pred, x0, table, t, seed, index, weight, target)
     if pred.numel() == 0:
         return dpred, dx0
@@ -183,17 +228,46 @@ def _launch_bwd(dloss, pred, x0, table, t, seed, index, weight, target):
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake_fwd(pred, x0, table, t, seed, index, weight, target):
+def _fake_fwd(
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    target: str,
+) -> Tensor:
     return torch.empty(pred.shape[0], dtype=weight.dtype, device=pred.device)
 
 
-def _fake_bwd(dloss, pred, x0, table, t, seed, index, weight, target):
+def _fake_bwd(
+    dloss: Tensor,
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    target: str,
+) -> tuple[Tensor, Tensor]:
     return empty_rows(pred), empty_rows(x0)
 
 
-def _cpu_bwd(dloss, pred, x0, table, t, seed, index, weight, target):
-    gradients = diffusion_loss_bwd_ref(dloss, pred, x0, table, t, seed, index, weight, target)
-    return tuple(in_strides_of(t, g) for t, g in zip((pred, x0), gradients, strict=True))
+def _cpu_bwd(
+    dloss: Tensor,
+    pred: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    t: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    target: str,
+) -> tuple[Tensor, Tensor]:
+    dpred, dx0 = diffusion_loss_bwd_ref(dloss, pred, x0, table, t, seed, index, weight, target)
+    return in_strides_of(pred, dpred), in_strides_of(x0, dx0)
 
 
 _fwd = define_op(
@@ -218,13 +292,23 @@ _bwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _DiffusionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pred, x0, table, t, seed, index, weight, target):
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        x0: Tensor,
+        table: Tensor,
+        t: Tensor,
+        seed: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        target: str,
+    ) -> Tensor:
         ctx.save_for_backward(pred, x0, table, t, seed, index, weight)
         ctx.target = target
         return _fwd(pred, x0, table, t, seed, index, weight, target)
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         # Grad mode in a backward means create_graph=True.
         run: Callable[..., tuple] = _bwd
         if torch.is_grad_enabled():

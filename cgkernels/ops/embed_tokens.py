@@ -11,7 +11,8 @@ Source   learned positions: arXiv:1705.03122; several rows of one token are the 
          classifier-free guidance, arXiv:2207.12598.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,50 +30,62 @@ from cgkernels.library import define_op, needs_function, using_reference
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def embed_tokens_ref(tokens, position, embedding, offsets, places):
-    token, at, known = _drawn_ref(tokens, position, offsets, embedding, places)
+def embed_tokens_ref(
+    tokens: Tensor, position: Tensor, embedding: Tensor, offsets: Tensor | None,
+    places: Tensor | None,
+) -> Tensor:  # fmt: skip
+    token, column, known = _lookup_ref(tokens, position, offsets, embedding, places)
     out = F.embedding(token, embedding).to(torch.promote_types(embedding.dtype, torch.float32))
     if places is not None:
-        out = out + F.embedding(at.clamp(max=places.shape[0] - 1), places)
+        out = out + F.embedding(column.clamp(max=places.shape[0] - 1), places)
     return out.masked_fill(~known[:, None], torch.nan).to(embedding.dtype)
 
 
-def embed_tokens_bwd_ref(wanted, dout, tokens, position, embedding, offsets, places):
+def embed_tokens_bwd_ref(
+    wanted: Sequence[bool], dout: Tensor,
+    tokens: Tensor, position: Tensor, embedding: Tensor, offsets: Tensor | None,
+    places: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of embedding and places where wanted, None elsewhere.
 
     As in PyTorch: of all rows with one token, in their order.
     """
-    token, at, known = _drawn_ref(tokens, position, offsets, embedding, places)
+    token, column, known = _lookup_ref(tokens, position, offsets, embedding, places)
     dout = dout.masked_fill(~known[:, None], 0).to(torch.promote_types(dout.dtype, torch.float32))
     return tuple(
-        _summed_ref(dout, chosen, table).to(table.dtype) if want else None
-        for want, chosen, table in zip(wanted, (token, at), (embedding, places), strict=True)
+        _embedding_bwd_ref(dout, row, table).to(table.dtype) if want and table is not None else None
+        for want, row, table in zip(wanted, (token, column), (embedding, places), strict=True)
     )
 
 
-def _summed_ref(dout, chosen, table):
+def _embedding_bwd_ref(dout: Tensor, row: Tensor, table: Tensor) -> Tensor:
     if dout.numel() == 0:  # of which the derivative of PyTorch's function has no derivative
         return dout.sum(0).repeat(table.shape[0], 1)
-    return torch.ops.aten.embedding_dense_backward(dout, chosen, table.shape[0], -1, False)
+    return torch.ops.aten.embedding_dense_backward(dout, row, table.shape[0], -1, False)
 
 
-def _drawn_ref(tokens, position, offsets, embedding, places):
-    """Token and position of each row, and whether the tables have both; in range in any case."""
-    at = position.long()
-    known = (at >= 0) & (at < tokens.shape[1])
+def _lookup_ref(
+    tokens: Tensor, position: Tensor, offsets: Tensor | None, embedding: Tensor,
+    places: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Token and column of each row, and whether the tables have both; in range in any case."""
+    column = position.long()  # (R,)
+    known = (column >= 0) & (column < tokens.shape[1])
     if places is not None:
-        known &= at < places.shape[0]
-    at = at.clamp(0, tokens.shape[1] - 1)
-    token = tokens.gather(1, at.view(-1, tokens.shape[0]).t()).t().flatten() if at.shape[0] else at
+        known &= column < places.shape[0]
+    token = column = column.clamp(0, tokens.shape[1] - 1)
+    if column.shape[0]:
+        columns = column.view(-1, tokens.shape[0]).t()  # (B, R / B)
+        token = tokens.gather(1, columns).t().flatten()  # (R,)
     if offsets is not None:
-        token = token + offsets[at]
+        token = token + offsets[column]
     known &= (token >= 0) & (token < embedding.shape[0])
-    return token.clamp(0, embedding.shape[0] - 1), at, known
+    return token.clamp(0, embedding.shape[0] - 1), column, known
 
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _kernel(
+def _kernel(  # type: ignore[no-untyped-def]
     out_ptr, tokens_ptr, token_strides, position_ptr, position_stride, embedding_ptr,
     embedding_stride, offsets_ptr, offsets_stride, places_ptr, places_stride, batch, columns,
     vocabulary, known_places, width, blocks, BLOCK: tl.constexpr,
@@ -101,22 +114,24 @@ def _kernel(
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_config(width):
+def _launch_config(width: int) -> dict[str, Any]:
     """Eight numbers a thread are one 128-bit access in half types, two in float32."""
     block = min(1024, max(128, triton.next_power_of_2(width)))
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
-def _launch(tokens, position, embedding, offsets, places):
+def _launch(
+    tokens: Tensor, position: Tensor, embedding: Tensor, offsets: Tensor | None,
+    places: Tensor | None,
+) -> Tensor:  # fmt: skip
     out = _fake(tokens, position, embedding, offsets, places)
     if out.numel() == 0:
         return out
     rows, width = out.shape
     config = _launch_config(width)
     blocks = triton.cdiv(width, config["BLOCK"])
-    embedding, places = (
-        t if t is None or t.stride(1) == 1 else t.contiguous() for t in (embedding, places)
-    )
+    embedding = embedding if embedding.stride(1) == 1 else embedding.contiguous()
+    places = places if places is None or places.stride(1) == 1 else places.contiguous()
     _kernel[(rows * blocks,)](
         out, tokens, tokens.stride(), position, position.stride(0), embedding, embedding.stride(0),
         *(item for t in (offsets, places) for item in (t, 0 if t is None else t.stride(0))),
@@ -127,11 +142,17 @@ def _launch(tokens, position, embedding, offsets, places):
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake(tokens, position, embedding, offsets, places):
+def _fake(
+    tokens: Tensor, position: Tensor, embedding: Tensor, offsets: Tensor | None,
+    places: Tensor | None,
+) -> Tensor:  # fmt: skip
     return embedding.new_empty(position.shape[0], embedding.shape[1])
 
 
-def _cpu(tokens, position, embedding, offsets, places):
+def _cpu(
+    tokens: Tensor, position: Tensor, embedding: Tensor, offsets: Tensor | None,
+    places: Tensor | None,
+) -> Tensor:  # fmt: skip
     """As the reference, in few steps where all rows stand at one position and have a token."""
     at = position.tolist()
     last = min(t.shape[n] for t, n in ((tokens, 1), (places, 0)) if t is not None) - 1
@@ -158,12 +179,12 @@ _fwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _EmbedTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Tensor | None) -> Tensor:
         ctx.save_for_backward(*args)
         return _fwd(*args)
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *_, embedding, _, places = ctx.needs_input_grad
         wanted = (embedding, places)
         dembedding, dplaces = embed_tokens_bwd_ref(wanted, dout, *ctx.saved_tensors)

@@ -12,6 +12,7 @@ Source   arXiv:1611.07004 (conditional patch discriminator); LeakyReLU: Maas et 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +21,38 @@ from torch import Tensor
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_float, check_same_device, check_shape
 from cgkernels.library import define_op, needs_function, using_reference
+from cgkernels.rows import compute_dtype
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def pair_conv2d_ref(x, y, weight, bias, stride, padding, slope):
-    wide = _wide(x)
+def pair_conv2d_ref(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    slope: float,
+) -> Tensor:
+    dtype = compute_dtype(x)
     pair = x if y is None else torch.cat([x, y], 1)
-    bias = None if bias is None else bias.to(wide)
-    z = F.conv2d(pair.to(wide), weight.to(wide), bias, stride, padding)
+    bias = None if bias is None else bias.to(dtype)
+    z = F.conv2d(pair.to(dtype), weight.to(dtype), bias, stride, padding)
     return (z if slope == 1 else F.leaky_relu(z, slope)).to(x.dtype)
 
 
-def pair_conv2d_bwd_ref(wanted, dout, out, x, y, weight, bias, stride, padding, slope):
+def pair_conv2d_bwd_ref(
+    wanted: tuple[bool, bool, bool, bool],
+    dout: Tensor,
+    out: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    slope: float,
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, weight and bias where wanted, None elsewhere.
 
     Each image is convolved with its slice of the weight, so that nothing is concatenated. All in
@@ -39,7 +60,7 @@ def pair_conv2d_bwd_ref(wanted, dout, out, x, y, weight, bias, stride, padding, 
     sums have four times the error. As in PyTorch, convolutions on a GPU take the gradients rounded
     to x's dtype.
     """
-    dtype = x.dtype if x.is_cuda else _wide(x)
+    dtype = x.dtype if x.is_cuda else compute_dtype(x)
     layout = torch.channels_last if x.is_cuda else torch.contiguous_format
     dz = dout.to(dtype)
     if slope != 1:
@@ -61,19 +82,16 @@ def pair_conv2d_bwd_ref(wanted, dout, out, x, y, weight, bias, stride, padding, 
     if wanted[2]:
         gradients[2] = torch.cat(parts, 1).to(weight.dtype)
     if wanted[3]:
-        gradients[3] = dz.sum((0, 2, 3), dtype=_wide(x)).to(bias.dtype)
+        assert bias is not None
+        gradients[3] = dz.sum((0, 2, 3), dtype=compute_dtype(x)).to(bias.dtype)
     return tuple(gradients)
-
-
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _accumulate(
-    z, x_ptr, x_strides, n, row, column, height, width, channels, weight_row, there,
-    KERNEL: tl.constexpr, BLOCK_K: tl.constexpr,
+def _accumulate(  # type: ignore[no-untyped-def]
+    z, x_ptr, x_strides, n, row, column, height, width, channels, weight_row_ptr,
+    channel_mask, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """z and the products of one image with its slice of the weight.
 
@@ -90,14 +108,14 @@ def _accumulate(
         inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
         inside = inside & (k < channels * taps)[None, :]
         x = tl.load(x_ptr + corner[:, None] + tap[None, :], mask=inside, other=0.0)
-        mask = there[:, None] & (k < channels * taps)[None, :]
-        weight = tl.load(weight_row[:, None] + k[None, :], mask=mask, other=0.0)
+        mask = channel_mask[:, None] & (k < channels * taps)[None, :]
+        weight = tl.load(weight_row_ptr[:, None] + k[None, :], mask=mask, other=0.0)
         z = tl.dot(x, tl.trans(weight), z, input_precision="ieee")
     return z
 
 
 @triton.jit
-def _kernel(
+def _kernel(  # type: ignore[no-untyped-def]
     out_ptr, x_ptr, x_strides, x_channels, y_ptr, y_strides, y_channels, weight_ptr, bias_ptr,
     height, width, columns, pixels, outputs, padding, slope, tiles, blocks,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,31 +127,31 @@ def _kernel(
     n = (program // blocks // tiles).to(tl.int64)
     pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = channel < outputs
+    channel_mask = channel < outputs
     row, column = pixel // columns * STRIDE - padding, pixel % columns * STRIDE - padding
     features = (x_channels + y_channels) * (KERNEL * KERNEL)
-    weight_row = weight_ptr + channel.to(tl.int64) * features
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    weight_row_ptr = weight_ptr + channel.to(tl.int64) * features
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # of BLOCK_M pixels, BLOCK_N channels
     z = _accumulate(
-        z, x_ptr, x_strides, n, row, column, height, width, x_channels, weight_row, there,
-        KERNEL, BLOCK_K,
+        z, x_ptr, x_strides, n, row, column, height, width, x_channels, weight_row_ptr,
+        channel_mask, KERNEL, BLOCK_K,
     )  # fmt: skip
     if y_ptr is not None:
-        weight_row += x_channels * (KERNEL * KERNEL)
+        weight_row_ptr += x_channels * (KERNEL * KERNEL)
         z = _accumulate(
-            z, y_ptr, y_strides, n, row, column, height, width, y_channels, weight_row, there,
-            KERNEL, BLOCK_K,
+            z, y_ptr, y_strides, n, row, column, height, width, y_channels, weight_row_ptr,
+            channel_mask, KERNEL, BLOCK_K,
         )  # fmt: skip
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + channel, mask=there, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias_ptr + channel, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     z = tl.where(z > 0, z, z * slope)
     at = out_ptr + (n * pixels + pixel)[:, None] * outputs + channel[None, :]
-    mask = (pixel < pixels)[:, None] & there[None, :]
+    mask = (pixel < pixels)[:, None] & channel_mask[None, :]
     tl.store(at, z.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_config(features, outputs, dtype):
+def _launch_config(features: int, outputs: int, dtype: torch.dtype) -> dict[str, Any]:
     """Sizes that may not depend on the batch, or an image would.
 
     Three channels are 48 features, which blocks of 16 divide. At most four warps: with eight, loops
@@ -149,7 +167,15 @@ def _launch_config(features, outputs, dtype):
     }  # fmt: skip
 
 
-def _launch(x, y, weight, bias, stride, padding, slope):
+def _launch(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    slope: float,
+) -> Tensor:
     out = _fake(x, y, weight, bias, stride, padding, slope)
     if x.shape[0] == 0:
         return out
@@ -169,7 +195,15 @@ def _launch(x, y, weight, bias, stride, padding, slope):
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake(x, y, weight, bias, stride, padding, slope):
+def _fake(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    slope: float,
+) -> Tensor:
     size = ((s + 2 * padding - weight.shape[-1]) // stride + 1 for s in x.shape[2:])
     return torch.empty(
         (x.shape[0], weight.shape[0], *size), dtype=x.dtype, device=x.device,
@@ -177,17 +211,25 @@ def _fake(x, y, weight, bias, stride, padding, slope):
     )  # fmt: skip
 
 
-def _cpu(x, y, weight, bias, stride, padding, slope):
+def _cpu(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    slope: float,
+) -> Tensor:
     """One image after the other: all at once, oneDNN's bits would depend on the batch.
 
     A copy of both in channels_last, in which oneDNN is fastest, costs less than it gains, and less
     than two convolutions, which need none.
     """
-    out, wide, channels = _fake(x, y, weight, bias, stride, padding, slope), _wide(x), x.shape[1]
-    last = torch.channels_last
-    pair = torch.empty((1, weight.shape[1], *x.shape[2:]), dtype=wide, memory_format=last)
-    weight = weight.to(wide, memory_format=last)
-    bias = None if bias is None else bias.to(wide)
+    out = _fake(x, y, weight, bias, stride, padding, slope)
+    dtype, channels, last = compute_dtype(x), x.shape[1], torch.channels_last
+    pair = torch.empty((1, weight.shape[1], *x.shape[2:]), dtype=dtype, memory_format=last)
+    weight = weight.to(dtype, memory_format=last)
+    bias = None if bias is None else bias.to(dtype)
     for n in range(x.shape[0]):
         pair[:, :channels] = x[n]
         if y is not None:
@@ -210,14 +252,23 @@ _fwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _PairConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, weight, bias, stride, padding, slope):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        padding: int,
+        slope: float,
+    ) -> Tensor:
         out = _fwd(x, y, weight, bias, stride, padding, slope)
         ctx.save_for_backward(out, x, y, weight, bias)
         ctx.options = stride, padding, slope
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         gradients = pair_conv2d_bwd_ref(wanted, dout, *ctx.saved_tensors, *ctx.options)
         return *gradients, None, None, None

@@ -16,6 +16,8 @@ Source   patches: arXiv:1611.07004; losses: arXiv:1611.04076 (lsgan), arXiv:1406
          nonsaturating), arXiv:1705.02894 (hinge), arXiv:1701.07875 (wgan).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ from torch import Tensor
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_float, check_same_device, check_shape
 from cgkernels.library import define_op, needs_function, using_reference
-from cgkernels.rows import row_strides, with_row_strides
+from cgkernels.rows import compute_dtype, row_strides, with_row_strides
 
 LOSSES = ("lsgan", "vanilla", "nonsaturating", "hinge", "wgan")
 PATCH_TARGETS = ("real", "fake", "generator")
@@ -34,22 +36,39 @@ _FORMS = dict(zip(LOSSES, (_SQUARE, _SOFTPLUS, _SOFTPLUS, _HINGE, _LINEAR), stri
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def patch_head_loss_ref(x, weight, bias, loss, target, padding):
-    wide = _wide(x)
-    bias = None if bias is None else bias.to(wide)
-    logits = F.conv2d(x.to(wide), weight.to(wide), bias, padding=padding)
+def patch_head_loss_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: str | None,
+    target: str | None,
+    padding: int,
+) -> Tensor:
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    logits = F.conv2d(x.to(dtype), weight.to(dtype), bias, padding=padding)
     return _result_ref(logits, x.dtype, loss, target)
 
 
-def patch_head_loss_bwd_ref(wanted, dresult, dlogits, x, weight, bias, loss, target, padding):
+def patch_head_loss_bwd_ref(
+    wanted: tuple[bool, bool, bool],
+    dresult: Tensor,
+    dlogits: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: str | None,
+    target: str | None,
+    padding: int,
+) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias where wanted, None elsewhere.
 
     dlogits: (N, 1, h, w), the derivatives of each loss in its logits; None where these are to be
     differentiated again. As in PyTorch, matrix products on a GPU take the gradients rounded to x's
     dtype.
     """
-    wide, (n, c, h, w), k = _wide(x), x.shape, weight.shape[-1]
-    if loss is None:
+    wide, (n, c, h, w), k = compute_dtype(x), x.shape, weight.shape[-1]
+    if loss is None or target is None:
         dlogits = dresult.to(wide)
     else:
         if dlogits is None:
@@ -58,24 +77,21 @@ def patch_head_loss_bwd_ref(wanted, dresult, dlogits, x, weight, bias, loss, tar
     gradients: list[Tensor | None] = [None] * 3
     dtype = x.dtype if x.is_cuda else wide
     if wanted[0] or wanted[1]:
-        around = F.unfold(dlogits, k, padding=k - 1 - padding)  # (N, k^2, H W)
-        around = around.transpose(1, 2).reshape(n * h * w, k * k).to(dtype)
+        windows = F.unfold(dlogits, k, padding=k - 1 - padding)  # (N, k^2, H W)
+        windows = windows.transpose(1, 2).reshape(n * h * w, k * k).to(dtype)
     if wanted[0]:
-        dx = around @ _taps(weight).to(dtype).t()
+        dx = windows @ _taps(weight).to(dtype).t()
         gradients[0] = dx.to(x.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
     if wanted[1]:
-        dweight = around.t() @ x.permute(0, 2, 3, 1).reshape(n * h * w, c).to(dtype)
+        dweight = windows.t() @ x.permute(0, 2, 3, 1).reshape(n * h * w, c).to(dtype)
         gradients[1] = dweight.flip(0).t().reshape(weight.shape).to(weight.dtype)
     if wanted[2]:
+        assert bias is not None
         gradients[2] = dlogits.sum().view(1).to(bias.dtype)
     return tuple(gradients)
 
 
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _form_of(loss, target):
+def _form_of(loss: str, target: str) -> tuple[int, float]:
     """The form of a loss, and its sign."""
     form = _FORMS[loss]
     if form == _HINGE and target == "generator":
@@ -83,7 +99,7 @@ def _form_of(loss, target):
     return form, -1.0 if target == "fake" else 1.0
 
 
-def _losses_ref(logits, loss, target):
+def _losses_ref(logits: Tensor, loss: str, target: str) -> Tensor:
     form, sign = _form_of(loss, target)
     if form == _SQUARE:
         return (logits - (1 + sign) / 2).square()
@@ -92,7 +108,7 @@ def _losses_ref(logits, loss, target):
     return torch.relu(1 - sign * logits) if form == _HINGE else -sign * logits
 
 
-def _dlogits_ref(logits, loss, target):
+def _dlogits_ref(logits: Tensor, loss: str, target: str) -> Tensor:
     """Derivatives of the mean over the patches."""
     form, sign = _form_of(loss, target)
     if form == _SQUARE:
@@ -106,43 +122,44 @@ def _dlogits_ref(logits, loss, target):
     return slopes / logits[0:1].numel() if len(logits) else slopes
 
 
-def _result_ref(logits, dtype, loss, target):
-    if loss is None:
+def _result_ref(logits: Tensor, dtype: torch.dtype, loss: str | None, target: str | None) -> Tensor:
+    if loss is None or target is None:
         return logits.to(dtype)
     return _losses_ref(logits, loss, target).flatten(1).mean(1)
 
 
-def _taps(weight):
+def _taps(weight: Tensor) -> Tensor:
     """(C, k^2): what pixels are multiplied with, the last tap first, as `fold` adds them up."""
     return weight.reshape(weight.shape[1], -1).flip(1)
 
 
-def _logits(x, weight, bias, padding):
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """The convolution by products with taps, which on a CPU is many times faster than oneDNN's.
 
     One image after the other, or its bits would depend on the batch. One tap gets a second beside
     it: MKL's product of a matrix and a vector depends on where in memory they are.
     """
-    wide, k = _wide(x), weight.shape[-1]
-    pixels = x.to(wide).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-    taps = F.pad(_taps(weight).to(wide), (0, 1 if k == 1 else 0))
+    dtype, k = compute_dtype(x), weight.shape[-1]
+    pixels = x.to(dtype).permute(0, 2, 3, 1).flatten(1, 2).contiguous()  # (N, H W, C)
+    taps = F.pad(_taps(weight).to(dtype), (0, 1 if k == 1 else 0))
     products = [image @ taps for image in pixels]
-    stacked = torch.stack(products) if products else pixels @ taps
+    stacked = torch.stack(products) if products else pixels @ taps  # (N, H W, k^2)
     logits = F.fold(
         stacked[..., : k * k].transpose(1, 2), _patches(x, weight, padding), k,
         padding=k - 1 - padding,
     )  # fmt: skip
-    return logits if bias is None else logits + bias.to(wide)
+    return logits if bias is None else logits + bias.to(dtype)
 
 
-def _patches(x, weight, padding):
+def _patches(x: Tensor, weight: Tensor, padding: int) -> tuple[int, int]:
     """Rows and columns of the patch map."""
-    return tuple(size + 2 * padding - weight.shape[-1] + 1 for size in x.shape[2:])
+    rows, columns = (size + 2 * padding - weight.shape[-1] + 1 for size in x.shape[2:])
+    return rows, columns
 
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _products_kernel(
+def _products_kernel(  # type: ignore[no-untyped-def]
     product_ptr, x_ptr, x_strides, weight_ptr, channels, pixels, pitch, tiles,
     TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -150,12 +167,12 @@ def _products_kernel(
     program = tl.program_id(0)
     n, m = (program // tiles).to(tl.int64), program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     tap = tl.arange(0, 16)
-    x_row = x_ptr + n * x_strides[0] + m.to(tl.int64)[:, None] * x_strides[2]
+    x_row_ptr = x_ptr + n * x_strides[0] + m.to(tl.int64)[:, None] * x_strides[2]
     product = tl.zeros((BLOCK_M, 16), tl.float32)
     for start in tl.range(0, channels, BLOCK_C, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK_C)
         mask = (m < pixels)[:, None] & (c < channels)[None, :]
-        x = tl.load(x_row + c.to(tl.int64)[None, :] * x_strides[1], mask=mask, other=0.0)
+        x = tl.load(x_row_ptr + c.to(tl.int64)[None, :] * x_strides[1], mask=mask, other=0.0)
         mask = (c < channels)[:, None] & (tap < TAPS)[None, :]
         weight = tl.load(weight_ptr + c[:, None] * TAPS + tap[None, :], mask=mask, other=0.0)
         product = tl.dot(x, weight, product, input_precision="ieee")
@@ -165,39 +182,39 @@ def _products_kernel(
 
 
 @triton.jit
-def _patches_kernel(
+def _patches_kernel(  # type: ignore[no-untyped-def]
     result_ptr, dlogits_ptr, product_ptr, bias_ptr, sign, height, width, columns, patches, pitch,
     padding, KERNEL: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per image: its logits from the products, their derivatives and mean loss."""
     n = tl.program_id(0).to(tl.int64)
-    image = product_ptr + n * (KERNEL * KERNEL) * pitch
+    image_ptr = product_ptr + n * (KERNEL * KERNEL) * pitch
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, patches, BLOCK):
         patch = start + tl.arange(0, BLOCK)
-        there = patch < patches
+        patch_mask = patch < patches
         logit = tl.zeros((BLOCK,), tl.float32)
         for tap in tl.static_range(KERNEL * KERNEL):
             i = patch // columns + tap // KERNEL - padding
             j = patch % columns + tap % KERNEL - padding
-            inside = there & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-            logit += tl.load(image + tap * pitch + i * width + j, mask=inside, other=0.0)
+            inside = patch_mask & (i >= 0) & (i < height) & (j >= 0) & (j < width)
+            logit += tl.load(image_ptr + tap * pitch + i * width + j, mask=inside, other=0.0)
         if bias_ptr is not None:
             logit += tl.load(bias_ptr).to(tl.float32)
         at = n * patches + patch
         if FORM == 0:
-            tl.store(result_ptr + at, logit.to(result_ptr.dtype.element_ty), mask=there)
+            tl.store(result_ptr + at, logit.to(result_ptr.dtype.element_ty), mask=patch_mask)
         else:
             loss, slope = _loss_and_slope(logit, sign, FORM)
-            total += tl.where(there, loss, 0.0)
+            total += tl.where(patch_mask, loss, 0.0)
             slope = tl.div_rn(slope, patches.to(tl.float32))
-            tl.store(dlogits_ptr + at, slope, mask=there)
+            tl.store(dlogits_ptr + at, slope, mask=patch_mask)
     if FORM != 0:
         tl.store(result_ptr + n, tl.sum(total, 0) / patches)
 
 
 @triton.jit
-def _loss_and_slope(logit, sign, FORM: tl.constexpr):
+def _loss_and_slope(logit, sign, FORM: tl.constexpr):  # type: ignore[no-untyped-def]
     """A loss by its form (as in `_FORMS`) and sign, and its derivative."""
     if FORM == 1:
         difference = logit - (0.5 + 0.5 * sign)
@@ -213,7 +230,7 @@ def _loss_and_slope(logit, sign, FORM: tl.constexpr):
 
 
 @triton.jit
-def _softplus(z):
+def _softplus(z):  # type: ignore[no-untyped-def]
     """log(1 + e^z) with full relative precision, which the GPU's logarithm lacks near 1; its slope.
 
     With t = e^-|z| it is max(z, 0) + log(1 + t), and log(1 + t) = 2 artanh(r), r = t / (2 + t).
@@ -233,7 +250,7 @@ def _softplus(z):
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_config(pixels, dtype):
+def _launch_config(pixels: int, dtype: torch.dtype) -> dict[str, Any]:
     """Tiles of 64 pixels are the least that Hopper's tensor cores take.
 
     They may depend on the size of an image alone, or its bits would depend on the batch.
@@ -242,7 +259,14 @@ def _launch_config(pixels, dtype):
     return {"BLOCK_M": 64, "BLOCK_C": block_c, "STAGES": 4, "num_warps": 4}
 
 
-def _launch(x, weight, bias, loss, target, padding):
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: str | None,
+    target: str | None,
+    padding: int,
+) -> tuple[Tensor, Tensor]:
     result, dlogits = _fake(x, weight, bias, loss, target, padding)
     if x.shape[0] == 0:
         return result, dlogits
@@ -257,7 +281,7 @@ def _launch(x, weight, bias, loss, target, padding):
         product, x, row_strides(x), weight.contiguous(), channels, pixels, pitch, tiles,
         TAPS=kernel**2, enable_fp_fusion=True, **config,
     )  # fmt: skip
-    form, sign = (0, 1.0) if loss is None else _form_of(loss, target)
+    form, sign = (0, 1.0) if loss is None or target is None else _form_of(loss, target)
     rows, columns = _patches(x, weight, padding)
     _patches_kernel[(n,)](
         result, dlogits, product, bias, sign, height, width, columns, rows * columns, pitch,
@@ -267,19 +291,35 @@ def _launch(x, weight, bias, loss, target, padding):
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake(x, weight, bias, loss, target, padding):
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: str | None,
+    target: str | None,
+    padding: int,
+) -> tuple[Tensor, Tensor]:
     """The patch map and nothing, or losses and their derivatives in the logits."""
     shape = (x.shape[0], 1, *_patches(x, weight, padding))
     if loss is None:
         return x.new_empty(shape), x.new_empty(0)
-    wide = _wide(x)
-    return x.new_empty(x.shape[0], dtype=wide), x.new_empty(shape, dtype=wide)
+    dtype = compute_dtype(x)
+    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _cpu(x, weight, bias, loss, target, padding):
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: str | None,
+    target: str | None,
+    padding: int,
+) -> tuple[Tensor, Tensor]:
     logits = _logits(x, weight, bias, padding)
     result = _result_ref(logits, x.dtype, loss, target)
-    return result, x.new_empty(0) if loss is None else _dlogits_ref(logits, loss, target)
+    if loss is None or target is None:
+        return result, x.new_empty(0)
+    return result, _dlogits_ref(logits, loss, target)
 
 
 _fwd = define_op(
@@ -295,14 +335,22 @@ _fwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _PatchHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, loss, target, padding):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: str | None,
+        target: str | None,
+        padding: int,
+    ) -> Tensor:
         result, dlogits = _fwd(x, weight, bias, loss, target, padding)
         ctx.save_for_backward(x, weight, bias, dlogits)
         ctx.options = loss, target, padding
         return result
 
     @staticmethod
-    def backward(ctx, dresult):
+    def backward(ctx: Any, dresult: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, dlogits = ctx.saved_tensors
         # Grad mode in a backward means create_graph=True.
         dlogits = None if torch.is_grad_enabled() else dlogits
@@ -412,7 +460,7 @@ def patch_loss(logits: Tensor, loss: str, target: str) -> Tensor:
     """
     _check_names(loss, target)
     check_float(logits=logits)
-    return _losses_ref(logits.to(_wide(logits)), loss, target)
+    return _losses_ref(logits.to(compute_dtype(logits)), loss, target)
 
 
 def _check_names(loss: str, target: str | None) -> None:

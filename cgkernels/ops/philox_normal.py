@@ -6,6 +6,8 @@ Backward none: the noise depends on no differentiable input.
 Source   Philox4x32-10, Salmon et al., SC 2011; Box-Muller, 1958; the contract in `random.py`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,9 @@ from cgkernels.rows import row_launch, with_strides
 
 
 # 1. Reference -------------------------------------------------------------------------------------
-def philox_normal_ref(seed, index, step, shape, stream, dtype):
+def philox_normal_ref(
+    seed: Tensor, index: Tensor, step: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype
+) -> Tensor:
     return random.normal(
         tuple(shape), seed=seed, index=index, step=step, stream=stream, dtype=dtype
     )
@@ -26,7 +30,7 @@ def philox_normal_ref(seed, index, step, shape, stream, dtype):
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _fwd_kernel(
+def _fwd_kernel(  # type: ignore[no-untyped-def]
     out_ptr, out_strides, seed_ptr, index_ptr, step_ptr, step_stride,
     numel, channels, pixels, blocks,
     STREAM: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -42,7 +46,10 @@ def _fwd_kernel(
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_fwd(seed, index, step, shape, stream, dtype, channels_last):
+def _launch_fwd(
+    seed: Tensor, index: Tensor, step: Tensor, shape: Sequence[int], stream: int,
+    dtype: torch.dtype, channels_last: bool,
+) -> Tensor:  # fmt: skip
     out = _fake_fwd(seed, index, step, shape, stream, dtype, channels_last)
     if out.numel() == 0:
         return out
@@ -55,12 +62,18 @@ def _launch_fwd(seed, index, step, shape, stream, dtype, channels_last):
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake_fwd(seed, index, step, shape, stream, dtype, channels_last):
+def _fake_fwd(
+    seed: Tensor, index: Tensor, step: Tensor, shape: Sequence[int], stream: int,
+    dtype: torch.dtype, channels_last: bool,
+) -> Tensor:  # fmt: skip
     format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device=index.device, memory_format=format)
 
 
-def _cpu_fwd(seed, index, step, shape, stream, dtype, channels_last):
+def _cpu_fwd(
+    seed: Tensor, index: Tensor, step: Tensor, shape: Sequence[int], stream: int,
+    dtype: torch.dtype, channels_last: bool,
+) -> Tensor:  # fmt: skip
     z = philox_normal_ref(seed, index, step, shape, stream, dtype)
     return z.contiguous(memory_format=torch.channels_last) if channels_last else z
 

@@ -14,6 +14,8 @@ Backward by PyTorch: once. Twice, and in forward mode, inside reference() or wit
 Source   arXiv:1706.03762; bidirectional prefixes: arXiv:1910.10683; softcap: arXiv:2408.00118.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,20 +31,26 @@ from cgkernels.library import using_reference
 
 
 # Reference ----------------------------------------------------------------------------------------
-def prefill_attention_ref(q, k, v, bidirectional, left_pad, window, softcap, scale):
+def prefill_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, bidirectional: int | Tensor,
+    left_pad: Tensor | None, window: int, softcap: float | None, scale: float,
+) -> Tensor:  # fmt: skip
     narrow, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     mask, blind = _mask(length, q.device, bidirectional, left_pad, window)
-    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k.repeat_interleave(group, 2),
-                                                      v.repeat_interleave(group, 2)))  # fmt: skip
-    score = scale * (q @ k.mT)
+    k, v = (t.repeat_interleave(group, 2) for t in (k, v))
+    q, k, v = (t.to(dtype).transpose(1, 2) for t in (q, k, v))  # (B, Hq, T, D)
+    score = scale * (q @ k.mT)  # (B, Hq, T, T)
     score = softcap * torch.tanh(score / softcap) if softcap else score
     weight = score.masked_fill(~mask, -torch.inf).softmax(-1).to(narrow).to(dtype)
-    out = (weight @ v).transpose(1, 2)
+    out = (weight @ v).transpose(1, 2)  # (B, T, Hq, D)
     return out if blind is None else out.masked_fill(blind, 0)
 
 
-def _mask(length, device, bidirectional, left_pad, window):
+def _mask(
+    length: int, device: torch.device, bidirectional: int | Tensor,
+    left_pad: Tensor | None, window: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What each query sees, (B or 1, 1, T, T), and which queries are padding, (B, T, 1, 1).
 
     Padding sees itself, lest a softmax be taken over nothing; its outputs are put to zero.
@@ -59,7 +67,10 @@ def _mask(length, device, bidirectional, left_pad, window):
 
 
 # Composition --------------------------------------------------------------------------------------
-def _composed(q, k, v, bidirectional, left_pad, window, scale):
+def _compose(
+    q: Tensor, k: Tensor, v: Tensor, bidirectional: int | Tensor,
+    left_pad: Tensor | None, window: int, scale: float,
+) -> Tensor:  # fmt: skip
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     whole = left_pad is None and window >= length and not isinstance(bidirectional, Tensor)
     if not whole:
@@ -79,7 +90,7 @@ def _composed(q, k, v, bidirectional, left_pad, window, scale):
     return torch.cat([block, out[:, bidirectional:]], 1)
 
 
-def _attend(q, k, v, scale, **how):
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, **how: Any) -> Tensor:
     how |= {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # no symbol, in a trace
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale, **how).transpose(1, 2)
@@ -160,4 +171,4 @@ def prefill_attention(
     if using_reference() or softcap is not None:
         out = prefill_attention_ref(q, k, v, bidirectional, left_pad, window, softcap, scale)
         return out.to(q.dtype)
-    return _composed(q, k, v, bidirectional, left_pad, window, scale)
+    return _compose(q, k, v, bidirectional, left_pad, window, scale)

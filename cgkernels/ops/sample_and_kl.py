@@ -1,4 +1,4 @@
-"""Reparametrised sample of a Gaussian and its divergence from another, in one pass.
+"""Reparametrized sample of a Gaussian and its divergence from another, in one pass.
 
     z  = mean + exp(log_variance / 2) epsilon
     kl = sum_d max(free_bits, kl_d)
@@ -21,7 +21,7 @@ Source   arXiv:1312.6114, sections 2.4 and appendix B. Free bits: arXiv:1606.049
 
 import math
 from collections.abc import Callable
-from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +38,19 @@ from cgkernels.checks import (
     check_same_device,
     check_shape,
 )
-from cgkernels.device import block_of_row, element_of, normal_of, row_offset
+from cgkernels.device import (
+    STREAM_LATENTS,
+    block_of_row,
+    element_of,
+    is_last_program,
+    load_row,
+    normal_of,
+    store_row,
+    sum_of_parts,
+)
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
+    compute_dtype,
     empty_rows,
     in_strides_of,
     row_launch,
@@ -51,99 +61,107 @@ from cgkernels.rows import (
 
 # 1. Reference -------------------------------------------------------------------------------------
 def sample_and_kl_ref(
-    mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
-):
-    wide, std, noise, _, _, _, kl = _parts_ref(
+    mean: Tensor,
+    log_variance: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    seed: Tensor,
+    index: Tensor,
+    step: Tensor,
+    free_bits: float,
+) -> tuple[Tensor, Tensor]:
+    dtype, std, noise, _, _, _, kl = _parts_ref(
         mean, log_variance, prior_mean, prior_log_variance, seed, index, step
     )
     if free_bits > 0:
         kl = kl.clamp(min=free_bits)
-    z = (wide(mean) + std * noise).to(mean.dtype)
+    z = (mean.to(dtype) + std * noise).to(mean.dtype)
     # Contiguous, so that the sum of a row has one order in any batch; (B,) has no event.
     return z, kl.unsqueeze(-1).flatten(1).contiguous().sum(1)
 
 
 def sample_and_kl_bwd_ref(
-    dz, dkl, mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
-):
+    dz: Tensor,
+    dkl: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    seed: Tensor,
+    index: Tensor,
+    step: Tensor,
+    free_bits: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients with respect to mean, log_variance, prior_mean and prior_log_variance."""
-    wide, std, noise, distance, precision, ratio, kl = _parts_ref(
+    dtype, std, noise, distance, precision, ratio, kl = _parts_ref(
         mean, log_variance, prior_mean, prior_log_variance, seed, index, step
     )
-    dz, dkl = wide(dz), dkl.view(-1, *(1,) * (mean.dim() - 1)).expand(kl.shape)
+    dz, dkl = dz.to(dtype), dkl.view(-1, *(1,) * (mean.dim() - 1)).expand(kl.shape)
     if free_bits > 0:
         dkl = torch.where(kl < free_bits, torch.zeros_like(dkl), dkl)
     pull = dkl * distance * precision
     dmean = (dz + pull).to(mean.dtype)
     dlog_variance = (0.5 * (dz * std * noise + dkl * (ratio - 1))).to(log_variance.dtype)
-    if prior_mean is None:
+    if prior_mean is None or prior_log_variance is None:
         return dmean, dlog_variance, None, None
     dprior = 0.5 * (dkl * (1 - ratio) - pull * distance)
     dprior = dprior.to(prior_log_variance.dtype)
     return dmean, dlog_variance, (-pull).to(prior_mean.dtype), dprior
 
 
-def _parts_ref(mean, log_variance, prior_mean, prior_log_variance, seed, index, step):
-    """The cast to the dtype of the computation, and in it what the formula consists of.
+def _parts_ref(
+    mean: Tensor,
+    log_variance: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    seed: Tensor,
+    index: Tensor,
+    step: Tensor,
+) -> tuple[torch.dtype, Tensor, Tensor, Tensor, Tensor | float, Tensor, Tensor]:
+    """The dtype of the computation, and in it what the formula consists of.
 
     exp(log_variance / 2), epsilon, mean - prior_mean, exp(-prior_log_variance), r, kl_d.
     """
-    dtype = _dtype(mean, log_variance, prior_mean, prior_log_variance)
+    dtype = compute_dtype(mean, log_variance, prior_mean, prior_log_variance)
     noise = random.normal(
         tuple(mean.shape), seed=seed, index=index, step=step, stream=random.STREAM_LATENTS,
         dtype=dtype,
     )  # fmt: skip
-    distance, log_ratio, precision = mean.to(dtype), log_variance.to(dtype), 1.0
+    precision: Tensor | float = 1.0
+    distance, log_ratio = mean.to(dtype), log_variance.to(dtype)
     std = (0.5 * log_ratio).exp()
-    if prior_mean is not None:
+    if prior_mean is not None and prior_log_variance is not None:
         distance = distance - prior_mean.to(dtype)
         log_ratio = log_ratio - prior_log_variance.to(dtype)
         precision = (-prior_log_variance.to(dtype)).exp()
     ratio = log_ratio.exp()
     kl = 0.5 * (ratio - 1 - log_ratio + distance.square() * precision)
-    return (lambda t: t.to(dtype)), std, noise, distance, precision, ratio, kl
-
-
-def _dtype(*tensors):
-    """That of the computation and of kl."""
-    return reduce(torch.promote_types, (t.dtype for t in tensors if t is not None), torch.float32)
+    return dtype, std, noise, distance, precision, ratio, kl
 
 
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
-def _load(ptr, strides, row, position, element, pixels, mask, DENSE: tl.constexpr):
-    offset = row_offset(strides, row, position, element, pixels, DENSE)
-    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(ptr, strides, value, row, position, element, pixels, mask, DENSE: tl.constexpr):
-    offset = row_offset(strides, row, position, element, pixels, DENSE)
-    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _parts(
+def _parts(  # type: ignore[no-untyped-def]
     mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
     prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
     seed_ptr, index_ptr, step_ptr, step_stride, row, first, position, element, mask, pixels,
     CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `_parts_ref`, of a block, with the mean itself first."""
-    mean = _load(mean_ptr, mean_strides, row, position, element, pixels, mask, DENSE)
-    log_variance = _load(
+    mean = load_row(mean_ptr, mean_strides, row, position, element, pixels, mask, DENSE)
+    log_variance = load_row(
         log_variance_ptr, log_variance_strides, row, position, element, pixels, mask, DENSE
     )
     seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
     step = tl.load(step_ptr + row * step_stride)
-    noise = normal_of(seed, index, step, first, element, 6, CHANNELS_LAST, BLOCK)
+    noise = normal_of(seed, index, step, first, element, STREAM_LATENTS, CHANNELS_LAST, BLOCK)
     std = tl.exp(0.5 * log_variance)
     distance, log_ratio, precision = mean, log_variance, 1.0
     if prior_mean_ptr is not None:
-        distance -= _load(
+        distance -= load_row(
             prior_mean_ptr, prior_mean_strides, row, position, element, pixels, mask, DENSE
         )
-        prior = _load(
+        prior = load_row(
             prior_log_variance_ptr, prior_log_variance_strides, row, position, element, pixels,
             mask, DENSE,
         )  # fmt: skip
@@ -155,7 +173,7 @@ def _parts(
 
 
 @triton.jit
-def _fwd_kernel(
+def _fwd_kernel(  # type: ignore[no-untyped-def]
     z_ptr, z_strides, mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
     prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
     kl_ptr, partial_ptr, count_ptr, seed_ptr, index_ptr, step_ptr, step_stride, floor,
@@ -178,26 +196,18 @@ def _fwd_kernel(
     total = tl.sum(tl.where(mask, kl, 0.0), 0)
     if partial_ptr is None:
         tl.store(kl_ptr + row, total)
-        _store(z_ptr, z_strides, mean + std * noise, row, position, element, pixels, mask, DENSE)
+        store_row(z_ptr, z_strides, mean + std * noise, row, position, element, pixels, mask, DENSE)
     else:
         tl.store(partial_ptr + tl.program_id(0), total)
-        tl.debug_barrier()
-        done = tl.atomic_add(count_ptr + row, 1, sem="acq_rel", scope="gpu")
+        last = is_last_program(count_ptr + row, blocks)
         # After the atomic, which waits for all stores before it.
-        _store(z_ptr, z_strides, mean + std * noise, row, position, element, pixels, mask, DENSE)
-        if done == blocks - 1:
-            sums = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, blocks, BLOCK):
-                block = start + tl.arange(0, BLOCK)
-                sums += tl.load(
-                    partial_ptr + row * blocks + block, mask=block < blocks, other=0.0,
-                    cache_modifier=".cg",
-                )  # fmt: skip
-            tl.store(kl_ptr + row, tl.sum(sums, 0))
+        store_row(z_ptr, z_strides, mean + std * noise, row, position, element, pixels, mask, DENSE)
+        if last:
+            tl.store(kl_ptr + row, sum_of_parts(partial_ptr + row * blocks, blocks, BLOCK))
 
 
 @triton.jit
-def _bwd_kernel(
+def _bwd_kernel(  # type: ignore[no-untyped-def]
     dmean_ptr, dmean_strides, dlog_variance_ptr, dlog_variance_strides,
     dprior_mean_ptr, dprior_mean_strides, dprior_log_variance_ptr, dprior_log_variance_strides,
     dz_ptr, dz_strides, mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
@@ -215,27 +225,36 @@ def _bwd_kernel(
         seed_ptr, index_ptr, step_ptr, step_stride, row, first, position, element, mask, pixels,
         CHANNELS_LAST, DENSE, BLOCK,
     )  # fmt: skip
-    dz = _load(dz_ptr, dz_strides, row, position, element, pixels, mask, DENSE)
+    dz = load_row(dz_ptr, dz_strides, row, position, element, pixels, mask, DENSE)
     dkl = tl.where(kl < floor, 0.0, tl.load(dkl_ptr + row))
     pull = dkl * distance * precision
-    _store(dmean_ptr, dmean_strides, dz + pull, row, position, element, pixels, mask, DENSE)
+    store_row(dmean_ptr, dmean_strides, dz + pull, row, position, element, pixels, mask, DENSE)
     value = 0.5 * (dz * std * noise + dkl * (ratio - 1.0))
-    _store(
+    store_row(
         dlog_variance_ptr, dlog_variance_strides, value, row, position, element, pixels, mask, DENSE
     )
     if dprior_mean_ptr is not None:
-        _store(
+        store_row(
             dprior_mean_ptr, dprior_mean_strides, -pull, row, position, element, pixels, mask, DENSE
         )
         value = 0.5 * (dkl * (1.0 - ratio) - pull * distance)
-        _store(
+        store_row(
             dprior_log_variance_ptr, dprior_log_variance_strides, value, row, position, element,
             pixels, mask, DENSE,
         )  # fmt: skip
 
 
 # 3. Launchers -------------------------------------------------------------------------------------
-def _launch_fwd(mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits):
+def _launch_fwd(
+    mean: Tensor,
+    log_variance: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    seed: Tensor,
+    index: Tensor,
+    step: Tensor,
+    free_bits: float,
+) -> tuple[Tensor, Tensor]:
     z, kl = _fake_fwd(
         mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
     )
@@ -257,8 +276,17 @@ def _launch_fwd(mean, log_variance, prior_mean, prior_log_variance, seed, index,
 
 
 def _launch_bwd(
-    dz, dkl, mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits
-):
+    dz: Tensor,
+    dkl: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    seed: Tensor,
+    index: Tensor,
+    step: Tensor,
+    free_bits: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (mean, log_variance, prior_mean, prior_log_variance)
     gradients = _fake_bwd(dz, dkl, *inputs, seed, index, step, free_bits)
     if mean.numel() == 0:
@@ -273,33 +301,55 @@ def _launch_bwd(
     return gradients
 
 
-def _floor(free_bits):
+def _floor(free_bits: float) -> float:
     """Of 0 none: rounding puts what is near 0 below it, where it must keep its gradient."""
     return free_bits if free_bits > 0 else float("-inf")
 
 
 # 4. Registration ----------------------------------------------------------------------------------
-def _fake_fwd(mean, log_variance, prior_mean, prior_log_variance, seed, index, step, free_bits):
-    dtype = _dtype(mean, log_variance, prior_mean, prior_log_variance)
+def _fake_fwd(
+    mean: Tensor,
+    log_variance: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    seed: Tensor,
+    index: Tensor,
+    step: Tensor,
+    free_bits: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(mean, log_variance, prior_mean, prior_log_variance)
     return empty_rows(mean), torch.empty(mean.shape[0], dtype=dtype, device=mean.device)
 
 
-def _cpu_fwd(mean, *rest):
+def _cpu_fwd(mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     z, kl = sample_and_kl_ref(mean, *rest)
     return in_strides_of(mean, z), kl
 
 
-def _fake_bwd(dz, dkl, mean, log_variance, prior_mean, prior_log_variance, *rest):
-    inputs = (mean, log_variance, prior_mean, prior_log_variance)
-    return tuple(mean.new_empty(0) if t is None else empty_rows(t) for t in inputs)
+def _fake_bwd(
+    dz: Tensor,
+    dkl: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_variance: Tensor | None,
+    seed: Tensor,
+    index: Tensor,
+    step: Tensor,
+    free_bits: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors for a prior that is not given."""
+    dprior_mean, dprior_log_variance = (
+        mean.new_empty(0) if t is None else empty_rows(t) for t in (prior_mean, prior_log_variance)
+    )
+    return empty_rows(mean), empty_rows(log_variance), dprior_mean, dprior_log_variance
 
 
-def _cpu_bwd(dz, dkl, mean, log_variance, prior_mean, prior_log_variance, *rest):
-    inputs = (mean, log_variance, prior_mean, prior_log_variance)
-    gradients = sample_and_kl_bwd_ref(dz, dkl, *inputs, *rest)
+def _cpu_bwd(dz: Tensor, dkl: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    gradients = sample_and_kl_bwd_ref(dz, dkl, mean, *rest)
     return tuple(
-        mean.new_empty(0) if t is None else in_strides_of(t, g)
-        for t, g in zip(inputs, gradients, strict=True)
+        mean.new_empty(0) if t is None or g is None else in_strides_of(t, g)
+        for t, g in zip((mean, *rest[:3]), gradients, strict=True)
     )
 
 
@@ -326,19 +376,18 @@ _bwd = define_op(
 # 5. Public function -------------------------------------------------------------------------------
 class _SampleAndKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, ctx.free_bits = args
         ctx.save_for_backward(*tensors)
         return _fwd(*args)
 
     @staticmethod
-    def backward(ctx, dz, dkl):
+    def backward(ctx: Any, dz: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
         args = (dz, dkl, *ctx.saved_tensors, ctx.free_bits)
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = sample_and_kl_bwd_ref(*args)
-        else:
-            inputs = ctx.saved_tensors[:4]
-            gradients = (None if t is None else g for t, g in zip(inputs, _bwd(*args), strict=True))
+            return *sample_and_kl_bwd_ref(*args), None, None, None, None
+        inputs = ctx.saved_tensors[:4]
+        gradients = (None if t is None else g for t, g in zip(inputs, _bwd(*args), strict=True))
         return *gradients, None, None, None, None
 
 

@@ -1,8 +1,8 @@
 """Conditional autoregressive model: p(y | cond) = product of p(y_i | y_<i, cond), by a transformer.
 
-A picture is the sequence of its quantised values: pixels in raster order, the channels of a pixel
-one after another, or as one colour of a palette. The condition is a prefix of that sequence: a
-class, tokens, the quantised values of a picture, or a start symbol alone; the code is the same for
+An image is the sequence of its quantized values: pixels in raster order, the channels of a pixel
+one after another, or as one color of a palette. The condition is a prefix of that sequence: a
+class, tokens, the quantized values of an image, or a start symbol alone; the code is the same for
 all.
 
 Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GPT (Chen et al.,
@@ -30,9 +30,9 @@ from cgm.sampling.decoding import Decoder, SamplingConfig
 class AutoregressiveConfig(GuidedConfig):
     """What is generated from what, and the network."""
 
-    # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit picture.
+    # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit image.
     levels: int = 16
-    # Colours of two channels that a pixel of what is generated can have, in place of levels: both
+    # Colors of two channels that a pixel of what is generated can have, in place of levels: both
     # channels are one choice.
     palette: Palette = ()
     # Blocks of the transformer.
@@ -45,14 +45,15 @@ class AutoregressiveConfig(GuidedConfig):
     kv_heads: int = 0
     # Width of the MLP.
     hidden: int = 256
-    # Normalisation.
+    # Normalization.
     norm: Literal["rms", "layer"] = "rms"
     # Activation of the MLP.
     activation: Literal["swiglu", "gelu"] = "swiglu"
-    # How positions enter: rotation by the place in the sequence, by row and column, or a learned
+    # How positions enter: rotation by the position in the sequence, by row and column, or a learned
     # vector each.
     positions: Literal["rotary", "rotary_2d", "learned"] = "rotary_2d"
-    # Base of the wavelengths of rotary positions, which are up to 2 pi times it, in places or rows.
+    # Base of the wavelengths of rotary positions: they are up to 2 pi times it, in positions or
+    # rows.
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ class AutoregressiveConfig(GuidedConfig):
 
     @property
     def sequence_shape(self) -> tuple[int, int, int]:
-        """Shape (values of a pixel, H, W) of the sequence of a picture."""
+        """Shape (values of a pixel, H, W) of the sequence of an image."""
         return (1 if self.palette else self.event_shape[0], *self.event_shape[1:])
 
 
@@ -91,8 +92,8 @@ class AutoregressiveConfig(GuidedConfig):
 class ConditionalTransformer(Model):
     """Autoregressive model of p(y | cond); `loss`, `log_prob` and `sample` of all families.
 
-    Tokens: value v of channel c of y is c levels + v, colour k of a palette is k; then come the
-    values of a condition picture (channel by channel alike), the classes or the tokens, and last
+    Tokens: value v of channel c of y is c levels + v, color k of a palette is k; then come the
+    values of a condition image (channel by channel alike), the classes or the tokens, and last
     the symbol "no condition".
     """
 
@@ -101,7 +102,7 @@ class ConditionalTransformer(Model):
     discrete: ClassVar[bool] = True
     has_int8: ClassVar[bool] = True
 
-    palette: Tensor  # (colours, 2)
+    palette: Tensor  # (colors, 2)
 
     def __init__(self, config: AutoregressiveConfig) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class ConditionalTransformer(Model):
 
     @torch.no_grad()
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
-        """Exact log p(y | cond) in nats, (B,), of the picture quantised to `levels` or `palette`.
+        """Exact log p(y | cond) in nats, (B,), of the image quantized to `levels` or `palette`.
 
         In bits per dimension it is -log_prob / (C H W ln 2).
         """
@@ -217,8 +218,8 @@ class ConditionalTransformer(Model):
         if given is not None:
             known = self._values(given)
             prefix = torch.cat([prefix, self._tokens(known).repeat(1 + guided, 1)], 1)
-        of_condition = torch.arange(len(index), device=device) % conditions
-        order = of_condition
+        condition_of_sample = torch.arange(len(index), device=device) % conditions
+        order = condition_of_sample
         if guided:
             nulls = len(prefix) - conditions
             order = torch.cat([order % nulls, nulls + order])
@@ -227,8 +228,8 @@ class ConditionalTransformer(Model):
             seed=draws.seed, index=index, rope=self._rope(device), first=known.shape[1],
             offsets=self._offsets(total, device) if config.sequence_shape[0] > 1 else None,
         )  # fmt: skip
-        values = torch.cat([known[of_condition], run.run()], 1)
-        return self._pictures(values)
+        values = torch.cat([known[condition_of_sample], run.run()], 1)
+        return self._images(values)
 
     def _check_given(self, given: Tensor, conditions: int) -> None:
         channels, height, width = self.config.event_shape
@@ -239,17 +240,17 @@ class ConditionalTransformer(Model):
 
     # Tokens ---------------------------------------------------------------------------------------
     def _values(self, y: Tensor) -> Tensor:
-        """Values (B, L) of pictures (B, C, H, W), in the order of the sequence."""
+        """Values (B, L) of images (B, C, H, W), in the order of the sequence."""
         if self.config.palette:
             return to_palette(y, self.palette).flatten(1)
-        return quantise(y, self.config.levels)
+        return quantize(y, self.config.levels)
 
-    def _pictures(self, values: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) of values (B, L)."""
+    def _images(self, values: Tensor) -> Tensor:
+        """Images (B, C, H, W) of values (B, L)."""
         if self.config.palette:
-            colours = self.palette[values].movedim(1, 2)
-            return colours.unflatten(2, self.config.event_shape[1:]).contiguous()
-        return dequantise(values, self.config.levels, self.config.event_shape)
+            colors = self.palette[values].movedim(1, 2)
+            return colors.unflatten(2, self.config.event_shape[1:]).contiguous()
+        return dequantize(values, self.config.levels, self.config.event_shape)
 
     def _tokens(self, values: Tensor) -> Tensor:
         """Tokens of values (B, L)."""
@@ -266,7 +267,7 @@ class ConditionalTransformer(Model):
         if cond is None:
             return torch.full((rows, config.prefix_length), self.null, device=device)
         if config.cond_kind == "image":
-            values = quantise(cond, config.levels)
+            values = quantize(cond, config.levels)
             channel = torch.arange(values.shape[1], device=device) % config.cond_shape[0]
             return self.first_symbol + channel * config.levels + values
         return self.first_symbol + (cond[:, None] if config.cond_kind == "class" else cond)
@@ -279,28 +280,28 @@ class ConditionalTransformer(Model):
         length = config.prefix_length + math.prod(config.sequence_shape) - 1
         if config.positions == "rotary":
             return self.transformer.rope_table(torch.arange(length, device=device))
-        # Rows and columns; a condition picture stands above, other conditions in the corner.
-        places = _raster(config.sequence_shape, device)[:-1]
+        # Rows and columns; a condition image stands above, other conditions in the corner.
+        positions = _raster(config.sequence_shape, device)[:-1]
         before = torch.zeros(config.prefix_length, 2, device=device)
         if config.cond_kind == "image":
             before = _raster(config.cond_shape, device)
             before[:, 0] -= config.cond_shape[1]
-        return self.transformer.rope_table(torch.cat([before, places]))
+        return self.transformer.rope_table(torch.cat([before, positions]))
 
 
-def quantise(y: Tensor, levels: int) -> Tensor:
-    """Values 0 .. levels - 1 of pictures (B, C, H, W) in [-1, 1], in the order of the sequence.
+def quantize(y: Tensor, levels: int) -> Tensor:
+    """Values 0 .. levels - 1 of images (B, C, H, W) in [-1, 1], in the order of the sequence.
 
     They are the bins of `cgm.data.quantization`.
     """
     return to_bins(y.movedim(1, 3).flatten(1), levels)
 
 
-def dequantise(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
-    """Pictures (B, C, H, W) in [-1, 1] of values (B, C H W)."""
+def dequantize(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] of values (B, C H W)."""
     channels, height, width = shape
-    pictures = from_bins(values, levels).view(-1, height, width, channels)
-    return pictures.movedim(3, 1).contiguous()
+    images = from_bins(values, levels).view(-1, height, width, channels)
+    return images.movedim(3, 1).contiguous()
 
 
 def _raster(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ PREFIXnet_G.pth        PREFIXnet_D.pth                                  Pix2Pix
 any other              -                                                Pix2Pix
 
 Discriminators may be missing; those get initial weights. What a file cannot tell is asked for, the
-side of the pictures and the dropout of a U-Net, or has its default: the objective, which only
+side of the images and the dropout of a U-Net, or has its default: the objective, which only
 further training needs.
 """
 
@@ -35,7 +35,7 @@ def convert_published(
 
     Args:
         file: of a generator, as above; read without running code.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         dropout: whether a U-Net for pix2pix has it; its parameters do not tell.
 
     Raises:
@@ -57,48 +57,58 @@ def convert_published(
 
 
 def _pix2pix(
-    file: Path, judge_file: Path | None, size: int, dropout: bool
+    file: Path, discriminator_file: Path | None, size: int, dropout: bool
 ) -> tuple[Model, dict[str, str]]:
     generator = _generator(file, dropout)
     fields = _fields(generator, size) | {"dropout": generator.config.dropout}
     channels = generator.config.in_channels + generator.config.out_channels
     networks: dict[str, tuple[nn.Module, Path]] = {"generator": (generator, file)}
-    if judge_file is not None and judge_file.exists():
-        judge = _discriminator(judge_file, generator, channels)
-        networks["discriminator"] = judge, judge_file
-        fields |= {"patch": judge.config.patch, "discriminator_width": judge.config.width}
+    if discriminator_file is not None and discriminator_file.exists():
+        discriminator = _discriminator(discriminator_file, generator, channels)
+        networks["discriminator"] = discriminator, discriminator_file
+        fields |= {
+            "patch": discriminator.config.patch,
+            "discriminator_width": discriminator.config.width,
+        }
     return _model(Pix2Pix, Pix2PixConfig, fields, networks)
 
 
 def _cyclegan(
-    file: Path, back_file: Path, judge_files: dict[str, Path], size: int
+    file: Path, backward_file: Path, discriminator_files: dict[str, Path], size: int
 ) -> tuple[Model, dict[str, str]]:
-    if not back_file.exists():
-        raise ValueError(f"{back_file}: is missing: a CycleGAN has it beside {file.name}")
-    there, back = _generator(file, False), _generator(back_file, False)
-    for generator, of in ((there, file), (back, back_file)):
+    if not backward_file.exists():
+        raise ValueError(f"{backward_file}: is missing: a CycleGAN has it beside {file.name}")
+    forward, backward = _generator(file, False), _generator(backward_file, False)
+    for generator, of in ((forward, file), (backward, backward_file)):
         if generator.config.dropout:
             raise ValueError(f"{of}: has dropout, which a CycleGAN has not here")
-    a, b = there.config.in_channels, there.config.out_channels
-    mirrored = dataclasses.replace(there.config, in_channels=b, out_channels=a)
-    if back.config != mirrored:
-        raise ValueError(f"{back_file}: must be {mirrored} to fit {file.name}, got {back.config}")
-    fields = _fields(there, size)
+    a, b = forward.config.in_channels, forward.config.out_channels
+    mirrored = dataclasses.replace(forward.config, in_channels=b, out_channels=a)
+    if backward.config != mirrored:
+        raise ValueError(
+            f"{backward_file}: must be {mirrored} to fit {file.name}, got {backward.config}"
+        )
+    fields = _fields(forward, size)
     if a != b:
-        fields["identity_weight"] = 0.0  # no picture is of both kinds
+        fields["identity_weight"] = 0.0  # no image is of both kinds
     networks: dict[str, tuple[nn.Module, Path]] = {
-        "generator_a": (there, file), "generator_b": (back, back_file)
+        "generator_a": (forward, file), "generator_b": (backward, backward_file)
     }  # fmt: skip
-    judged = {"a": b, "b": a}
-    for side, judge_file in judge_files.items():
-        if not judge_file.exists():
+    channels_of = {"a": b, "b": a}
+    for side, discriminator_file in discriminator_files.items():
+        if not discriminator_file.exists():
             continue
-        judge = _discriminator(judge_file, there, judged[side])
-        found = {"patch": judge.config.patch, "discriminator_width": judge.config.width}
+        discriminator = _discriminator(discriminator_file, forward, channels_of[side])
+        found = {
+            "patch": discriminator.config.patch,
+            "discriminator_width": discriminator.config.width,
+        }
         if fields.keys() & found.keys() and fields != fields | found:
-            raise ValueError(f"{judge_file}: must be of the size of {judge_files['a'].name}")
+            raise ValueError(
+                f"{discriminator_file}: must be of the size of {discriminator_files['a'].name}"
+            )
         fields |= found
-        networks[f"discriminator_{side}"] = judge, judge_file
+        networks[f"discriminator_{side}"] = discriminator, discriminator_file
     return _model(CycleGAN, CycleGANConfig, fields, networks)
 
 
@@ -155,7 +165,7 @@ def _generator(file: Path, dropout: bool) -> Generator:
 
 
 def _discriminator(file: Path, generator: Generator, channels: int) -> PatchDiscriminator:
-    """One that judges so many channels, normalised as the generator is."""
+    """One that judges so many channels, normalized as the generator is."""
     network = _network(file, False)
     if not isinstance(network, PatchDiscriminator):
         raise ValueError(f"{file}: must be of a discriminator, holds a {type(network).__name__}")

@@ -1,4 +1,4 @@
-"""CycleGAN: from pictures of one kind to pictures of another, from examples without partners.
+"""CycleGAN: from images of one kind to images of another, from examples without partners.
 
     generator:      L(D_y(F(x)), generator) + L(D_x(G(y)), generator)
                     + lambda (|G(F(x)) - x|_1 + |F(G(y)) - y|_1)
@@ -6,7 +6,7 @@
     discriminator:  (L(D_y(y), real) + L(D_y(F(x)), fake)) / 2 + the same of D_x, x and G(y)
 
 F makes y of the condition x, G makes x of y; L is the mean of `cgkernels.patch_loss` over patches,
-|.|_1 the mean over values. Discriminators are shown about half pictures of earlier steps.
+|.|_1 the mean over values. Discriminators are shown about half images of earlier steps.
 
 Source   Zhu et al., arXiv:1703.10593; least squares: Mao et al., arXiv:1611.04076; pool:
          Shrivastava et al., arXiv:1612.07828.
@@ -40,7 +40,7 @@ class CycleGANConfig(ImageToImageConfig):
 
     # Generators: residual blocks, or a U-Net, for sides that are multiples of 2^depth.
     generator: Literal["unet", "resnet"] = "resnet"
-    # Normalisation in all networks.
+    # Normalization in all networks.
     norm: Literal["batch", "instance", "none"] = "instance"
     # Loss of a patch.
     loss: Loss = "lsgan"
@@ -50,7 +50,7 @@ class CycleGANConfig(ImageToImageConfig):
     cycle_weight: float = 10.0
     # Weight mu, a factor of lambda, of leaving alone what is of the wanted kind.
     identity_weight: float = 0.5
-    # Pictures of earlier steps that are kept for each discriminator; 0: none.
+    # Images of earlier steps that are kept for each discriminator; 0: none.
     pool: int = 50
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class CycleGANConfig(ImageToImageConfig):
         check_not_negative(self, "adversarial_weight", "cycle_weight", "identity_weight", "pool")
         if self.identity_weight and self.event_shape != self.cond_shape:
             raise ValueError(
-                f"identity_weight must be 0 between pictures of different channels, "
+                f"identity_weight must be 0 between images of different channels, "
                 f"{self.cond_shape} and {self.event_shape}"
             )
 
@@ -76,7 +76,7 @@ class CycleGANSampling:
 
 # Model --------------------------------------------------------------------------------------------
 class CycleGAN(AdversarialModel):
-    """Pictures from pictures, learned from two unrelated sets; `loss` and `sample` of all families.
+    """Images from images, learned from two unrelated sets; `loss` and `sample` of all families.
 
     Names as published: generator_a makes y (kind B) of conditions (kind A) and discriminator_a
     judges it; generator_b and discriminator_b are those of the way back.

@@ -2,7 +2,7 @@
 
     x_t = alpha_t y + sigma_t z       loss = weight_t mean((network(x_t, t, cond) - target)^2)
 
-Condition: class ids, a picture concatenated to the input, tokens by cross-attention, or none.
+Condition: class ids, an image concatenated to the input, tokens by cross-attention, or none.
 Source   DDPM arXiv:2006.11239; v prediction arXiv:2202.00512; classifier-free guidance
          arXiv:2207.12598; learned variance arXiv:2102.09672; min-SNR weights arXiv:2303.09556.
 """
@@ -26,7 +26,7 @@ from cgkernels.random import (
 from cgkernels.samplers import make_schedule, make_table, x0_coefficients
 from cgm.model import Draws, GuidedConfig, Model, Step, check_not_negative, check_positive
 from cgm.networks.unet import KeysValues, UNet
-from cgm.sampling.cuda_graph import captured
+from cgm.sampling.cuda_graph import capture
 
 
 # Config -------------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ class ConditionalDiffusion(Model):
             u = uniform((rows,), stream=STREAM_CONDITION_DROPOUT, **draws)
             drop = (u < config.cond_dropout).view(-1, *(1,) * (cond.dim() - 1))
             cond = torch.where(drop, null, cond)
-        film, picture, context = self._encode(cond)
+        film, image, context = self._encode(cond)
         film = self.unet.time_film(t) if film is None else self.unet.time_film(t) + film
-        out = self.unet(x_t if picture is None else torch.cat([x_t, picture], 1), film, context)
+        out = self.unet(x_t if image is None else torch.cat([x_t, image], 1), film, context)
         prediction = out[:, : y.shape[1]]
         denoising = cgkernels.diffusion_loss(prediction, y, weight=self.loss_weights[t], **noise)
         parts = {"total": denoising, "denoising": denoising}
@@ -183,7 +183,7 @@ class ConditionalDiffusion(Model):
     def _bound(self, y: Tensor, x_t: Tensor, prediction: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """The term of timestep t of the variational bound, bits per dimension, (B,).
 
-        KL(q(x_{t-1} | x_t, y) || p(x_{t-1} | x_t)), at t = 0 the discretised -log p(y | x_0).
+        KL(q(x_{t-1} | x_t, y) || p(x_{t-1} | x_t)), at t = 0 the discretized -log p(y | x_0).
         arXiv:2102.09672, section 3.1.
         """
         y, x_t, prediction, v = (a.float() for a in (y, x_t, prediction, v))
@@ -196,7 +196,7 @@ class ConditionalDiffusion(Model):
             log_variance - log_small + (log_small - log_variance).exp() - 1
             + distance.square() * (-log_variance).exp()
         )  # fmt: skip
-        nll = -_log_discretised_normal(y, mean, log_variance)
+        nll = -_log_discretized_normal(y, mean, log_variance)
         terms = torch.where((t == 0)[:, None, None, None], nll, kl)
         return terms.flatten(1).mean(1) / math.log(2)
 
@@ -210,7 +210,7 @@ class ConditionalDiffusion(Model):
 
     # Conditions -----------------------------------------------------------------------------------
     def _null_cond(self, rows: int) -> Tensor | None:
-        """What stands for "no condition": the id after the last, or an empty picture."""
+        """What stands for "no condition": the id after the last, or an empty image."""
         config, device = self.config, self.noise_table.device
         if config.cond_kind == "none":
             return None
@@ -221,7 +221,7 @@ class ConditionalDiffusion(Model):
     def _encode(
         self, cond: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, list[KeysValues] | None]:
-        """What the U-Net needs of a condition: FiLM part, picture, context of the tokens."""
+        """What the U-Net needs of a condition: FiLM part, image, context of the tokens."""
         if cond is None:
             return None, None, None
         if self.config.cond_kind == "class":
@@ -238,7 +238,7 @@ class _Run:
     """One run of a solver: tensors that stay where they are, so that a step can be a CUDA graph.
 
     The network's input is one buffer: with guidance its first half is unconditional, its second
-    conditional; of its channels the first are the state, the rest a condition picture that stays.
+    conditional; of its channels the first are the state, the rest a condition image that stays.
     """
 
     def __init__(self, model: ConditionalDiffusion, draws: Draws, options: SamplingConfig) -> None:
@@ -277,14 +277,14 @@ class _Run:
         if self.guided and batch is not None and null is not None:
             batch = torch.cat([null, batch])
             order = torch.cat([order, conditions + order])
-        film, picture, context = model._encode(batch)
+        film, image, context = model._encode(batch)
         film = None if film is None else film[order]
-        picture = None if picture is None else picture[order]
+        image = None if image is None else image[order]
         self.context = None if context is None else [(k[order], v[order]) for k, v in context]
         total = rows * (1 + self.guided)
         self.cond_film = self.time.new_zeros(1, self.time.shape[1]) if film is None else film
         state = torch.empty(total, *config.event_shape, dtype=dtype, device=device)
-        self.input = state if picture is None else torch.cat([state, picture], 1)
+        self.input = state if image is None else torch.cat([state, image], 1)
         self.x = self.input[:rows, : self.channels]
         self.twin = self.input[rows:, : self.channels] if self.guided else None
         self.history = torch.zeros_like(state[:rows]) if plan.history else None
@@ -294,7 +294,7 @@ class _Run:
         step: Callable[[], None] = self._step
         if self.options.graph and self.index.is_cuda:
             self._start()
-            step = captured(self._step)
+            step = capture(self._step)
         self._start()
         for _ in range(self.options.steps):
             step()
@@ -344,7 +344,7 @@ def _bound_table(levels: np.ndarray, prediction: str) -> Tensor:
     beta = 1 - levels / before
     small = (1 - before) / (1 - levels) * beta
     if len(small) > 1:
-        small[0] = small[1]  # it is 0, and its step is the discretised likelihood
+        small[0] = small[1]  # it is 0, and its step is the discretized likelihood
     columns = (
         *x0_coefficients(prediction, np.sqrt(levels), np.sqrt(1 - levels)),
         np.sqrt(before) * beta / (1 - levels),
@@ -355,7 +355,7 @@ def _bound_table(levels: np.ndarray, prediction: str) -> Tensor:
     return torch.from_numpy(np.stack(columns, 1)).float()
 
 
-def _log_discretised_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+def _log_discretized_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Log probability of the bin of width 2 / 255 around y; the outermost bins are unbounded."""
     scale = (-0.5 * log_variance).exp()
     upper = torch.special.ndtr((y + 1 / 255 - mean) * scale)

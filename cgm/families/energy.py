@@ -55,12 +55,12 @@ class EnergyConfig(ImageConfig):
     width: int = 16
     # Resolutions, each half of the one above, rounded up.
     levels: int = 3
-    # Units of the layer that sees the whole picture.
+    # Units of the layer that sees the whole image.
     hidden: int = 128
     # Side of the squares of pixels that enter the network as one; 1 where sides are odd.
     patch: int = 2
 
-    # Temperature T: the density is exp(-f / T). The more values a picture has, the less it should
+    # Temperature T: the density is exp(-f / T). The more values an image has, the less it should
     # be: f does not grow with them.
     temperature: float = 2e-4
     # Length a of a Langevin step: a step adds noise of the variance 2 a T.
@@ -113,12 +113,12 @@ class EnergySampling:
 
 # Network ------------------------------------------------------------------------------------------
 class EnergyNetwork(nn.Module):
-    """One number of a picture: residual blocks, each after the first at half the resolution.
+    """One number of an image: residual blocks, each after the first at half the resolution.
 
     It is the sum of one number of each place of each resolution, divided by the root of the number
     of places, and of one of all places of the last. So a value has its own part in the energy, and
-    a force of its own: through a layer that knows the whole picture alone it learns that slowly.
-    Without normalisation: a norm would take off what tells a picture from a stronger one, and of a
+    a force of its own: through a layer that knows the whole image alone it learns that slowly.
+    Without normalization: a norm would take off what tells an image from a stronger one, and of a
     single pixel all there is. SiLU throughout, so that there is a gradient everywhere.
 
     Args:
@@ -199,7 +199,7 @@ class Chains(nn.Module):
     def take(
         self, start: Tensor, cond: Tensor | None, *, seed: int | Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Places (B,), y (B, *event) and conditions (B, ...) of the next chains.
+        """Slots (B,), y (B, *event) and conditions (B, ...) of the next chains.
 
         Where there is no chain yet, and for a share of the others, it is a new one: `start` with
         its condition. Which ones depends on (seed, index).
@@ -208,21 +208,21 @@ class Chains(nn.Module):
         if rows > self.size:
             raise ValueError(f"chains must be at least the batch of {rows}, got {self.size}")
         turn = self.count + torch.arange(rows, device=start.device)
-        places = turn % self.size
+        slots = turn % self.size
         u = uniform((rows,), seed=seed, index=index, stream=STREAM_POOL)
         new = (turn < self.size) | (u < self.renewal)
-        y = torch.where(new.view(-1, 1, 1, 1), start, self.y[places].to(start.dtype))
+        y = torch.where(new.view(-1, 1, 1, 1), start, self.y[slots].to(start.dtype))
         if cond is not None:
             which = new.view(-1, *(1,) * (cond.dim() - 1))
-            cond = torch.where(which, cond, self.cond[places].to(cond.dtype))
-        return places, y, cond
+            cond = torch.where(which, cond, self.cond[slots].to(cond.dtype))
+        return slots, y, cond
 
-    def put(self, places: Tensor, y: Tensor, cond: Tensor | None) -> None:
-        """Keeps the chains, and the conditions, of places from `take`."""
-        self.y.index_copy_(0, places, y.to(self.y.dtype))
+    def put(self, slots: Tensor, y: Tensor, cond: Tensor | None) -> None:
+        """Keeps the chains, and the conditions, of slots from `take`."""
+        self.y.index_copy_(0, slots, y.to(self.y.dtype))
         if cond is not None:
-            self.cond.index_copy_(0, places, cond.to(self.cond.dtype))
-        self.count.add_(len(places))
+            self.cond.index_copy_(0, slots, cond.to(self.cond.dtype))
+        self.count.add_(len(slots))
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class ConditionalEBM(Model):
             ValueError, TypeError: an argument that does not fit, by name.
         """
         self.check_inputs(y, cond)
-        return self._scaled(y, self.planes(cond, len(y))) / self.config.temperature
+        return self._network_energy(y, self.planes(cond, len(y))) / self.config.temperature
 
     def log_ratio(self, y_a: Tensor, y_b: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """log p(y_a | cond) - log p(y_b | cond) of two candidates, exact, (B,) nats."""
@@ -288,7 +288,7 @@ class ConditionalEBM(Model):
         """Estimates of log Z in log p(y | cond) = -energy - log Z, (B,); (1,) without condition.
 
         The mean of so many `annealed_weights` for each condition. Z itself has no bias, its
-        logarithm a small one. For tiny cases: beyond some ten numbers a picture, a handful of
+        logarithm a small one. For tiny cases: beyond some ten numbers an image, a handful of
         chains has all the weight, and the estimate is too low.
 
         step_size: of a density: a of `sample` corresponds to a T.
@@ -302,7 +302,7 @@ class ConditionalEBM(Model):
         index = torch.arange(rows, device=device)
         index = (torch.arange(chains, device=device)[:, None] * 2**32 + index).flatten()
         weights = annealed_weights(
-            lambda y: self._scaled(y, planes) / self.config.temperature,
+            lambda y: self._network_energy(y, planes) / self.config.temperature,
             (chains * rows, *self.config.event_shape),
             std=std, levels=levels, steps=steps, step_size=step_size, seed=seed, index=index,
             device=device,
@@ -316,7 +316,7 @@ class ConditionalEBM(Model):
             "constant, log_ratio of two candidates, and log_partition, an estimate for tiny cases"
         )
 
-    def _scaled(self, y: Tensor, planes: Tensor) -> Tensor:
+    def _network_energy(self, y: Tensor, planes: Tensor) -> Tensor:
         """f (B,)."""
         config = self.config
         reference = y.flatten(1).square().sum(1) * (0.5 * config.temperature / config.start_std**2)
@@ -344,17 +344,17 @@ class ConditionalEBM(Model):
             start, chain_cond = config.start_std * start, cond
             kept = self.training and self.chains.size > 0
             if kept:
-                places, start, chain_cond = self.chains.take(start, cond, seed=seed, index=index)
+                slots, start, chain_cond = self.chains.take(start, cond, seed=seed, index=index)
             planes = self.planes(chain_cond, rows)
             drawn = langevin(
-                lambda y: self._scaled(y, planes), start, steps=config.chain_steps,
+                lambda y: self._network_energy(y, planes), start, steps=config.chain_steps,
                 step_size=config.step_size, temperature=config.temperature, bound=config.bound,
                 seed=seed, index=index,
             )  # fmt: skip
             if kept:
-                self.chains.put(places, drawn, chain_cond)
+                self.chains.put(slots, drawn, chain_cond)
         planes = torch.cat([self.planes(cond, rows), self.planes(chain_cond, rows)])
-        real, fake = self._scaled(torch.cat([noisy, drawn]), planes).chunk(2)
+        real, fake = self._network_energy(torch.cat([noisy, drawn]), planes).chunk(2)
         total = real - fake + config.square_weight * (real.square() + fake.square())
         return {"total": total, "real": real, "drawn": fake}
 
@@ -393,7 +393,7 @@ class ConditionalEBM(Model):
             start = start.repeat(total // conditions, 1, 1, 1)
         planes = draws.repeat(self.planes(draws.cond, draws.rows))
         return langevin(
-            lambda y: self._scaled(y, planes), start, steps=options.steps,
+            lambda y: self._network_energy(y, planes), start, steps=options.steps,
             step_size=options.step_size or config.step_size,
             temperature=options.temperature * config.temperature, bound=config.bound,
             seed=draws.seed, index=draws.index, graph=options.graph,

@@ -3,16 +3,16 @@
     log p(y | cond) = sum of log N(z; 0, 1) + log |det dz/dy|,    z = f(y; cond)
 
 f goes down levels. A level halves the sides, four pixels becoming four channels; takes some steps,
-each a normalisation and a linear map of the channels of a pixel and a coupling, whose network sees
+each a normalization and a linear map of the channels of a pixel and a coupling, whose network sees
 the channels that stay and the condition; and gives half of its channels to z, after one coupling
 more that makes them standard normal given the others: their learned prior. The last gives all.
 
-Pictures have `values` grey values, and a density must not grow on them without bound: it is that of
+Images have `values` gray values, and a density must not grow on them without bound: it is that of
     x = 2 (v + u) / values - 1,   v = 0 .. values - 1 the value,  u uniform in [0, 1)
-in [-1, 1], and log P(v) >= E_u log p(x) - D log(values / 2) for the D numbers of a picture.
+in [-1, 1], and log P(v) >= E_u log p(x) - D log(values / 2) for the D numbers of an image.
 
 Source   NICE arXiv:1410.8516; RealNVP arXiv:1605.08803 (levels, coupling); Glow arXiv:1807.03039
-         (ActNorm, 1x1 convolutions as P L U); dequantisation and its bound: Theis et al.,
+         (ActNorm, 1x1 convolutions as P L U); dequantization and its bound: Theis et al.,
          arXiv:1511.01844; conditional coupling: Ardizzone et al., arXiv:1907.02392.
 """
 
@@ -40,7 +40,7 @@ from cgm.model import (
 )
 from cgm.networks.layers import ActNorm
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
-from cgm.sampling.cuda_graph import captured
+from cgm.sampling.cuda_graph import capture
 
 
 # Config -------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class FlowConfig(ImageConfig):
         check_not_negative(self, "noise")
         if self.noise and self.values:
             raise ValueError(
-                f"noise is for real numbers, values 0: those of pictures have noise of their own, "
+                f"noise is for real numbers, values 0: those of images have noise of their own, "
                 f"got noise {self.noise} and values {self.values}"
             )
 
@@ -88,7 +88,7 @@ class FlowConfig(ImageConfig):
 class FlowSampling:
     """How a sample is drawn."""
 
-    # Factor of the latent numbers; less than 1 is nearer to the usual picture, and less varied.
+    # Factor of the latent numbers; less than 1 is nearer to the usual image, and less varied.
     temperature: float = 1.0
     # On a GPU, replay a captured call instead of launching every kernel; one is kept for the last
     # number of samples.
@@ -145,9 +145,9 @@ class ChannelMap(nn.Module):
 class _FirstBatchNorm(ActNorm):
     """ActNorm that stays the identity where its first batch has no standard deviation."""
 
-    def _initialise(self, x: Tensor) -> None:
+    def _initialize(self, x: Tensor) -> None:
         if x.numel() >= 2 * x.shape[1]:
-            super()._initialise(x)
+            super()._initialize(x)
 
 
 class Coupling(nn.Module):
@@ -229,13 +229,13 @@ class Level(nn.Module):
         self.prior = Coupling(config, channels, sides, planes) if splits else None
         self.kept = 0 if last else (channels // 2 if splits else channels)
 
-    def squeezed(self, x: Tensor) -> Tensor:
+    def squeeze(self, x: Tensor) -> Tensor:
         """x at the resolution of this level."""
         return F.pixel_unshuffle(x, 2) if self.halves else x
 
     def forward(self, x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What goes on to the next level, what ends here, and the log-determinant (B,)."""
-        x = self.squeezed(x)
+        x = self.squeeze(x)
         logdet = x.new_zeros(len(x))
         for channel_map, coupling in self._steps():
             x, of_map = channel_map(x)
@@ -266,7 +266,7 @@ def _full_precision(x: Tensor) -> torch.autocast:
 
 # Model --------------------------------------------------------------------------------------------
 class ConditionalFlow(Model):
-    """A flow of pictures, or of points, given a condition; `loss`, `log_prob` and `sample`."""
+    """A flow of images, or of points, given a condition; `loss`, `log_prob` and `sample`."""
 
     family: ClassVar[str] = "flow"
     sampling_config: ClassVar[type[FlowSampling]] = FlowSampling
@@ -309,8 +309,8 @@ class ConditionalFlow(Model):
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """Exact log p(y | cond) in nats, (B,): the density of the flow at y itself.
 
-        It is a density over [-1, 1], in the units of y, of what pictures become with their noise,
-        and no probability; `elbo` bounds that of a picture.
+        It is a density over [-1, 1], in the units of y, of what images become with their noise,
+        and no probability; `elbo` bounds that of an image.
         """
         self.check_inputs(y, cond)
         return self._density_at(y, cond)
@@ -324,7 +324,7 @@ class ConditionalFlow(Model):
         seed: int | Tensor = 0,
         index: Tensor | None = None,
     ) -> Tensor:
-        """A bound below log P(y | cond) of pictures of `values` values in nats, (B,).
+        """A bound below log P(y | cond) of images of `values` values in nats, (B,).
 
         It is an unbiased estimate of the bound, by the noise of (seed, index).
         """
@@ -351,7 +351,7 @@ class ConditionalFlow(Model):
     def _noisy_log_prob(
         self, y: Tensor, cond: Tensor | None, seed: int | Tensor, index: Tensor | None
     ) -> Tensor:
-        """Of y with its noise: the bound of a picture, the density of real numbers."""
+        """Of y with its noise: the bound of an image, the density of real numbers."""
         config = self.config
         draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
         constant = 0.0
@@ -405,7 +405,7 @@ class ConditionalFlow(Model):
         """The planes of the conditions at the resolution of each level."""
         planes, found = self.planes(cond, rows), []
         for level in self._levels():
-            planes = level.squeezed(planes)
+            planes = level.squeeze(planes)
             found.append(planes)
         return found
 
@@ -458,7 +458,7 @@ class _Graph:
         def draw() -> None:
             self.out.copy_(model._generate(*self.inputs))
 
-        self.replay = captured(draw)
+        self.replay = capture(draw)
 
     def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):

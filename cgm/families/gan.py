@@ -1,14 +1,15 @@
-"""Conditional GANs: pix2pix, from a picture to a picture; and one that draws latent vectors.
+"""Conditional GANs: pix2pix, from an image to an image; and one that draws latent vectors.
 
     discriminator:  (L(D(x, y), real) + L(D(x, G(x, z)), fake)) / 2  [+ R1 / 2 |dD / dy|^2]
+                    [+ W (|dD / du| - 1)^2 between y and G(x, z)]
     generator:      L(D(x, G(x, z)), generator)  [+ lambda |y - G(x, z)|_1]
 
-L is the mean of `cgkernels.patch_loss` over the patches of a picture, |.|_1 the mean over its
+L is the mean of `cgkernels.patch_loss` over the patches of an image, |.|_1 the mean over its
 values, x the condition. Neither the discriminator nor its gradient is averaged over rows.
 
 Source   Goodfellow et al., arXiv:1406.2661; Mirza, Osindero, arXiv:1411.1784; pix2pix: Isola et
-         al., arXiv:1611.07004; R1: Mescheder et al., arXiv:1801.04406; hinge: Lim, Ye,
-         arXiv:1705.02894.
+         al., arXiv:1611.07004; R1: Mescheder et al., arXiv:1801.04406; W: Gulrajani et
+         al., arXiv:1704.00028; hinge: Lim, Ye, arXiv:1705.02894.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgkernels.random import STREAM_LATENTS, normal
+from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, normal, uniform
 from cgm.families.gan_losses import (
     IMAGE_TO_IMAGE_TRAINING,
     AdversarialModel,
@@ -40,10 +41,10 @@ from cgm.networks.residual import ConditionPlanes, ResidualUNet
 class Pix2PixConfig(ImageToImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
-    # Dropout in the generator, its only noise: without it a condition has one picture. A U-Net has
+    # Dropout in the generator, its only noise: without it a condition has one image. A U-Net has
     # it from 6 levels on.
     dropout: bool = True
-    # Weight lambda of the distance to the true picture.
+    # Weight lambda of the distance to the true image.
     l1_weight: float = 100.0
     # Weight of the R1 penalty on the discriminator, which excludes batch norm; 0: none.
     r1_weight: float = 0.0
@@ -57,14 +58,14 @@ class Pix2PixConfig(ImageToImageConfig):
 
 @dataclass(frozen=True)
 class Pix2PixSampling:
-    """How a picture is drawn."""
+    """How an image is drawn."""
 
     # Keep the dropout on: without it all draws of a condition are one.
     dropout: bool = True
 
 
 class Pix2Pix(AdversarialModel):
-    """Pictures from pictures; `loss` and `sample` of all families."""
+    """Images from images; `loss` and `sample` of all families."""
 
     family: ClassVar[str] = "pix2pix"
     phases: ClassVar[tuple[str, ...]] = ("discriminator", "generator")
@@ -107,7 +108,9 @@ class Pix2Pix(AdversarialModel):
             l1 = (fake - y).abs().flatten(1).mean(1)
             total = adversarial + config.l1_weight * l1
             return {"total": total, "adversarial": adversarial, "l1": l1}
-        return discriminator_loss(self.discriminator, cond, y, fake, config.loss, config.r1_weight)
+        return discriminator_loss(
+            self.discriminator, cond, y, fake, config.loss, r1_weight=config.r1_weight
+        )
 
     def _draw(self, draws: Draws, options: Pix2PixSampling) -> Tensor:
         """In (-1, 1).
@@ -130,7 +133,7 @@ class GANConfig(ImageConfig):
     latents: int = 64
     # Channels of the last hidden layer of the generator.
     width: int = 32
-    # Resolutions of a generator from pictures, or of sides that are no multiples of 4.
+    # Resolutions of a generator from images, or of sides that are no multiples of 4.
     levels: int = 3
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 34
@@ -140,18 +143,20 @@ class GANConfig(ImageConfig):
     loss: Loss = "nonsaturating"
     # Weight of the R1 penalty on the discriminator; 0: none.
     r1_weight: float = 1.0
+    # Weight of the WGAN-GP penalty on the discriminator, 10 as published with loss wgan; 0: none.
+    penalty_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "latents", "width", "levels", "discriminator_width")
-        check_not_negative(self, "r1_weight")
+        check_not_negative(self, "r1_weight", "penalty_weight")
 
 
 @dataclass(frozen=True)
 class GANSampling:
-    """How a picture is drawn."""
+    """How an image is drawn."""
 
-    # Factor of the latent vector; less than 1 is nearer to the usual picture, and less varied.
+    # Factor of the latent vector; less than 1 is nearer to the usual image, and less varied.
     truncation: float = 1.0
 
     def __post_init__(self) -> None:
@@ -159,7 +164,7 @@ class GANSampling:
 
 
 class LatentGenerator(nn.Module):
-    """A picture from a vector: a linear layer, then twice a doubling of the sides.
+    """An image from a vector: a linear layer, then twice a doubling of the sides.
 
     (B, D) -> (B, 4 width, H / 4, W / 4) -> (B, 2 width, H / 2, W / 2) -> (B, width, H, W) -> y
     """
@@ -184,7 +189,7 @@ class LatentGenerator(nn.Module):
 
 
 class TranslatingGenerator(nn.Module):
-    """A picture from planes of a condition and a vector, which modulates a U-Net."""
+    """An image from planes of a condition and a vector, which modulates a U-Net."""
 
     def __init__(self, config: GANConfig) -> None:
         super().__init__()
@@ -204,9 +209,9 @@ class TranslatingGenerator(nn.Module):
 
 
 class ConditionalGAN(AdversarialModel):
-    """Pictures from any condition, or from none; `loss` and `sample` of all families.
+    """Images from any condition, or from none; `loss` and `sample` of all families.
 
-    From pictures, and where the sides are no multiples of 4, a `TranslatingGenerator` makes them,
+    From images, and where the sides are no multiples of 4, a `TranslatingGenerator` makes them,
     else a `LatentGenerator`.
     """
 
@@ -241,8 +246,9 @@ class ConditionalGAN(AdversarialModel):
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """The objective of a phase, of each row.
 
-        The latent vectors are random. Returns {"total", "real", "fake"} of the discriminator, with
-        a penalty also "r1"; {"total"} of the generator.
+        The latent vectors are random, and where the penalty is taken. Returns {"total", "real",
+        "fake"} of the discriminator, with penalties also "r1" and "penalty"; {"total"} of the
+        generator.
         """
         config = self.config
         y = y.contiguous(memory_format=torch.channels_last)
@@ -250,9 +256,16 @@ class ConditionalGAN(AdversarialModel):
         fake = step.draw_once("fake", lambda: self._generate(cond, step.seed, step.index, 1.0))
         if step.phase == "generator":
             return {"total": row_loss(self.discriminator, planes, fake, config.loss, "generator")}
+        share = None
+        if config.penalty_weight:
+            share = uniform(
+                (len(y),), seed=step.seed, index=step.index, stream=STREAM_TRAINING,
+                dtype=y.dtype,
+            )  # fmt: skip
         return discriminator_loss(
-            self.discriminator, planes, y, fake, config.loss, config.r1_weight
-        )
+            self.discriminator, planes, y, fake, config.loss, r1_weight=config.r1_weight,
+            penalty_weight=config.penalty_weight, share=share,
+        )  # fmt: skip
 
     def _draw(self, draws: Draws, options: GANSampling) -> Tensor:
         """In (-1, 1)."""
@@ -274,7 +287,7 @@ class ConditionalGAN(AdversarialModel):
         return self.generator(z)
 
     def _planes(self, cond: Tensor | None) -> Tensor | None:
-        """A picture itself; a class as pictures, one of ones and the others of zeros."""
+        """An image itself; a class as images, one of ones and the others of zeros."""
         if cond is None or self.config.cond_kind == "image":
             return cond
         hot = F.one_hot(cond, self.config.num_classes).float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cgkernels.random import STREAM_POOL, uniform
 from cgm.model import ImageConfig, Model, check_positive
+from cgm.networks.patch_discriminator import PatchDiscriminator
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
 from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 
@@ -29,7 +30,7 @@ IMAGE_TO_IMAGE_TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ImageToImageConfig(ImageConfig):
-    """What models from pictures to pictures share: what is made of what, and the networks."""
+    """What models from images to images share: what is made of what, and the networks."""
 
     # Shape (C, H, W) of what is generated.
     event_shape: tuple[int, int, int] = (3, 256, 256)
@@ -45,7 +46,7 @@ class ImageToImageConfig(ImageConfig):
     depth: int = 0
     # Channels of the first layer of a generator.
     width: int = 64
-    # Normalisation in all networks.
+    # Normalization in all networks.
     norm: Literal["batch", "instance", "none"] = "batch"
     # Side of the patches that a discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
@@ -79,14 +80,20 @@ class AdversarialModel(Model):
 
 
 def discriminator_loss(
-    discriminator: nn.Module,
+    discriminator: PatchDiscriminator,
     x: Tensor | None,
     real: Tensor,
     fake: Tensor,
     loss: Loss,
+    *,
     r1_weight: float = 0.0,
+    penalty_weight: float = 0.0,
+    share: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """{"total", "real", "fake"}, with a penalty also "r1": (B,) each, of pictures (B, C, H, W)."""
+    """{"total", "real", "fake"}, with penalties "r1", "penalty": (B,) each, of images (B, C, H, W).
+
+    penalty_weight: of `gradient_penalty`, which needs share (B,).
+    """
     parts = {
         "real": row_loss(discriminator, x, real, loss, "real"),
         "fake": row_loss(discriminator, x, fake.detach(), loss, "fake"),
@@ -95,15 +102,20 @@ def discriminator_loss(
     if r1_weight:
         parts["r1"] = gradient_square(lambda y: discriminator(*_pair(x, y)), real)
         total = total + r1_weight / 2 * parts["r1"]
+    if penalty_weight:
+        assert share is not None
+        parts["penalty"] = gradient_penalty(
+            lambda y: discriminator(*_pair(x, y)), real, fake.detach(), share=share
+        )
+        total = total + penalty_weight * parts["penalty"]
     return {"total": total, **parts}
 
 
 def row_loss(
-    discriminator: nn.Module, x: Tensor | None, y: Tensor, loss: Loss, target: Target
+    discriminator: PatchDiscriminator, x: Tensor | None, y: Tensor, loss: Loss, target: Target
 ) -> Tensor:
-    """What the discriminator says of pictures y, beside their conditions x if there are: (B,)."""
-    losses: Any = discriminator.row_losses
-    return losses(*_pair(x, y), loss=loss, target=target)
+    """What the discriminator says of images y, beside their conditions x if there are: (B,)."""
+    return discriminator.row_losses(*_pair(x, y), loss=loss, target=target)
 
 
 def _pair(x: Tensor | None, y: Tensor) -> tuple[Tensor, ...]:
@@ -113,7 +125,7 @@ def _pair(x: Tensor | None, y: Tensor) -> tuple[Tensor, ...]:
 def image_generator(
     config: ImageToImageConfig, channels: int, out: int, *, dropout: bool
 ) -> nn.Module:
-    """The network from pictures of so many channels to pictures that a config asks for."""
+    """The network from images of so many channels to images that a config asks for."""
     kind: dict[str, Any] = {"width": config.width, "norm": config.norm}
     depth = config.depth or _usual_depth(config)
     if config.generator == "unet":  # which has dropout from 6 levels on
@@ -164,22 +176,22 @@ def gradient_penalty(
 
 # Pool ---------------------------------------------------------------------------------------------
 class ImagePool(nn.Module):
-    """The last pictures of a generator, for its discriminator: about half of them from before.
+    """The last images of a generator, for its discriminator: about half of them from before.
 
-    Each picture first fills the pool; then it is either used itself, or takes the place of one of
+    Each image first fills the pool; then it is either used itself, or takes the place of one of
     the pool, which is used instead, with probability 1/2 each. What is drawn depends on (seed,
-    index) of the picture. The pool is state of the training, kept in its checkpoint.
+    index) of the image. The pool is state of the training, kept in its checkpoint.
     """
 
     def __init__(self, size: int, event_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.size = size
-        self.pictures = nn.Buffer(torch.zeros(size, *event_shape), persistent=False)
+        self.images = nn.Buffer(torch.zeros(size, *event_shape), persistent=False)
         self.count = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def exchange(self, fake: Tensor, *, seed: int | Tensor, index: Tensor, step: int = 0) -> Tensor:
-        """Pictures (B, *event) to judge, of fake (B, *event); nothing waits for the device.
+        """Images (B, *event) to judge, of fake (B, *event); nothing waits for the device.
 
         step: of the noise, which tells several pools of a model apart.
         """
@@ -187,14 +199,14 @@ class ImagePool(nn.Module):
             return fake
         u = uniform((len(fake), 2), seed=seed, index=index, step=step, stream=STREAM_POOL)
         out = fake.clone()
-        for row, picture in enumerate(fake):
+        for row, image in enumerate(fake):
             full = self.count >= self.size
             place = (u[row, 0] * self.size).long().clamp(max=self.size - 1)
             place = torch.where(full, place, self.count.clamp(max=self.size - 1))[None]
             swap = full & (u[row, 1] < 0.5)
-            old = self.pictures.index_select(0, place)[0]
-            out[row] = torch.where(swap, old, picture)
-            stored = torch.where(swap | ~full, picture, old)
-            self.pictures.index_copy_(0, place, stored[None].to(self.pictures.dtype))
+            old = self.images.index_select(0, place)[0]
+            out[row] = torch.where(swap, old, image)
+            stored = torch.where(swap | ~full, image, old)
+            self.images.index_copy_(0, place, stored[None].to(self.images.dtype))
             self.count.add_(~full)
         return out

@@ -25,7 +25,7 @@ class QuantizedClassifierConfig(ResidualConfig):
 
     # Values that a channel of a pixel can have, each channel by itself.
     bins: int = 16
-    # Colours of two channels that a pixel can have, in place of bins: both channels as one choice.
+    # Colors of two channels that a pixel can have, in place of bins: both channels as one choice.
     palette: Palette = ()
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class QuantizedClassifierConfig(ResidualConfig):
 
 
 class QuantizedClassifier(Regression):
-    """A choice of bins for each value, or of a colour for each pixel; `loss`, `log_prob`, `sample`.
+    """A choice of bins for each value, or of a color for each pixel; `loss`, `log_prob`, `sample`.
 
     Its parameters are the logits of the classes.
     """
@@ -74,7 +74,7 @@ class QuantizedClassifier(Regression):
         parameters = self._distribution(cond)
         if temperature == 0:
             return self._values(parameters.argmax(1))
-        return self._expected(anneal(parameters, 1, temperature))
+        return self._expectation(anneal(parameters, 1, temperature))
 
     @torch.no_grad()
     def fit(self, data: Dataset | Tensor | Iterable[Tensor], *, smoothing: float = 0.0) -> None:
@@ -104,9 +104,9 @@ class QuantizedClassifier(Regression):
         return self.values[classes].movedim(-1, -3).flatten(-4, -3)
 
     def _mean(self, parameters: Tensor) -> Tensor:
-        return self._expected(parameters.softmax(1))
+        return self._expectation(parameters.softmax(1))
 
-    def _expected(self, shares: Tensor) -> Tensor:
+    def _expectation(self, shares: Tensor) -> Tensor:
         """The mean (B, C, H, W) by probabilities of the classes (B, K, outputs, H, W)."""
         return torch.einsum("bkohw,kc->bochw", shares, self.values).flatten(1, 2)
 
@@ -118,7 +118,7 @@ class QuantizedClassifier(Regression):
 
 
 def palette_of(data: Dataset | Tensor | Iterable[Tensor], spacing: float) -> Palette:
-    """The colours of a grid that are nearest to some pixel of the data: a palette to describe them.
+    """The colors of a grid that are nearest to some pixel of the data: a palette to describe them.
 
     The grid has a point at 0 and in each channel one every `spacing`. data: as of `fit`, y
     (N, 2, H, W).

@@ -78,7 +78,7 @@ class Regression(Model):
     """
 
     sampling_config: ClassVar[type[RegressionSampling]] = RegressionSampling
-    is_density: ClassVar[bool] = True  # log_prob is of real numbers, not of bins or colours
+    is_density: ClassVar[bool] = True  # log_prob is of real numbers, not of bins or colors
 
     def __init__(self, config: ResidualConfig, start: Tensor) -> None:
         """start: (parameters, outputs), what every pixel has before it is trained."""
@@ -138,7 +138,7 @@ class Regression(Model):
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """Exact log p(y | cond) in nats, (B,): a density with respect to y in [-1, 1].
 
-        Of `QuantizedClassifier` it is the mass of the bins or colours that y falls into.
+        Of `QuantizedClassifier` it is the mass of the bins or colors that y falls into.
         """
         self.check_inputs(y, cond)
         return self._log_probs(self._distribution(cond, len(y)), y).flatten(1).sum(1)
@@ -151,7 +151,7 @@ class Regression(Model):
         seed: int | Tensor = 0,
         index: Tensor | None = None,
     ) -> Tensor:
-        """(B,): -log2 P(y | cond) of a picture of 256 values, divided by the number of its values.
+        """(B,): -log2 P(y | cond) of an image of 256 values, divided by the number of its values.
 
         P is the density times the distance of two values, 2 / 255: densities of this family are
         wider than that. Nothing is random.
@@ -225,7 +225,7 @@ def _normal_log_density(y: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 
 
 def anneal(logits: Tensor, dim: int, temperature: float) -> Tensor:
-    """Probabilities along dim to the power 1 / temperature, normalised; however near 0 that is."""
+    """Probabilities along dim to the power 1 / temperature, normalized; however near 0 that is."""
     return ((logits - logits.amax(dim, keepdim=True)) / temperature).softmax(dim)
 
 

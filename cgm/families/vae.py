@@ -5,11 +5,11 @@
     elbo     = log 1 / K sum_k p(y | z_k, x) p(z_k | x) / q(z_k | x, y) <= log p(y | x),  K draws
 
 The prior p(z | x) is the standard normal one, or one that a network makes of x. The decoder is a
-U-Net from the condition to the picture, which z modulates.
+U-Net from the condition to the image, which z modulates.
 
 Source   Kingma, Welling, arXiv:1312.6114; conditions and learned priors: Sohn et al., "Learning
          structured output representation using deep conditional generative models", NIPS 2015;
-         beta: Higgins et al., "beta-VAE", ICLR 2017; free bits and the discretised logistic:
+         beta: Higgins et al., "beta-VAE", ICLR 2017; free bits and the discretized logistic:
          Kingma et al., arXiv:1606.04934; the bound of K draws: Burda et al., arXiv:1509.00519; one
          learned standard deviation: Rybkin et al., arXiv:2006.13202.
 """
@@ -45,7 +45,7 @@ class LatentConfig(ResidualConfig):
 
     # Numbers of the latent vector z.
     latents: int = 16
-    # Make z of means over all places of the picture: where something is does not get into it.
+    # Make z of means over all places of the image: where something is does not get into it.
     pooled: bool = False
 
     def __post_init__(self) -> None:
@@ -87,12 +87,12 @@ class VAEConfig(LatentConfig):
 
 @dataclass(frozen=True)
 class VAESampling:
-    """How a picture is drawn."""
+    """How an image is drawn."""
 
     # Factor of the spread of z around the middle of its prior; less than 1 is less varied.
     truncation: float = 1.0
     # Draw from p(y | z) instead of taking its mean: the samples of the model itself, but of a
-    # picture they are noisy.
+    # image they are noisy.
     noise: bool = False
 
     def __post_init__(self) -> None:
@@ -236,7 +236,7 @@ class LatentModel(Model):
             levels=config.levels, pooled=config.pooled,
         )  # fmt: skip
 
-    def _encoded(self, y: Tensor, planes: Tensor) -> Tensor:
+    def _encode_image(self, y: Tensor, planes: Tensor) -> Tensor:
         return self.encoder(torch.cat([y, planes], 1))
 
     def _check_latents(self, z: Tensor, cond: Tensor | None) -> None:
@@ -246,7 +246,7 @@ class LatentModel(Model):
 
 # Variational --------------------------------------------------------------------------------------
 class ConditionalVAE(LatentModel):
-    """Pictures of any condition, or of none; `loss`, `elbo` and `sample` of all families."""
+    """Images of any condition, or of none; `loss`, `elbo` and `sample` of all families."""
 
     family: ClassVar[str] = "vae"
     sampling_config: ClassVar[type[VAESampling]] = VAESampling
@@ -271,13 +271,15 @@ class ConditionalVAE(LatentModel):
         bits in the place of less}, the two parts in nats of the whole image.
         """
         config, planes = self.config, self.planes(cond, len(y))
-        mean, log_variance = self._encoded(y, planes).chunk(2, 1)
+        mean, log_variance = self._encode_image(y, planes).chunk(2, 1)
         prior_mean, prior_log_variance = self._prior(planes)
         z, kl = cgkernels.sample_and_kl(
             mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
             seed=step.seed, index=step.index, free_bits=config.free_bits,
         )  # fmt: skip
-        reconstruction = -self.likelihood.log_prob(_wide(self.decoder(planes, z)), _wide(y))
+        reconstruction = -self.likelihood.log_prob(
+            _at_least_float32(self.decoder(planes, z)), _at_least_float32(y)
+        )
         total = (reconstruction + config.beta * kl) / math.prod(config.event_shape)
         return {"total": total, "reconstruction": reconstruction, "kl": kl}
 
@@ -301,7 +303,7 @@ class ConditionalVAE(LatentModel):
             raise ValueError(f"draws must be an int of at least 1, got {draws!r}")
         self.check_inputs(y, cond)
         planes = self.planes(cond, len(y))
-        mean, log_variance = self._encoded(y, planes).chunk(2, 1)
+        mean, log_variance = self._encode_image(y, planes).chunk(2, 1)
         prior_mean, prior_log_variance = self._prior(planes)
         logs = []
         for draw in range(draws):
@@ -309,7 +311,9 @@ class ConditionalVAE(LatentModel):
                 mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
                 seed=seed, index=index, step=draw,
             )  # fmt: skip
-            log_weight = self.likelihood.log_prob(_wide(self.decoder(planes, z)), _wide(y))
+            log_weight = self.likelihood.log_prob(
+                _at_least_float32(self.decoder(planes, z)), _at_least_float32(y)
+            )
             if draws == 1:
                 return log_weight - kl
             prior = _log_normal(z, prior_mean, prior_log_variance)
@@ -327,7 +331,7 @@ class ConditionalVAE(LatentModel):
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | x, y), both (B, latents)."""
         self.check_inputs(y, cond)
-        mean, log_variance = self._encoded(y, self.planes(cond, len(y))).chunk(2, 1)
+        mean, log_variance = self._encode_image(y, self.planes(cond, len(y))).chunk(2, 1)
         return mean, log_variance
 
     @torch.no_grad()
@@ -360,17 +364,17 @@ class ConditionalVAE(LatentModel):
         )
 
 
-def _wide(t: Tensor) -> Tensor:
+def _at_least_float32(t: Tensor) -> Tensor:
     """At least float32: under autocast networks give less, and a likelihood is a large sum."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _log_normal(z: Tensor, mean: Tensor | None, log_variance: Tensor | None) -> Tensor:
     """log N(z; mean, exp(log_variance)), (B,); None: standard normal."""
-    z = _wide(z)
+    z = _at_least_float32(z)
     if mean is None or log_variance is None:
         return -0.5 * (z.square() + _LOG_2PI).sum(1)
-    log_variance = _wide(log_variance)
+    log_variance = _at_least_float32(log_variance)
     error = (z - mean).square() * (-log_variance).exp()
     return -0.5 * (error + log_variance + _LOG_2PI).sum(1)
 
@@ -392,14 +396,14 @@ class Autoencoder(LatentModel):
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """{"total"}: the mean squared error of each y (B, C, H, W); nothing in it is random."""
         planes = self.planes(cond, len(y))
-        error = _wide(self.decoder(planes, self._encoded(y, planes))) - y
+        error = _at_least_float32(self.decoder(planes, self._encode_image(y, planes))) - y
         return {"total": error.square().flatten(1).mean(1)}
 
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """z (B, latents) of y (B, C, H, W)."""
         self.check_inputs(y, cond)
-        return self._encoded(y, self.planes(cond, len(y)))
+        return self._encode_image(y, self.planes(cond, len(y)))
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:

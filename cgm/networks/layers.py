@@ -1,4 +1,4 @@
-"""What the image-to-image networks share: normalisation with all that follows it, and dropout.
+"""What the image-to-image networks share: normalization with all that follows it, and dropout.
 
 Source   instance norm: Ulyanov et al., arXiv:1607.08022; ActNorm: Kingma, Dhariwal,
          arXiv:1807.03039, as the discriminator of VQGAN uses it, arXiv:2012.09841.
@@ -29,19 +29,21 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.initialized = nn.Buffer(torch.tensor(0, dtype=torch.uint8))
-        self._looked = False  # reading the buffer waits for the device: once, not at every forward
-        self.register_load_state_dict_post_hook(_look_again)
+        self._known_initialized = (
+            False  # reading the buffer waits for the device: once, not at every forward
+        )
+        self.register_load_state_dict_post_hook(_forget_initialized)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W), in the memory format of x."""
-        if self.training and not self._looked:
+        if self.training and not self._known_initialized:
             if not self.initialized.item():
-                self._initialise(x)
-            self._looked = True
+                self._initialize(x)
+            self._known_initialized = True
         return self.scale * (x + self.loc)
 
     @torch.no_grad()
-    def _initialise(self, x: Tensor) -> None:
+    def _initialize(self, x: Tensor) -> None:
         if x.numel() < 2 * x.shape[1]:
             raise ValueError(f"x must hold two values a channel or more, got {tuple(x.shape)}")
         std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
@@ -50,13 +52,13 @@ class ActNorm(nn.Module):
         self.initialized.fill_(1)
 
 
-def _look_again(module: nn.Module, _keys: object) -> None:
+def _forget_initialized(module: nn.Module, _keys: object) -> None:
     assert isinstance(module, ActNorm)
-    module._looked = False
+    module._known_initialized = False
 
 
 def new_norm(kind: Literal[Norm, "actnorm"], channels: int) -> nn.Module:
-    """A normalisation as published: batch norm is affine and tracks, instance norm does neither."""
+    """A normalization as published: batch norm is affine and tracks, instance norm does neither."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "instance":
@@ -65,7 +67,7 @@ def new_norm(kind: Literal[Norm, "actnorm"], channels: int) -> nn.Module:
 
 
 def has_bias(kind: Literal[Norm, "actnorm"]) -> bool:
-    """Whether a convolution before this normalisation has a bias in the published networks."""
+    """Whether a convolution before this normalization has a bias in the published networks."""
     return kind in ("instance", "actnorm")
 
 
@@ -91,9 +93,9 @@ def norm_act(
     Returns:
         (B, C, H + 2 pad, W + 2 pad), channels_last if x is.
     """
-    if _of_this_batch(norm):
+    if _uses_batch_stats(norm):
         options: dict[str, Any] = {"activation": activation, "slope": slope, "pad": pad}
-        return _normed(norm, x, residual=residual, **options)[0]
+        return _norm_with_stats(norm, x, residual=residual, **options)[0]
     h = norm(x)
     if activation is not None:
         h = F.relu(h) if activation == "relu" else F.leaky_relu(h, slope)
@@ -103,12 +105,12 @@ def norm_act(
 
 
 def norm_relu_(out: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
-    """relu(norm(x)), written into out: some channels of a tensor that `joined` makes of its parts.
+    """relu(norm(x)), written into out: some channels of a tensor for `join_channels`.
 
     The result has the gradients; out stays without.
     """
-    if _of_this_batch(norm):
-        return _normed(norm, x, out, activation="relu")[0]
+    if _uses_batch_stats(norm):
+        return _norm_with_stats(norm, x, out, activation="relu")[0]
     return _relu_(out, norm(x))
 
 
@@ -119,21 +121,21 @@ def norm_leaky_relu_and_relu_(
 
     One pass where norm takes the statistics of x; gradients as of `norm_relu_`.
     """
-    if _of_this_batch(norm):
+    if _uses_batch_stats(norm):
         first = torch.empty_like(x, memory_format=memory_format(x))
         options: dict[str, Any] = {"second": out, "second_activation": "relu", "slope": slope}
-        y, second = _normed(norm, x, first, activation="leaky_relu", **options)
+        y, second = _norm_with_stats(norm, x, first, activation="leaky_relu", **options)
         return y, second
     h = norm(x)
     return F.leaky_relu(h, slope), _relu_(out, h)
 
 
-def joined(whole: Tensor, *parts: Tensor) -> Tensor:
+def join_channels(whole: Tensor, *parts: Tensor) -> Tensor:
     """cat(parts, dim=1), where that is written already: nothing is copied, either way."""
-    return _Joined.apply(whole, *parts) if torch.is_grad_enabled() else whole
+    return _JoinChannels.apply(whole, *parts) if torch.is_grad_enabled() else whole
 
 
-class _Joined(torch.autograd.Function):
+class _JoinChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
         ctx.channels = [part.shape[1] for part in parts]
@@ -144,14 +146,16 @@ class _Joined(torch.autograd.Function):
         return None, *dwhole.split(ctx.channels, dim=1)
 
 
-def _of_this_batch(norm: nn.Module) -> bool:
+def _uses_batch_stats(norm: nn.Module) -> bool:
     """Whether norm takes statistics of what it gets, which our op does."""
     return isinstance(norm, nn.InstanceNorm2d) or (
         isinstance(norm, nn.BatchNorm2d) and norm.training
     )
 
 
-def _normed(norm: Any, x: Tensor, out: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+def _norm_with_stats(
+    norm: Any, x: Tensor, out: Tensor | None = None, **options: Any
+) -> tuple[Tensor, ...]:
     """What instance_norm_act makes, or writes into out, with what the norm says and keeps."""
     batch = isinstance(norm, nn.BatchNorm2d)
     given: dict[str, Any] = {"eps": norm.eps, "over_batch": batch, **options}
@@ -177,7 +181,7 @@ def _relu_(out: Tensor, h: Tensor) -> Tensor:
     return y
 
 
-def before_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module, x: Tensor) -> Tensor:
+def conv_before_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module, x: Tensor) -> Tensor:
     """conv(x), without a bias that the norm after it would take off again: a pass less."""
     taken_off = isinstance(norm, nn.InstanceNorm2d) and not norm.affine
     if conv.bias is None or not taken_off:
@@ -196,7 +200,7 @@ def weight_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
     return conv.weight
 
 
-def folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     """norm(conv(x)) as one convolution, where norm is batch norm in evaluation; else conv alone.
 
     What a hook makes of the weight is its weight, and a bias that norm takes off is left out.
@@ -236,7 +240,7 @@ class PackedConv2d(nn.Module):
         )
 
 
-def packed(conv: nn.Conv2d, shape: tuple[int, ...]) -> nn.Module:
+def pack_conv(conv: nn.Conv2d, shape: tuple[int, ...]) -> nn.Module:
     """A `PackedConv2d` for x of this shape where there is one, else conv itself."""
     weight = conv.weight
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -271,7 +275,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def check_picture(name: str, x: Tensor, channels: int | None, least: int = 1) -> None:
+def check_image(name: str, x: Tensor, channels: int | None, least: int = 1) -> None:
     """Raise unless x is a floating (B, channels, H, W) with sides of at least `least`.
 
     channels: None for any number.

@@ -1,4 +1,4 @@
-"""PatchGAN discriminators: a map of scores, one for each patch of the picture.
+"""PatchGAN discriminators: a map of scores, one for each patch of the image.
 
     h <- leaky_relu(norm(conv(h)))   with 4 x 4 convolutions: n of stride 2, then one of stride 1;
     map = conv(h)                    stride 1, one channel.    First block: no norm.
@@ -6,30 +6,28 @@
 Patch    16, 34, 70, 142, 286 pixels for n = 1 .. 5; a patch of 1 has three 1 x 1 convolutions.
 Shapes   x (B, C_x, H, W), y (B, C_y, H, W) or None -> (B, 1, h, w); no sigmoid.
 Names    of parameters as in the published discriminators of pix2pix, CycleGAN and VQGAN.
-Source   Isola et al., arXiv:1611.07004; Wang et al., arXiv:1711.11585 (scales, features); Esser et
+Source   Isola et al., arXiv:1611.07004; Wang et al., arXiv:1711.11585 (features); Esser et
          al., arXiv:2012.09841 (ActNorm); Miyato et al., arXiv:1802.05957 (spectral norm).
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
 from cgm.model import check_choices, check_positive
 from cgm.networks.layers import (
-    before_norm,
-    check_picture,
-    folded,
+    check_image,
+    conv_before_norm,
+    fold_norm,
     has_bias,
     init_normal,
     new_norm,
     norm_act,
-    packed,
+    pack_conv,
     weight_of,
 )
 
@@ -47,7 +45,7 @@ class PatchDiscriminatorConfig:
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
     # Channels of the first block; they double with each further one, up to eight times as many.
     width: int = 64
-    # Normalisation; actnorm is an affine map that the first batch initialises.
+    # Normalization; actnorm is an affine map that the first batch initializes.
     norm: Literal["batch", "instance", "none", "actnorm"] = "batch"
     # Weights divided by their largest singular value.
     spectral_norm: bool = False
@@ -75,7 +73,7 @@ class PatchDiscriminator(nn.Module):
         layers = nn.ModuleDict()
         for i, (kernel, stride, padding) in enumerate(geometry):
             bias = has_bias(config.norm) if 0 < i < self.last or config.patch == 1 else True
-            conv, norm = _places(i)
+            conv, norm = _published_numbers(i)
             layers[conv] = nn.Conv2d(
                 channels[i], channels[i + 1], kernel, stride, padding, bias=bias or i == 0
             )
@@ -112,8 +110,8 @@ class PatchDiscriminator(nn.Module):
         return self._head(self._trunk(x, y), loss, target)
 
     @torch.no_grad()
-    def frozen(self, x: Tensor, y: Tensor | None = None) -> "PatchDiscriminator":
-        """A twin with the weights of now, made ready to judge pictures of the sizes of x and y.
+    def freeze(self, x: Tensor, y: Tensor | None = None) -> "PatchDiscriminator":
+        """A twin with the weights of now, made ready to judge images of the sizes of x and y.
 
         Batch norm in evaluation is folded into the convolution before it,
 
@@ -129,14 +127,14 @@ class PatchDiscriminator(nn.Module):
         twin = copy.deepcopy(self).requires_grad_(False)
         layers, sides = twin._layers(), x.shape[2:]
         for i, (kernel, stride, padding) in enumerate(_geometry(self.config)):
-            place, after = _places(i)
+            place, after = _published_numbers(i)
             norm = layers[after] if i < self.last else nn.Identity()
-            conv = folded(layers[place], norm)
+            conv = fold_norm(layers[place], norm)
             if isinstance(norm, nn.BatchNorm2d):
                 layers[after] = nn.Identity()
             # The ops of the first and of the last layer take weights as they are.
             inner = 0 < i < self.last
-            layers[place] = packed(conv, (len(x), conv.in_channels, *sides)) if inner else conv
+            layers[place] = pack_conv(conv, (len(x), conv.in_channels, *sides)) if inner else conv
             sides = torch.Size((n + 2 * padding - kernel) // stride + 1 for n in sides)
         return twin
 
@@ -154,14 +152,14 @@ class PatchDiscriminator(nn.Module):
         h = self._first(x, y)
         for i in range(self.last):
             if i:
-                norm = self._layers()[_places(i)[1]]
-                h = norm_act(before_norm(self._conv(i), norm, h), norm, "leaky_relu")
+                norm = self._layers()[_published_numbers(i)[1]]
+                h = norm_act(conv_before_norm(self._conv(i), norm, h), norm, "leaky_relu")
             if kept is not None:
                 kept.append(h)
         return h
 
     def _first(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """The first block: both pictures are read where they are."""
+        """The first block: both images are read where they are."""
         conv, device, dtype = self._conv(0), x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -172,21 +170,10 @@ class PatchDiscriminator(nn.Module):
         )  # fmt: skip
 
     def _conv(self, i: int) -> nn.Conv2d:
-        return self._layers()[_places(i)[0]]
+        return self._layers()[_published_numbers(i)[0]]
 
     def _layers(self) -> Any:
         return self.net if self.config.patch == 1 else self.model
-
-
-def receptive_field(config: PatchDiscriminatorConfig) -> int:
-    """Side of the square of pixels that the convolutions behind one score reach.
-
-    Batch statistics in training, and instance norm, see the whole picture besides.
-    """
-    side = 1
-    for kernel, stride, _ in reversed(_geometry(config)):
-        side = (side - 1) * stride + kernel
-    return side
 
 
 def accept_main(state: dict[str, Any], prefix: str = "") -> None:
@@ -208,25 +195,25 @@ def _geometry(config: PatchDiscriminatorConfig) -> list[tuple[int, int, int]]:
 
 
 def _least_side(config: PatchDiscriminatorConfig) -> int:
-    """Smallest side of a picture that gives a score."""
+    """Smallest side of an image that gives a score."""
     side = 1
     for kernel, stride, padding in reversed(_geometry(config)):
         side = (side - 1) * stride + kernel - 2 * padding
     return side
 
 
-def _places(i: int) -> tuple[str, str]:
-    """Published numbers of convolution i and its normalisation; activations have numbers too."""
+def _published_numbers(i: int) -> tuple[str, str]:
+    """Published numbers of convolution i and its normalization; activations have numbers too."""
     conv = max(3 * i - 1, 0)
     return str(conv), str(conv + 1)
 
 
 def _check_pair(x: Tensor, y: Tensor | None, channels: int, least: int) -> None:
-    """Raise unless these are pictures, or pairs, that fit."""
+    """Raise unless these are images, or pairs, that fit."""
     if y is None:
-        return check_picture("x", x, channels, least)
-    check_picture("x", x, None, least)
-    check_picture("y", y, None, least)
+        return check_image("x", x, channels, least)
+    check_image("x", x, None, least)
+    check_image("y", y, None, least)
     if (len(y), *y.shape[2:]) != (len(x), *x.shape[2:]):
         raise ValueError(
             f"y must have the shape of x {tuple(x.shape)}, channels apart, got {tuple(y.shape)}"
@@ -235,53 +222,3 @@ def _check_pair(x: Tensor, y: Tensor | None, channels: int, least: int) -> None:
         raise ValueError(
             f"x and y must have {channels} channels together, got {x.shape[1]} and {y.shape[1]}"
         )
-
-
-# Several scales -----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class MultiScaleDiscriminatorConfig:
-    """Copies of one discriminator."""
-
-    # Of each copy.
-    discriminator: PatchDiscriminatorConfig = field(
-        default_factory=lambda: PatchDiscriminatorConfig(norm="instance")
-    )
-    # Copies: the first sees the picture, each further one half its size.
-    scales: int = 2
-
-    def __post_init__(self) -> None:
-        check_positive(self, "scales")
-
-
-class MultiScaleDiscriminator(nn.Module):
-    """A patch discriminator for each level of a pyramid of averages.
-
-    Their names and padding are those of PatchDiscriminator, not of the files of pix2pixHD.
-    """
-
-    def __init__(self, config: MultiScaleDiscriminatorConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.scales = nn.ModuleList(
-            PatchDiscriminator(config.discriminator) for _ in range(config.scales)
-        )
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """A map (B, 1, h, w) of every scale, the finest first; arguments and errors as of one."""
-        return [scale(*pair) for scale, pair in self._levels(x, y)]
-
-    def features(self, x: Tensor, y: Tensor | None = None) -> list[list[Tensor]]:
-        """The features of every scale, the finest first."""
-        return [scale.features(*pair) for scale, pair in self._levels(x, y)]
-
-    def _levels(
-        self, x: Tensor, y: Tensor | None
-    ) -> Iterator[tuple[Any, tuple[Tensor, Tensor | None]]]:
-        for i, scale in enumerate(self.scales):
-            if i:
-                x, y = _half(x), None if y is None else _half(y)
-            yield scale, (x, y)
-
-
-def _half(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)

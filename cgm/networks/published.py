@@ -31,7 +31,7 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU, under the names that today's modules have.
 
     Names lose the `module.` of data parallel training. Running statistics of instance norms, which
-    files of 2018 and before have, are dropped, as the published code does: a picture is normalised
+    files of 2018 and before have, are dropped, as the published code does: an image is normalized
     by its own. Batch norms from before PyTorch 0.4 gain their counters.
 
     Raises:
@@ -117,7 +117,7 @@ def _unet(state: Mapping[str, Tensor], dropout: bool) -> UNetGeneratorConfig:
 def _resnet(state: Mapping[str, Tensor]) -> ResnetGeneratorConfig:
     blocks = len({name.split(".")[1] for name in state if ".conv_block." in name})
     width, in_channels = _shape(state, "model.1.weight")
-    # Without dropout number 6 is a normalisation.
+    # Without dropout number 6 is a normalization.
     second = state.get("model.10.conv_block.6.weight")
     return ResnetGeneratorConfig(
         in_channels=in_channels,
@@ -160,7 +160,7 @@ def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:
 
 
 def _norm(state: Mapping[str, Tensor], bias: str) -> Literal["batch", "instance", "none"]:
-    """The normalisation of a network; `bias` is one that a convolution before instance norm has."""
+    """The normalization of a network; `bias` is one that a convolution before instance norm has."""
     if any(name.endswith("running_mean") for name in state):
         return "batch"
     return "instance" if bias in state else "none"

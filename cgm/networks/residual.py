@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgm.model import ImageConfig, check_positive
-from cgm.networks.unet import ResidualBlock, group_norm, zeroed
+from cgm.networks.unet import ResidualBlock, group_norm, zero_init
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ResidualConfig(ImageConfig):
 class ConditionPlanes(nn.Module):
     """A condition as planes (B, planes, H, W) with the sides of what is generated.
 
-    A picture is its own planes. A class has learned ones, and so has no condition at all: they are
-    also what tells a network of convolutions where in the picture it is.
+    An image is its own planes. A class has learned ones, and so has no condition at all: they are
+    also what tells a network of convolutions where in the image it is.
 
     planes: how many.
     """
@@ -102,7 +102,7 @@ class ResidualUNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         if start_at_zero:
-            zeroed(self.conv_out)
+            zero_init(self.conv_out)
         else:
             for block in [*self.down, *self.up]:
                 block.conv2.reset_parameters()
@@ -133,7 +133,7 @@ class ResidualUNet(nn.Module):
 
 
 class ResidualEncoder(nn.Module):
-    """A vector of a picture: residual blocks, each after the first at half the resolution.
+    """A vector of an image: residual blocks, each after the first at half the resolution.
 
     Args:
         in_channels: of x.
@@ -141,7 +141,7 @@ class ResidualEncoder(nn.Module):
         out_features: size of the result.
         width: channels at full resolution, at least 4; twice as many at each level below.
         levels: resolutions, each half of the one above, rounded up.
-        pooled: the vector is made of the means over all places, and knows none of them.
+        pooled: the vector is made of the means over all pixels, and knows the position of none.
     """
 
     def __init__(
@@ -163,8 +163,8 @@ class ResidualEncoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.pooled = pooled
         height, wide = (-(-side // 2 ** (levels - 1)) for side in sides)
-        places = 1 if pooled else height * wide
-        self.out = nn.Linear(widths[-1] * places, out_features)
+        pixels = 1 if pooled else height * wide
+        self.out = nn.Linear(widths[-1] * pixels, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, out_features) of x (B, in_channels, H, W)."""

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from cgm.model import check_choices, check_positive
 from cgm.networks.layers import (
-    before_norm,
-    check_picture,
+    check_image,
+    conv_before_norm,
     dropout,
     has_bias,
     init_normal,
@@ -35,15 +35,15 @@ from cgm.networks.layers import (
 class ResnetGeneratorConfig:
     """Sizes and kinds of the parts."""
 
-    # Channels of the picture that comes in.
+    # Channels of the image that comes in.
     in_channels: int = 3
-    # Channels of the picture that goes out.
+    # Channels of the image that goes out.
     out_channels: int = 3
     # Residual blocks: 9 for 256 pixels, 6 for 128.
     blocks: int = 9
     # Channels at full resolution; the blocks have four times as many.
     width: int = 64
-    # Normalisation.
+    # Normalization.
     norm: Literal["batch", "instance", "none"] = "instance"
     # Dropout in every block.
     dropout: bool = False
@@ -77,17 +77,17 @@ class ResnetBlock(nn.Module):
         parts = self.conv_block
         conv, norm = parts[str(self.second)], parts[str(self.second + 1)]
         dropped = self.dropout and seed is not None
-        h = before_norm(parts["1"], parts["2"], x)  # type: ignore[arg-type]
+        h = conv_before_norm(parts["1"], parts["2"], x)  # type: ignore[arg-type]
         h = norm_act(h, parts["2"], "relu", pad=0 if dropped else 1)
         if self.dropout and seed is not None:
             h = dropout(h, seed=seed, index=index, layer=self.number)
             h = F.pad(h, (1,) * 4, mode="reflect")
-        h = before_norm(conv, norm, h)  # type: ignore[arg-type]
+        h = conv_before_norm(conv, norm, h)  # type: ignore[arg-type]
         return norm_act(h, norm, residual=x[:, :, 1:-1, 1:-1], pad=pad)
 
 
 class ResnetGenerator(nn.Module):
-    """A picture from a picture."""
+    """An image from an image."""
 
     def __init__(self, config: ResnetGeneratorConfig) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class ResnetGenerator(nn.Module):
         width, n, bias = config.width, config.blocks, has_bias(config.norm)
         self.model = nn.ModuleDict()
 
-        def layer(place: int, conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
-            self.model[str(place)] = conv
-            self.model[str(place + 1)] = new_norm(config.norm, conv.out_channels)
+        def layer(number: int, conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+            self.model[str(number)] = conv
+            self.model[str(number + 1)] = new_norm(config.norm, conv.out_channels)
 
         # By their published numbers, where reflection, activations and dropout have some too.
         layer(1, nn.Conv2d(config.in_channels, width, 7, bias=bias))
@@ -122,7 +122,7 @@ class ResnetGenerator(nn.Module):
         Raises:
             ValueError: channels are not those of the config, or a side is less than 5.
         """
-        check_picture("x", x, self.config.in_channels, least=5)
+        check_image("x", x, self.config.in_channels, least=5)
         n = self.config.blocks
         h = self._layer(1, F.pad(x, (3,) * 4, mode="reflect"))
         h = self._layer(7, self._layer(4, h), pad=1)
@@ -132,7 +132,7 @@ class ResnetGenerator(nn.Module):
         h = self._layer(13 + n, self._layer(10 + n, h), pad=3)
         return torch.tanh(self.model[str(17 + n)](h))
 
-    def _layer(self, place: int, h: Tensor, pad: int = 0) -> Tensor:
-        conv: Any = self.model[str(place)]
-        norm = self.model[str(place + 1)]
-        return norm_act(before_norm(conv, norm, h), norm, "relu", pad=pad)
+    def _layer(self, number: int, h: Tensor, pad: int = 0) -> Tensor:
+        conv: Any = self.model[str(number)]
+        norm = self.model[str(number + 1)]
+        return norm_act(conv_before_norm(conv, norm, h), norm, "relu", pad=pad)

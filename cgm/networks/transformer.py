@@ -46,15 +46,15 @@ class TransformerConfig:
     kv_heads: int = 0
     # Width of the MLP.
     hidden: int = 256
-    # Normalisation.
+    # Normalization.
     norm: Literal["rms", "layer"] = "rms"
-    # Added inside the square root of the normalisation.
+    # Added inside the square root of the normalization.
     eps: float = 1e-5
     # Activation of the MLP; gelu_tanh is GELU by tanh, swiglu has a gate.
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     # How positions enter: rotation of queries and keys, or a learned vector each.
     positions: Literal["rotary", "learned"] = "rotary"
-    # Rotary: neighbouring dimensions are a pair, instead of the two halves.
+    # Rotary: neighboring dimensions are a pair, instead of the two halves.
     interleaved: bool = False
     # Rotary: base of the wavelengths.
     rope_base: float = 10000.0
@@ -98,7 +98,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.width)) if config.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., W) normalised."""
+        """x (..., W) normalized."""
         if self.kind == "layer":
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -232,9 +232,9 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, config.outputs or config.vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """Normal 0.02; the layers that add to the residual stream less, by its depth (GPT-2)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -280,11 +280,11 @@ class Transformer(nn.Module):
     def step_counters(self, rows: int) -> Tensor:
         """Zeros for all launches of a step of so many rows, which leave them at zero."""
         c = self.config
-        lines = (
+        outputs = (
             (c.heads + 2 * c.key_heads) * c.head_size, c.width, 2 * c.hidden,
             c.outputs or c.vocabulary,
         )  # fmt: skip
-        tiles = math.ceil(min(rows, _ROWS) / 16) * math.ceil(max(lines) / 16)
+        tiles = math.ceil(min(rows, _ROWS) / 16) * math.ceil(max(outputs) / 16)
         device = self.embedding.weight.device
         return torch.zeros(max(tiles, rows * c.heads), dtype=torch.int32, device=device)
 
@@ -292,7 +292,7 @@ class Transformer(nn.Module):
         """A twin for sampling and likelihoods, with weights of 8 bits in all linear layers."""
         return self._with_linear(Int8Linear)
 
-    def packed(self) -> "Transformer":
+    def pack(self) -> "Transformer":
         """A twin for `step` with its linear layers packed for a CPU; itself if that is compiled."""
         return self if "step" in vars(self) else self._with_linear(PackedLinear)
 

@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.heads, self.norm = heads, group_norm(channels)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key_value = None if tokens else nn.Conv2d(channels, 2 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, keys_values: KeysValues | None = None) -> Tensor:
         """keys_values are (B, heads, M, channels / heads) each, or None for self-attention."""
@@ -139,7 +139,7 @@ class UNet(nn.Module):
                 self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
         self.blocks, self.levels = blocks, len(widths)
         self.norm_out = group_norm(width)
-        self.conv_out = zeroed(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
 
         hidden, film = 2 * channels, sum(self.film_sizes)
         self.frequencies = channels
@@ -227,7 +227,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def zeroed(module):
+def zero_init(module):
     """Start as zero: a residual block as the identity, the network as no prediction."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

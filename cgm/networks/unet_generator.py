@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from cgm.model import check_choices, check_positive
 from cgm.networks.layers import (
-    before_norm,
-    check_picture,
+    check_image,
+    conv_before_norm,
     dropout,
     has_bias,
     init_normal,
-    joined,
+    join_channels,
     memory_format,
     new_norm,
     norm_act,
@@ -44,15 +44,15 @@ _NONE = nn.Identity()
 class UNetGeneratorConfig:
     """Sizes and kinds of the parts."""
 
-    # Channels of the picture that comes in.
+    # Channels of the image that comes in.
     in_channels: int = 3
-    # Channels of the picture that goes out.
+    # Channels of the image that goes out.
     out_channels: int = 3
     # Levels, each of which halves the sides: 8 for 256 pixels, 7 for 128, 5 for 32.
     downs: int = 8
     # Channels of the outermost level; they double with each further one, up to eight times as many.
     width: int = 64
-    # Normalisation.
+    # Normalization.
     norm: Literal["batch", "instance", "none"] = "batch"
     # Dropout in the inner levels of full width, which there are from 6 levels on.
     dropout: bool = True
@@ -77,7 +77,7 @@ class Level(nn.Module):
         after = config.out_channels if outermost else before
         self.number = number
         self.dropout = config.dropout and 4 <= number < config.downs - 1
-        self.places = _OUTERMOST if outermost else _INNERMOST if innermost else _BETWEEN
+        self.numbers = _OUTERMOST if outermost else _INNERMOST if innermost else _BETWEEN
         bias, twice = has_bias(config.norm), 1 if innermost else 2
         parts: dict[str, nn.Module] = {
             "down": nn.Conv2d(before, inside, 4, 2, 1, bias=bias),
@@ -86,7 +86,7 @@ class Level(nn.Module):
             "up": nn.ConvTranspose2d(twice * inside, after, 4, 2, 1, bias=bias or outermost),
             "up_norm": new_norm(config.norm, after),
         }
-        self.model = nn.ModuleDict({place: parts[name] for name, place in self.places.items()})
+        self.model = nn.ModuleDict({number: parts[name] for name, number in self.numbers.items()})
 
     def forward(self, a: Tensor, noise: Noise | None, out: Tensor | None = None) -> Tensor:
         """(B, C, 2 h, 2 w) from what the level outside gives down, (B, C', 2 h, 2 w), activated.
@@ -95,17 +95,17 @@ class Level(nn.Module):
         """
         part = self._parts()
         down_norm = part.get("down_norm", _NONE)
-        h = before_norm(part["down"], down_norm, a)
+        h = conv_before_norm(part["down"], down_norm, a)
         if "inner" not in part:
             h = F.relu(h)
         else:  # both halves of what goes up are written where they belong: nothing is copied
             both = _room_for_two(h)
             skip, inner = both.chunk(2, dim=1)
             h, skip = norm_leaky_relu_and_relu_(skip, h, down_norm)
-            h = joined(both, skip, part["inner"](h, noise, inner))
+            h = join_channels(both, skip, part["inner"](h, noise, inner))
         if self.number == 0:
             return torch.tanh(part["up"](h))
-        h = before_norm(part["up"], part["up_norm"], h)
+        h = conv_before_norm(part["up"], part["up_norm"], h)
         assert out is not None  # but for the outermost level
         if not self.dropout or noise is None:
             return norm_relu_(out, h, part["up_norm"])
@@ -115,11 +115,11 @@ class Level(nn.Module):
         return h
 
     def _parts(self) -> dict[str, Any]:
-        return {name: self.model[place] for name, place in self.places.items()}
+        return {name: self.model[number] for name, number in self.numbers.items()}
 
 
 class UNetGenerator(nn.Module):
-    """A picture from a picture; the noise of a sample is its dropout."""
+    """An image from an image; the noise of a sample is its dropout."""
 
     def __init__(self, config: UNetGeneratorConfig) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class UNetGenerator(nn.Module):
         Raises:
             ValueError: channels are not those of the config, or a side is no multiple of 2^downs.
         """
-        check_picture("x", x, self.config.in_channels)
+        check_image("x", x, self.config.in_channels)
         side = 2**self.config.downs
         if x.shape[2] % side or x.shape[3] % side:
             raise ValueError(f"x must have sides of multiples of {side}, got {tuple(x.shape)}")
@@ -147,6 +147,6 @@ class UNetGenerator(nn.Module):
 
 
 def _room_for_two(h: Tensor) -> Tensor:
-    """Uninitialised, of twice as many channels."""
+    """Uninitialized, of twice as many channels."""
     shape = (h.shape[0], 2 * h.shape[1], *h.shape[2:])
     return torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=memory_format(h))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 
-def captured(step: Callable[[], None], count: int = 1) -> Callable[[], None]:
+def capture(step: Callable[[], None], count: int = 1) -> Callable[[], None]:
     """So many steps as one CUDA graph; one is run before, so that its kernels are compiled."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

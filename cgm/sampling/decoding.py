@@ -16,7 +16,7 @@ import cgkernels
 from cgkernels.checks import as_seed, readable
 from cgm.model import number_samples, solver_options
 from cgm.networks.transformer import Rope, Transformer, fused_linear
-from cgm.sampling.cuda_graph import captured
+from cgm.sampling.cuda_graph import capture
 
 # Token steps in one CUDA graph: what the host does for a replay is shared by so many.
 _STEPS_PER_GRAPH = 8
@@ -51,7 +51,7 @@ class Decoder:
             unconditional rows first.
         length: tokens to draw for each sample.
         index: (samples,) the number of each sample.
-        rope: tables of all places, prefix included, or None.
+        rope: tables of all positions, prefix included, or None.
         first: position of the first token that is drawn, by which the noise is numbered; so many
             tokens at least are in the prefix.
         offsets: (first + length,), added to the value drawn at a position for the token that it is
@@ -88,7 +88,7 @@ class Decoder:
             torch.cat([part[i] for part in parts], 1) for i in (1, 2)
         )
         last = torch.cat([part[0][:, -1] for part in parts])
-        self.network = network = network.packed() if device.type == "cpu" else network
+        self.network = network = network.pack() if device.type == "cpu" else network
         self.first_logits = fused_linear(last, network.head, network.norm)[order]
         dtype = self.first_logits.dtype
         wide = torch.promote_types(dtype, torch.float32)  # what a draw takes without a cast
@@ -130,7 +130,7 @@ class Decoder:
         """The tokens drawn, (samples, length)."""
         steps = self.length - 1
         if self.graph and steps >= _STEPS_PER_GRAPH:
-            replay = captured(self._step, _STEPS_PER_GRAPH)
+            replay = capture(self._step, _STEPS_PER_GRAPH)
             self._reset()
             for _ in range(steps // _STEPS_PER_GRAPH):
                 replay()
@@ -221,8 +221,8 @@ def generate(
         return torch.empty((*shape, length), dtype=torch.int64, device=prompt.device)
     rope = None
     if c.positions == "rotary":
-        places = torch.arange(prompt.shape[1] + length - 1, device=prompt.device)
-        rope = network.rope_table(places)
+        positions = torch.arange(prompt.shape[1] + length - 1, device=prompt.device)
+        rope = network.rope_table(positions)
     order = torch.arange(len(index), device=prompt.device) % len(prompt)
     run = Decoder(network, prompt, order, length, options, seed=seed, index=index, rope=rope)
     return run.run().view(*shape, length)

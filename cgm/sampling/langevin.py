@@ -15,7 +15,7 @@ from torch import Tensor
 import cgkernels
 from cgkernels.checks import as_index, as_seed
 from cgkernels.random import STREAM_INITIAL, STREAM_LANGEVIN, normal, uniform
-from cgm.sampling.cuda_graph import captured
+from cgm.sampling.cuda_graph import capture
 
 Energy = Callable[[Tensor], Tensor]  # (B, *event) -> (B,)
 
@@ -74,7 +74,7 @@ def langevin(
 
     run: Callable[[], None] = step
     if graph and y.is_cuda:
-        run = captured(step)
+        run = capture(step)
         y.copy_(start)
         counter.zero_()
     for _ in range(steps):
@@ -157,16 +157,16 @@ def annealed_weights(
         for number in range((level - 1) * steps, level * steps):
             z = normal(shape, step=2 * number, stream=STREAM_LANGEVIN, **draws)
             u = uniform((shape[0],), step=2 * number + 1, stream=STREAM_LANGEVIN, **draws)
-            y = _adjusted_step(between, y, step_size, z, u)
+            y = _metropolis_step(between, y, step_size, z, u)
     return weights
 
 
-def _adjusted_step(energy: Energy, y: Tensor, a: float, z: Tensor, u: Tensor) -> Tensor:
+def _metropolis_step(energy: Energy, y: Tensor, a: float, z: Tensor, u: Tensor) -> Tensor:
     """A Langevin step that keeps exp(-E), by the rule of Metropolis and Hastings."""
     before, force = with_gradient(energy, y)
-    there = y - a * force + math.sqrt(2 * a) * z
-    after, force_there = with_gradient(energy, there)
-    back = y - there + a * force_there  # the noise of the way back, times sqrt(2 a)
-    log_ways = z.square().flatten(1).sum(1) / 2 - back.square().flatten(1).sum(1) / (4 * a)
-    accepted = u.log() < before - after + log_ways
-    return torch.where(accepted.view(-1, *(1,) * (y.dim() - 1)), there, y)
+    proposal = y - a * force + math.sqrt(2 * a) * z
+    after, force_after = with_gradient(energy, proposal)
+    reverse = y - proposal + a * force_after  # the noise of the way back, times sqrt(2 a)
+    log_ratio = z.square().flatten(1).sum(1) / 2 - reverse.square().flatten(1).sum(1) / (4 * a)
+    accepted = u.log() < before - after + log_ratio
+    return torch.where(accepted.view(-1, *(1,) * (y.dim() - 1)), proposal, y)

@@ -1,4 +1,4 @@
-"""Patch scores of pictures, for inference: the map, its mean, a loss, or the inner features."""
+"""Patch scores of images, for inference: the map, its mean, a loss, or the inner features."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cgm.networks.patch_discriminator import PatchDiscriminator
-from cgm.sampling.cuda_graph import captured
+from cgm.sampling.cuda_graph import capture
 
 Output = Literal["map", "mean", "features"]
 _OUTPUTS = ("map", "mean", "features")
@@ -22,7 +22,7 @@ def patch_scores(
     loss: str | None = None,
     target: str | None = None,
 ) -> Tensor | list[Tensor]:
-    """What a discriminator says of pictures x (B, C, H, W), or of pairs with y (B, C', H, W).
+    """What a discriminator says of images x (B, C, H, W), or of pairs with y (B, C', H, W).
 
     Args:
         output: "map": a score for each patch, (B, 1, h, w). "mean": their mean, (B,). "features":
@@ -48,9 +48,9 @@ def patch_scores(
 
 
 class PatchScorer:
-    """`patch_scores` of pictures of one shape, on CUDA as one graph: for few pictures at a time.
+    """`patch_scores` of images of one shape, on CUDA as one graph: for few images at a time.
 
-    It keeps the weights that the network has when it is made (see `PatchDiscriminator.frozen`): a
+    It keeps the weights that the network has when it is made (see `PatchDiscriminator.freeze`): a
     network that has changed needs a new scorer.
 
     Args:
@@ -65,17 +65,17 @@ class PatchScorer:
     def __init__(
         self, network: PatchDiscriminator, x: Tensor, y: Tensor | None = None, **options: str
     ) -> None:
-        network = network.frozen(x, y)
+        network = network.freeze(x, y)
         self._inputs = [None if t is None else t.detach().clone() for t in (x, y)]
 
         def score() -> None:
             self._out = patch_scores(network, *self._inputs, **options)  # type: ignore[arg-type]
 
         score()
-        self._score = captured(score) if x.is_cuda else score
+        self._score = capture(score) if x.is_cuda else score
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor | list[Tensor]:
-        """The scores of pictures x, or of pairs with y."""
+        """The scores of images x, or of pairs with y."""
         for name, held, given in zip("xy", self._inputs, (x, y), strict=True):
             if (held is None) != (given is None):
                 raise ValueError(f"{name} must be {'None' if held is None else 'given'}")

@@ -77,7 +77,7 @@ def train(
     names = run.rehearse()
     sheets = None
     if config.sheet_every:
-        from cgm.viz.sample_page import (  # matplotlib, for those who want pictures
+        from cgm.viz.sample_page import (  # matplotlib, for those who want images
             Sheets,
             first_rows,
         )
@@ -229,7 +229,7 @@ class _Run:
         autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
         )
-        # What the phases of a step have in common, such as the pictures that are judged.
+        # What the phases of a step have in common, such as the images that are judged.
         shared: dict[str, Any] = {"shared": {}} if len(self.model.phases) > 1 else {}
         for number, phase in enumerate(self.model.phases):
             parameters, optimizer = self.parameters[phase], self.optimizers[phase]
@@ -328,7 +328,7 @@ class _Run:
             raise ValueError(f"steps must be at least {self.step}, got {self.config.steps}: {file}")
 
     def _state(self) -> dict[str, Tensor]:
-        """Buffers that are no part of the model to use, such as pools of pictures."""
+        """Buffers that are no part of the model to use, such as pools of images."""
         kept = self.model.state_dict().keys()
         return {name: t for name, t in self.model.named_buffers() if name not in kept}
 

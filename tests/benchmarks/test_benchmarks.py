@@ -28,7 +28,7 @@ from cgkernels import library
 from cgkernels.ops import add_noise as op
 from cgm.checkpoints import drawable_names, read_config, shipped
 from cgm.families import diffusion
-from tests.support import kernels, launchers
+from tests.support import kernels, launchers, module_of
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e9, {"float32": 1e12}, 5.0, 1.0)
@@ -54,7 +54,7 @@ def quick(monkeypatch):
 
 # The gate -----------------------------------------------------------------------------------------
 def test_every_op_has_cases():
-    files = {launcher.__module__.rpartition(".")[2] for launcher in launchers().values()}
+    files = {module_of(launcher).rpartition(".")[2] for launcher in launchers().values()}
     assert files | {"prefill_attention"} == CASES.keys()  # which has no kernel of ours
 
 
@@ -378,6 +378,7 @@ def test_growth_beyond_the_limit_is_a_problem(capsys):
     assert "exceeded" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_op_and_model_is_swept():
     found = select("growth", CPU)
     swept = {case.name for case in found}

@@ -22,9 +22,9 @@ from benchmarks.harness.records import OURS, Row, Writer, read
 from benchmarks.ops import LAUNCHES
 from benchmarks.ops.guided_step import meta_numbers
 from cgkernels.library import OPS, using_reference
-from cgkernels.ops import guided_step as step_op
+from cgkernels.ops.guided_step.launch import _launch_inplace
 from cgm import checkpoints
-from cgm.families.autoregressive import dequantise
+from cgm.families.autoregressive import dequantize
 from tests.benchmarks.test_benchmarks import ENVIRONMENT
 
 CPU = torch.device("cpu")
@@ -73,6 +73,7 @@ def test_arguments_become_real():
     assert index.dtype == torch.int64 and 0 <= index.min() < index.max() < 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_an_op_agrees_with_itself(name):
     launch = [launch for launch in LAUNCHES[name]() if not is_large(launch.run.args)][-1]
@@ -209,10 +210,10 @@ def test_kernels_are_judged(dtype):
     """In place, strided, with noise: in the interpreter what a GPU does."""
     last = torch.empty(2, 3, 16, 16, dtype=dtype, device="meta")
     args = step_arguments((2, 3, 16, 16), dtype, v=last, h1=last, h2=last, last=last)
-    assert judge(INPLACE, args, step_op._launch_inplace, CPU) == ""
+    assert judge(INPLACE, args, _launch_inplace, CPU) == ""
 
     def without_noise(*args):
-        step_op._launch_inplace(*args[:-3], None, None, args[-1])
+        _launch_inplace(*args[:-3], None, None, args[-1])
 
     with pytest.raises(AssertionError, match="less accurate"):
         judge(INPLACE, args, without_noise, CPU)
@@ -240,7 +241,7 @@ def test_waits_of_a_model_that_draws_values(monkeypatch):
     checks, drawn = correctness.ModelChecks("complete_autoregressive", CPU), []
     monkeypatch.setattr(correctness, "cuda_syncs", lambda call: drawn.append(call()) or 3)
     assert checks.never_waits() == "waits 3 times, whatever the length of the run"
-    kept = [(sample == dequantise(torch.tensor([8]), 16, (1, 1, 1))).all(3) for sample in drawn]
+    kept = [(sample == dequantize(torch.tensor([8]), 16, (1, 1, 1))).all(3) for sample in drawn]
     assert kept[0][:, :, :13].all() and kept[1][:, :, :12].all() and not kept[1].all()
 
 
@@ -462,6 +463,7 @@ def small(monkeypatch):
     return case
 
 
+@pytest.mark.slow
 def test_all_stages(tmp_path, small, capsys):
     runner = Runner(look_at(tmp_path), lambda: False)
     runner.run(gpu.STAGES)

@@ -28,7 +28,7 @@ from benchmarks.suites import select
 from benchmarks.tune import Sweep, choose, lines, passes, sweep
 from cgkernels import rows
 from cgkernels._triton import HAS_TRITON
-from cgkernels.ops import instance_norm_act
+from cgkernels.ops.instance_norm_act.launch import _launch_config as norm_config
 from tests.support import kernels
 
 CPU = torch.device("cpu")
@@ -158,7 +158,7 @@ def test_candidates_for_norms_take_all_pixels(pixels, channels, channels_last):
         assert config["split"] % config["BLOCK_P"] == 0
         assert config["WHOLE"] or 1 < math.ceil(pixels / config["split"]) <= 256
     if pixels in (1024, 2**20) and channels > 3:
-        assert instance_norm_act._launch_config(pixels, channels, channels_last) in found
+        assert norm_config(pixels, channels, channels_last) in found
 
 
 def test_one_dtype_of_each_size_is_swept():

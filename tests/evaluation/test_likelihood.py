@@ -7,7 +7,7 @@ from cgm.checkpoints import load_model, shipped
 from cgm.data import Dataset, load_task
 from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
 from cgm.evaluation.likelihood import bits_per_dimension, evaluate
-from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer, dequantise
+from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer, dequantize
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.model import make_model
@@ -21,7 +21,7 @@ def stripes(rows, seed=0):
     value = (torch.arange(16) + phase[:, None]) % 4
     noise = torch.rand(rows, 16, generator=generator) < 0.1
     value = torch.where(noise, torch.randint(4, (rows, 16), generator=generator), value)
-    images = ((dequantise(value, 4, (1, 4, 4)) + 1) * 127.5).round().to(torch.uint8)
+    images = ((dequantize(value, 4, (1, 4, 4)) + 1) * 127.5).round().to(torch.uint8)
     return Dataset("stripes", images, phase, "class", 4)
 
 

@@ -11,8 +11,8 @@ import cgkernels
 from cgm.families.autoregressive import (
     AutoregressiveConfig,
     ConditionalTransformer,
-    dequantise,
-    quantise,
+    dequantize,
+    quantize,
 )
 from cgm.model import make_model
 from cgm.sampling.decoding import SamplingConfig
@@ -55,7 +55,7 @@ def condition(kind, rows):
 def test_probabilities_of_all_pictures_sum_to_one(kind, positions):
     model = small(kind, event_shape=(1, 2, 3), levels=2, positions=positions)
     everything = torch.tensor(list(itertools.product((0, 1), repeat=6)))
-    y = dequantise(everything, 2, (1, 2, 3))
+    y = dequantize(everything, 2, (1, 2, 3))
     cond = condition(kind, 1)
     cond = None if cond is None else cond.expand(64, *cond.shape[1:])
     log_prob = model.log_prob(y, cond=cond)
@@ -65,24 +65,24 @@ def test_probabilities_of_all_pictures_sum_to_one(kind, positions):
 
 def test_colours_of_a_pixel_are_drawn_one_after_another():
     y = torch.arange(12.0).view(1, 3, 2, 2) / 127.5 - 1
-    assert quantise(y, 256).tolist() == [[0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]]
-    assert torch.equal(dequantise(quantise(y, 256), 256, (3, 2, 2)), y)
+    assert quantize(y, 256).tolist() == [[0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]]
+    assert torch.equal(dequantize(quantize(y, 256), 256, (3, 2, 2)), y)
     model = small("none", event_shape=(3, 1, 2), levels=2)
     everything = torch.tensor(list(itertools.product((0, 1), repeat=6)))
-    log_prob = model.log_prob(dequantise(everything, 2, (3, 1, 2)))
+    log_prob = model.log_prob(dequantize(everything, 2, (3, 1, 2)))
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 16, 256])
 def test_quantisation(levels):
     y = torch.arange(256.0).view(1, 1, 16, 16) / 127.5 - 1
-    values = quantise(y, levels)
+    values = quantize(y, levels)
     counts = values.flatten().bincount(minlength=levels)
     assert len(counts) == levels and counts.max() - counts.min() <= 1
-    back = dequantise(values, levels, (1, 16, 16))
+    back = dequantize(values, levels, (1, 16, 16))
     assert (back - y).abs().max() <= (128 / levels + 0.5) / 127.5
-    assert torch.equal(quantise(back, levels), values)
-    assert quantise(torch.tensor([[[[-7.0, 9.0]]]]), levels).tolist() == [[0, levels - 1]]
+    assert torch.equal(quantize(back, levels), values)
+    assert quantize(torch.tensor([[[[-7.0, 9.0]]]]), levels).tolist() == [[0, levels - 1]]
 
 
 def test_loss_is_minus_log_prob():
@@ -142,7 +142,7 @@ def slow_sample(model, cond, *, given=None, rows=None, guidance=1.0, seed=0, ind
             torch.cat(logits), seed=seed, index=index, position=position, **options
         )
         values[:, position] = token
-    return model._pictures(values)
+    return model._images(values)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -202,7 +202,7 @@ def test_guidance_mixes_logits(kind):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_given_rows_are_kept(guidance):
     model, cond = small(), condition("class", 2)
-    given = dequantise(torch.randint(4, (2, 8)), 4, (1, 2, 4))
+    given = dequantize(torch.randint(4, (2, 8)), 4, (1, 2, 4))
     drawn = model.sample(3, cond=cond, given=given, guidance=guidance)
     assert torch.equal(drawn[:, :, :, :2], given.expand(3, -1, -1, -1, -1))
     with torch.no_grad():
@@ -231,8 +231,8 @@ def test_samples_follow_the_likelihood():
     model = small(event_shape=(1, 1, 3), levels=2)
     n = 4000
     cond = torch.tensor([1])
-    drawn = quantise(model.sample(n, cond=cond)[:, 0], 2) @ torch.tensor([4, 2, 1])
-    everything = dequantise(torch.tensor(list(itertools.product((0, 1), repeat=3))), 2, (1, 1, 3))
+    drawn = quantize(model.sample(n, cond=cond)[:, 0], 2) @ torch.tensor([4, 2, 1])
+    everything = dequantize(torch.tensor(list(itertools.product((0, 1), repeat=3))), 2, (1, 1, 3))
     expected = n * model.log_prob(everything, cond=cond.expand(8)).exp()
     chi = ((drawn.bincount(minlength=8) - expected) ** 2 / expected).sum().item()
     assert chi < 24.3  # one in a thousand

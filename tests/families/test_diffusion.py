@@ -329,7 +329,7 @@ def test_graph_equals_eager_bitwise(kind, sampler):
 def test_the_loop_waits_for_nothing(graph):
     """No synchronisation in the loop; the set-up before it may copy from the host."""
     from cgm.families.diffusion import _Run
-    from cgm.sampling.cuda_graph import captured
+    from cgm.sampling.cuda_graph import capture
 
     m = model(KINDS["class"]).cuda()
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -337,7 +337,7 @@ def test_the_loop_waits_for_nothing(graph):
     with torch.no_grad():
         run = _Run(m, torch.arange(3).cuda(), torch.arange(3).cuda(), seed, options)
         run._start()
-        step = captured(run._step) if graph else run._step
+        step = capture(run._step) if graph else run._step
         step()
         run._start()
         torch.cuda.set_sync_debug_mode("error")

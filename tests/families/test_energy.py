@@ -270,7 +270,7 @@ def test_chains_go_on_in_training(kind):
     # With the conditions of then, whatever the batch has now.
     planes = m.planes(cond, 4)
     expected = langevin(
-        lambda y: m._scaled(y, planes), came_to, steps=config.chain_steps,
+        lambda y: m._network_energy(y, planes), came_to, steps=config.chain_steps,
         step_size=config.step_size, temperature=config.temperature, seed=3, index=index,
     )  # fmt: skip
     torch.testing.assert_close(m.chains.y, expected)
@@ -371,11 +371,11 @@ def test_options_of_samples():
     planes = m.planes(None, 2)
     y = m.sample(2, steps=0)
     for _ in range(2):
-        _, force = with_gradient(lambda y: m._scaled(y, planes), y)
+        _, force = with_gradient(lambda y: m._network_energy(y, planes), y)
         y = (y - TINY.step_size * force).clamp(-TINY.bound, TINY.bound)
     torch.testing.assert_close(cold, y)
     warm = langevin(
-        lambda y: m._scaled(y, planes), m.sample(2, steps=0), steps=2, step_size=0.2,
+        lambda y: m._network_energy(y, planes), m.sample(2, steps=0), steps=2, step_size=0.2,
         temperature=3 * TINY.temperature, bound=TINY.bound, seed=0, index=torch.arange(2) * 2**32,
     )  # fmt: skip
     torch.testing.assert_close(m.sample(2, steps=2, step_size=0.2, temperature=3.0), warm)
@@ -499,7 +499,7 @@ def test_the_loop_waits_for_nothing():
 
     def energy(y: Tensor) -> Tensor:
         torch.cuda.set_sync_debug_mode("error")  # from the first step on; before it tables are made
-        return m._scaled(y, planes)
+        return m._network_energy(y, planes)
 
     try:
         langevin(energy, start, seed=seed, index=index, **options)

@@ -177,6 +177,19 @@ def test_penalties_of_a_linear_discriminator():
     torch.testing.assert_close(penalty, ((w.square().sum().sqrt() - 1) ** 2).expand(5))
 
 
+def test_a_wgan_trains_with_the_gradient_penalty():
+    y, cond = pictures(3, 1, 8), torch.tensor([0, 1, 2])
+    loss = {"cond": cond, "phase": "discriminator", "index": torch.arange(3)}
+    with_penalty = small_gan(loss="wgan", r1_weight=0.0, penalty_weight=10.0)
+    values = with_penalty.loss(y, seed=0, **loss)
+    without = small_gan(loss="wgan", r1_weight=0.0).loss(y, seed=0, **loss)
+    torch.testing.assert_close(values["total"], without["total"] + 10 * values["penalty"])
+    assert_equal(values["penalty"], with_penalty.loss(y, seed=0, **loss)["penalty"])
+    assert (values["penalty"] != with_penalty.loss(y, seed=1, **loss)["penalty"]).all()
+    values["total"].mean().backward()
+    assert all(p.grad is not None for p in with_penalty.discriminator.parameters())
+
+
 def test_the_penalty_is_taken_between_the_pictures():
     quadratic = lambda y: y.square().flatten(1).sum(1).view(-1, 1, 1, 1) / 2  # noqa: E731
     real, fake = pictures(3, 1, 4), pictures(3, 1, 4, seed=1)
@@ -481,7 +494,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path, family, pool):
         assert torch.equal(a, b), name
     if pool:
         assert int(whole.pool_a.count) == pool
-        assert_equal(parts.pool_a.pictures, whole.pool_a.pictures)
+        assert_equal(parts.pool_a.images, whole.pool_a.images)
         assert not any("pool" in name for name in whole.state_dict())
 
 

@@ -11,15 +11,11 @@ from torch import Tensor, nn
 
 import cgkernels
 from benchmarks.models.plain_networks import PlainDiscriminator, PlainPixel, PlainResnet, PlainUNet
-from cgm.model import config_from_dict
 from cgm.networks import layers
 from cgm.networks.patch_discriminator import (
     PATCHES,
-    MultiScaleDiscriminator,
-    MultiScaleDiscriminatorConfig,
     PatchDiscriminator,
     PatchDiscriminatorConfig,
-    receptive_field,
 )
 from cgm.networks.published import load_published, network_of
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
@@ -205,7 +201,7 @@ def test_patch_is_what_one_score_sees(patch):
         (gradient,) = torch.autograd.grad(out[0, 0, out.shape[2] // 2, out.shape[3] // 2], x)
         along = 3 if height == 97 else 2
         seen = gradient.abs().sum(dim=(0, 1, 5 - along)).nonzero()
-        assert seen.max() - seen.min() + 1 == patch == receptive_field(network.config)
+        assert seen.max() - seen.min() + 1 == patch
         assert seen.min() > 0 and seen.max() < side - 1  # not cut off by the border
 
 
@@ -225,7 +221,7 @@ def test_smallest_picture(patch, least):
         network(pictures(1, 3, least, least - 1))
 
 
-# Pairs, features, scales --------------------------------------------------------------------------
+# Pairs, features ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("patch", (1, 34))
 def test_a_pair_is_one_picture_of_both(patch):
     network = discriminator(patch=patch, in_channels=5)
@@ -243,26 +239,6 @@ def test_features(patch):
     conv = network.net["0"] if patch == 1 else network.model["0"]
     expected = F.leaky_relu(conv(torch.cat([x, y], 1)), 0.2)
     torch.testing.assert_close(features[0], expected)
-
-
-def test_scales():
-    one = PatchDiscriminatorConfig(in_channels=5, patch=34, width=4, norm="instance")
-    config = MultiScaleDiscriminatorConfig(one, scales=3)
-    network = seeded(lambda: MultiScaleDiscriminator(config))
-    x, y = pictures(2, 2, 64, 51), pictures(2, 3, 64, 51, seed=2)
-    maps, features = network(x, y), network.features(x, y)
-    for i, (scale, scores) in enumerate(zip(network.scales, maps, strict=True)):
-        assert torch.equal(scale(x, y), scores) and torch.equal(features[i][-1], scores)
-        assert len(features[i]) == 4
-        # The average of the pixels there are: of the first one and its neighbours right and below.
-        corner = x[:, :, :2, :2].mean(dim=(2, 3))
-        x, y = (F.avg_pool2d(t, 3, 2, 1, count_include_pad=False) for t in (x, y))
-        torch.testing.assert_close(x[:, :, 0, 0], corner)
-    joined = network(torch.cat([pictures(2, 2, 64, 51), pictures(2, 3, 64, 51, seed=2)], 1))
-    for scores, other in zip(maps, joined, strict=True):
-        torch.testing.assert_close(scores, other)
-    values = {"discriminator": {"in_channels": 4, "patch": 16}, "scales": 1}
-    assert config_from_dict(MultiScaleDiscriminatorConfig, values).discriminator.patch == 16
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -289,7 +265,7 @@ def skip_in_place(x, up, norm, up_norm):
     whole = torch.full((x.shape[0], x.shape[1] + up.shape[1], *x.shape[2:]), torch.nan).to(x)
     left, right = whole.split((x.shape[1], up.shape[1]), dim=1)
     h, skip = layers.norm_leaky_relu_and_relu_(left, x, norm)
-    together = layers.joined(whole, skip, layers.norm_relu_(right, up, up_norm))
+    together = layers.join_channels(whole, skip, layers.norm_relu_(right, up, up_norm))
     assert together.data_ptr() == whole.data_ptr() and not whole.isnan().any()
     return h, together
 
@@ -690,7 +666,6 @@ def test_other_networks_are_refused(state, words):
         (lambda: PatchDiscriminatorConfig(width=-1), "width"),
         (lambda: PatchDiscriminatorConfig(patch=71), "patch must be one of 1, 16, .*got 71"),
         (lambda: PatchDiscriminatorConfig(norm="group"), "norm .*got 'group'"),
-        (lambda: MultiScaleDiscriminatorConfig(scales=0), "scales"),
         (lambda: UNetGeneratorConfig(out_channels=0), "out_channels"),
         (lambda: UNetGeneratorConfig(downs=1), "downs must be at least 2, got 1"),
         (lambda: UNetGeneratorConfig(downs=5), "dropout must be False"),

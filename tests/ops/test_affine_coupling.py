@@ -26,7 +26,7 @@ SHAPE = (3, 4, 5, 9)
 
 
 def params_for(y, mask, *, additive=False, seed=1):
-    start, stop = op._channels(y.shape[1], mask)
+    start, stop = op._channel_range(y.shape[1], mask)
     shape = (y.shape[0], (stop - start) * (1 if additive else 2), *y.shape[2:])
     # Not around 0: of a sum that cancels, a few values say nothing of its accuracy.
     return normals(*shape, dtype=y.dtype, device=y.device, seed=seed) + 0.5

@@ -13,8 +13,8 @@ import cgkernels
 from cgkernels._triton import tl, triton
 from cgkernels.device import tanh
 from cgkernels.library import OPS
-from cgkernels.ops import decode_attention as op
-from cgkernels.ops.decode_attention import decode_attention
+from cgkernels.ops.decode_attention import decode_attention, launch
+from cgkernels.ops.decode_attention.reference import rotary_ref
 from cgkernels.testing import assert_within_budget, plain_and_modelled
 from tests.support import (
     FLOATS,
@@ -29,13 +29,13 @@ from tests.support import (
 )
 
 LAUNCHERS = {
-    "decode_attention_fwd": op._launch_fwd,
-    "decode_attention_append": op._launch_append,
+    "decode_attention_fwd": launch._launch_fwd,
+    "decode_attention_append": launch._launch_append,
 }
 
 NAN = float("nan")
 ROWS = ("q", "k_cache", "v_cache", "lengths", "k_new", "v_new", "position", "prefix_id", "left_pad")
-SPLIT = {dtype: op._launch_config(64, dtype.itemsize)["SPLIT"] for dtype in FLOATS}
+SPLIT = {dtype: launch._launch_config(64, dtype.itemsize)["SPLIT"] for dtype in FLOATS}
 
 
 def inputs_of(
@@ -233,7 +233,7 @@ def test_the_new_tokens_are_where_the_lengths_say():
 def full_forward(q, k, v, rotary, rope, window=None):
     """Causal attention over whole sequences (B, T, H, D), in float64."""
     at = torch.arange(q.shape[1]).expand(q.shape[0], -1)
-    q, k = (op.rotated_ref(x.double(), *rope, at, False) if rotary else x.double() for x in (q, k))
+    q, k = (rotary_ref(x.double(), *rope, at, False) if rotary else x.double() for x in (q, k))
     k, v = (x.double().repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     ahead = at[0] - at[0][:, None]
     mask = (ahead <= 0) & (ahead > -(window or len(at[0])))
@@ -479,7 +479,7 @@ def on(inputs, device):
 @pytest.mark.parametrize("append", [True, False], ids=["append", "cached"])
 def test_lengths_around_every_edge(append, dtype, device):
     """Of a block and of a split, with NaN in the slots that hold nothing."""
-    split, block = SPLIT[dtype], op._launch_config(64, dtype.itemsize)["BLOCK"]
+    split, block = SPLIT[dtype], launch._launch_config(64, dtype.itemsize)["BLOCK"]
     lengths = [n + i for n in (0, block, split, 2 * split) for i in (-1, 0, 1) if n + i >= 0]
     options = {"append": append, "heads": (1, 1), "size": 64, "dtype": dtype}
     assert_kernel_is_accurate(device, inputs_of(len(lengths), lengths=lengths, **options))
@@ -499,7 +499,7 @@ def test_many_splits(dtype, device):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("size", [20, 32, 64, 80, 96, 100, 128, 256])
 def test_head_sizes(size, dtype, device):
-    split = op._launch_config(size, dtype.itemsize)["SPLIT"]
+    split = launch._launch_config(size, dtype.itemsize)["SPLIT"]
     options = {"size": size, "heads": (4, 2), "rotary": 16, "dtype": dtype}
     assert_kernel_is_accurate(device, inputs_of(2, lengths=(3, split + 9), **options))
 
@@ -765,7 +765,7 @@ def test_tanh(device):
 def test_splits_depend_on_head_size_and_dtype_alone():
     for dtype in FLOATS:
         for size in (32, 64, 65, 128, 129, 256):
-            config = op._launch_config(size, dtype.itemsize)
+            config = launch._launch_config(size, dtype.itemsize)
             assert config["SPLIT"] % config["BLOCK"] == 0
             padded = 1 << (size - 1).bit_length()
             assert 32 << 10 <= 2 * config["SPLIT"] * padded * dtype.itemsize <= 256 << 10
@@ -776,4 +776,4 @@ def test_splits_depend_on_head_size_and_dtype_alone():
     [(1, 8, 8), (256, 8, 8), (257, 8, 7), (2048, 8, 1), (10**6, 8, 1), (0, 1, 1), (1, 0, 1)],
 )
 def test_programs_that_share_the_splits_of_a_unit(others, splits, width):
-    assert op._width(others, splits) == width
+    assert launch._width(others, splits) == width

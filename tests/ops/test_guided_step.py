@@ -8,7 +8,7 @@ import torch
 
 from cgkernels import guided_step, guided_step_
 from cgkernels.library import OPS
-from cgkernels.ops import guided_step as op
+from cgkernels.ops.guided_step import TABLE_COLUMNS, launch
 from cgkernels.random import normal
 from tests.support import (
     FLOATS,
@@ -25,9 +25,9 @@ from tests.support import (
 )
 
 LAUNCHERS = {
-    "guided_step_fwd": op._launch_fwd,
-    "guided_step_bwd": op._launch_bwd,
-    "guided_step_": op._launch_inplace,
+    "guided_step_fwd": launch._launch_fwd,
+    "guided_step_bwd": launch._launch_bwd,
+    "guided_step_": launch._launch_inplace,
 }
 
 SHAPE = (3, 2, 5, 9)
@@ -118,7 +118,7 @@ def inputs(*names, batch=3, dtype=torch.float32, device="cpu", shape=EVENT):
 def one_row(**coefficients):
     """A table with one row: the coefficients given, 0 elsewhere, no clipping."""
     columns = {"clip_min": -torch.inf, "clip_max": torch.inf, **coefficients}
-    return torch.tensor([[columns.get(name, 0.0) for name in op.TABLE_COLUMNS]])
+    return torch.tensor([[columns.get(name, 0.0) for name in TABLE_COLUMNS]])
 
 
 def test_each_column_multiplies_its_own_term():

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 
 from cgkernels import instance_norm_act, instance_norm_act_
 from cgkernels.library import OPS
-from cgkernels.ops import instance_norm_act as op
+from cgkernels.moments import MERGED_PARTS
+from cgkernels.ops.instance_norm_act.launch import (
+    _launch_bwd,
+    _launch_config,
+    _launch_fwd,
+    _launch_inplace,
+)
+from cgkernels.ops.instance_norm_act.reference import ACTIVATIONS
 from cgkernels.testing import assert_within_budget, layouts, plain_and_modelled
 from tests.support import (
     KERNEL_DEVICES,
@@ -23,9 +30,9 @@ from tests.support import (
 )
 
 LAUNCHERS = {
-    "instance_norm_act_fwd": op._launch_fwd,
-    "instance_norm_act_bwd": op._launch_bwd,
-    "instance_norm_act_": op._launch_inplace,
+    "instance_norm_act_fwd": _launch_fwd,
+    "instance_norm_act_bwd": _launch_bwd,
+    "instance_norm_act_": _launch_inplace,
 }
 
 SHAPE = (3, 5, 6, 7)
@@ -107,7 +114,7 @@ def composed(x, weight=None, bias=None, residual=None, *, activation=None, pad=0
 
 @pytest.mark.parametrize("over_batch", [False, True])
 @pytest.mark.parametrize("pad", [0, 1, 3])
-@pytest.mark.parametrize("activation", op.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("names", [(), ("weight",), ("bias",), ("weight", "bias", "residual")])
 def test_it_is_what_pytorch_composes(names, activation, pad, over_batch):
     """Values, gradients and second derivatives."""
@@ -146,7 +153,7 @@ def test_statistics_have_no_gradient():
     assert y.requires_grad and not mean.requires_grad and not var.requires_grad
 
 
-@pytest.mark.parametrize("activation", op.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_relu_has_no_negative_zero(activation):
     y = instance_norm_act(normals(*SHAPE), activation=activation)
     assert not (y.signbit() & (y == 0)).any()
@@ -352,31 +359,6 @@ def test_sizes_around_a_tile_and_a_part(size, over_batch, format, device):
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
-@pytest.mark.parametrize("parts", [1, 2, 255, 256])
-def test_parts_are_merged(parts, device):
-    """Means far from zero and apart, and a last part of fewer pixels."""
-    split, last = 64, 7
-    total = (parts - 1) * split + last
-    mean = 5 + normals(2, parts, 18, seed=1).to(device)
-    m2 = split * normals(2, parts, 18, seed=2).square().to(device)
-    origin = 1000 + normals(2, 1, 18, seed=3).to(device)
-    got = torch.empty(2, 2, 18, device=device)
-    origin = origin.expand(2, parts, 18).contiguous()
-    op._merge_kernel[op._merge_grid(2, 18)](
-        *got, mean, torch.zeros_like(mean), m2, origin, 18, total, split, parts,
-        **op._MERGED,
-    )  # fmt: skip
-    counts = torch.full((parts, 1), float(split), dtype=torch.float64)
-    counts[-1] = last
-    wide, m2 = mean.cpu().double(), m2.cpu().double()
-    exact = (wide * counts).sum(1) / total
-    var = (m2 + counts * (wide - exact[:, None]).square()).sum(1) / total
-    exact += origin[:, 0].cpu().double()
-    torch.testing.assert_close(got[0].cpu().double(), exact, rtol=1.2e-7, atol=0)
-    torch.testing.assert_close(got[1].cpu().double(), var, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(6, 7), (33, 36)])
 def test_a_sample_has_one_result(size, format, device):
@@ -411,8 +393,8 @@ def test_kernels_write_only_the_slice(device):
 
 def test_the_split_does_not_depend_on_the_batch():
     for pixels in (1, 1024, 1025, 256 * 256, 256 * 256 + 1, 2**24):
-        config = op._launch_config(pixels, 64, True)
+        config = _launch_config(pixels, 64, True)
         assert config["split"] % config["BLOCK_P"] == 0
-        assert -(-pixels // config["split"]) <= op._MERGED["PARTS"]
+        assert -(-pixels // config["split"]) <= MERGED_PARTS
         assert config["WHOLE"] == (pixels <= 1024)
     assert set(LAUNCHERS) <= set(OPS)

@@ -10,14 +10,9 @@ import torch.nn.functional as F
 
 from benchmarks.ops import LAUNCHES
 from cgkernels.library import OPS, reference
-from cgkernels.ops import norm_linear as op
-from cgkernels.ops.norm_linear import norm_linear, pack_weight
-from cgkernels.testing import (
-    assert_within_budget,
-    compile_launch,
-    plain_and_modelled,
-    values,
-)
+from cgkernels.ops.norm_linear import cpu, norm_linear, pack_weight
+from cgkernels.ops.norm_linear.launch import _launch, _launch_config
+from cgkernels.testing import assert_within_budget, compile_launch, plain_and_modelled, values
 from tests.support import (
     FLOATS,
     HALVES,
@@ -33,7 +28,7 @@ from tests.support import (
     one_of_each_dtype,
 )
 
-LAUNCHERS = {"norm_linear": op._launch, "norm_linear_counted": op._launch}
+LAUNCHERS = {"norm_linear": _launch, "norm_linear_counted": _launch}
 
 DIFFERENTIABLE = ("x", "weight", "norm_weight", "norm_bias", "bias", "residual")
 
@@ -204,7 +199,7 @@ def test_a_large_mean_costs_no_digits():
 def product(request, monkeypatch):
     """How the CPU multiplies a few rows: as it finds best, or as it can everywhere."""
     if not request.param:
-        monkeypatch.setattr(op, "_onednn_keeps_rows", lambda transposed: False)
+        monkeypatch.setattr(cpu, "_onednn_keeps_rows", lambda transposed: False)
 
 
 @contextlib.contextmanager
@@ -285,7 +280,7 @@ def test_what_is_not_packed():
 
 
 def test_a_onednn_whose_rows_depend_on_their_batch_gets_no_packed_weight(monkeypatch):
-    monkeypatch.setattr(op, "_packing_keeps_rows", lambda *shape: False)
+    monkeypatch.setattr(cpu, "_packing_keeps_rows", lambda *shape: False)
     weight = torch.ones(3, 4)
     assert pack_weight(weight) is weight
 
@@ -427,7 +422,7 @@ def test_wrong_arguments(error, words, changed):
 def test_splits_cover_the_features_and_programs_the_gpu(dtype):
     for channels in (1, 16, 768, 2047, 2048, 8191, 8192, 32000):
         for features in (1, 64, 511, 768, 1023, 1024, 3072, 11008):
-            config = op._launch_config(channels, features, dtype, None)
+            config = _launch_config(channels, features, dtype, None)
             splits, split = config["SPLITS"], config["SPLIT"]
             assert (splits - 1) * split < features <= splits * split
             assert split % config["BLOCK_K"] == 0 and 1 <= splits <= 8
@@ -436,8 +431,8 @@ def test_splits_cover_the_features_and_programs_the_gpu(dtype):
 
 
 def test_swiglu_has_twice_the_rows():
-    wide = op._launch_config(8192, 768, torch.bfloat16, None)
-    assert op._launch_config(4096, 768, torch.bfloat16, "swiglu") == wide
+    wide = _launch_config(8192, 768, torch.bfloat16, None)
+    assert _launch_config(4096, 768, torch.bfloat16, "swiglu") == wide
 
 
 # Kernels ------------------------------------------------------------------------------------------
@@ -482,7 +477,7 @@ def test_every_variant(dtype, int8, device, variant):
 @pytest.mark.parametrize(("rows", "features"), [(1, 1024), (17, 1601)])
 def test_splits_are_merged(rows, features, variant, dtype, device):
     inputs = make_inputs((rows, features), 9, dtype, **VARIANTS[variant])
-    assert op._launch_config(9, features, dtype, inputs.get("activation"))["SPLITS"] > 1
+    assert _launch_config(9, features, dtype, inputs.get("activation"))["SPLITS"] > 1
     check(inputs, device)
 
 
@@ -492,7 +487,7 @@ def test_counters_are_found_and_left_at_zero(device):
     counters = torch.zeros(6, dtype=torch.int32, device=device)
     for rows, features in ((1, 1024), (33, 1601), (1, 1024)):
         inputs = make_inputs((rows, features), 19, torch.bfloat16, device, options=("bias",))
-        assert op._launch_config(19, features, torch.bfloat16, None)["SPLITS"] > 1
+        assert _launch_config(19, features, torch.bfloat16, None)["SPLITS"] > 1
         with kernels(device, order_seed=rows):
             assert_equal(norm_linear(**inputs, counters=counters), norm_linear(**inputs))
         assert not counters.any()
@@ -503,7 +498,7 @@ def test_counters_are_found_and_left_at_zero(device):
 @pytest.mark.parametrize("activation", [None, "swiglu"])
 def test_many_channels_have_wider_tiles(activation, dtype, device):
     channels = 4101 if activation else 8197
-    assert op._launch_config(channels, 40, dtype, activation)["BLOCK_N"] == 32
+    assert _launch_config(channels, 40, dtype, activation)["BLOCK_N"] == 32
     options = {"options": ("bias",)}
     call = call_of(make_inputs((2, 40), channels, dtype, activation=activation, **options), device)
     assert_kernels_agree(call, kernel_results(call))

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cgkernels
 from cgkernels import decode_attention, prefill_attention
 from cgkernels.testing import assert_within_budget, plain_and_modelled
-from tests.support import FLOATS, Sample, assert_refused, compiled, new_kinds, normals
+from tests.support import FLOATS, Sample, assert_refused, compiled, diverse, normals
 
 LAUNCHERS: dict = {}
 
@@ -158,13 +158,13 @@ def test_few_tokens(options, rows, length, reference):
     assert all(g.shape == x.shape for g, x in zip(gradients, leaves, strict=True))
 
 
-KINDS = new_kinds(
+DIVERSE = diverse(
     [Sample(case, prefill_attention, inputs_of(**changes)) for case, changes in CASES.items()]
 )
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[] if c in KINDS else [pytest.mark.slow]) for c in CASES]
+    "case", [pytest.param(c, marks=[] if c in DIVERSE else [pytest.mark.slow]) for c in CASES]
 )
 def test_it_compiles_to_one_graph(case):
     inputs = inputs_of(**CASES[case])

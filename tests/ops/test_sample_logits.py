@@ -12,7 +12,7 @@ from torch import Tensor
 import cgkernels
 from cgkernels import random, sample_logits, sample_logits_
 from cgkernels.library import OPS
-from cgkernels.ops import sample_logits as op
+from cgkernels.ops.sample_logits import TOP_P_RULES, launch
 from cgkernels.testing import plain_and_modelled
 from tests.support import (
     KERNEL_DEVICES,
@@ -27,9 +27,9 @@ from tests.support import (
 )
 
 LAUNCHERS = {
-    "sample_logits_fwd": op._launch_fwd,
-    "sample_logits_": op._launch_inplace,
-    "sample_logits_bwd": op._launch_bwd,
+    "sample_logits_fwd": launch._launch_fwd,
+    "sample_logits_": launch._launch_inplace,
+    "sample_logits_bwd": launch._launch_bwd,
 }
 
 PLACES = [pytest.param("plain", id="plain"), *KERNEL_DEVICES]
@@ -104,7 +104,7 @@ def place(name: str) -> Iterator[str]:
 def rereading(block: int = 128, piece: int = 256) -> Iterator[None]:
     """Short rows as long ones are walked: no row is held, several blocks and pieces each."""
     config = {"HELD": False, "BLOCK": block, "PIECE": piece, "num_warps": 1}
-    with mock.patch.object(op, "_launch_config", lambda vocabulary: config):
+    with mock.patch.object(launch, "_launch_config", lambda vocabulary: config):
         yield
 
 
@@ -196,7 +196,7 @@ def test_kept_sets_of_rows_that_are_read_again(name, where):
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("rule", op.TOP_P_RULES)
+@pytest.mark.parametrize("rule", TOP_P_RULES)
 def test_the_two_rules_of_top_p(rule, where):
     """Of equal tokens the lowest ids, or as transformers does the highest, and equally many."""
     x = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125]]).log()
@@ -634,11 +634,11 @@ def test_wrong_arguments(error, words, changed):
 # Launches -----------------------------------------------------------------------------------------
 def test_rows_are_held_where_registers_allow():
     def held(vocabulary):
-        return op._launch_config(vocabulary)["HELD"]
+        return launch._launch_config(vocabulary)["HELD"]
 
     assert all(map(held, (1, 128, 1000, 8191, 8192, 8208, 16384)))
     assert not any(map(held, (8193, 10007, 16385, 32000, 2**18)))
     for vocabulary in (1, 100, 128, 129, 5000, 16384, 2**18):
-        config = op._launch_config(vocabulary)
+        config = launch._launch_config(vocabulary)
         assert config["BLOCK"] >= vocabulary or not config["HELD"]
         assert config["PIECE"] % 4 == 0 and config["PIECE"] <= config["BLOCK"]

@@ -154,7 +154,7 @@ def test_int8_weights():
 def test_packed_weights():
     """On a CPU tokens are drawn with them; the weights of the network itself stay as they are."""
     network, prompt = small(bias=True), prompts(4, 9)
-    twin = network.packed()
+    twin = network.pack()
     assert isinstance(twin.blocks[1].up, PackedLinear)
     assert isinstance(network.blocks[1].up, torch.nn.Linear)
     assert twin.embedding.weight is network.embedding.weight
@@ -171,7 +171,7 @@ def test_packed_weights():
 def test_a_compiled_step_keeps_its_weights():
     network = small()
     network.step = torch.compile(network.step, backend="eager")
-    assert network.packed() is network
+    assert network.pack() is network
     assert "step" not in vars(network.int8())
 
 
@@ -226,7 +226,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_step_is_five_launches_a_layer_and_three(kind, options):
-    """Nothing is zeroed, copied or cast beside them; features are many enough to be split."""
+    """Nothing is zero_init, copied or cast beside them; features are many enough to be split."""
     config = {"vocabulary": 40, "length": 700, "layers": 2, "width": 2048, "heads": 16}
     with torch.device("meta"):
         network = Transformer(TransformerConfig(**{**config, "hidden": 4096, **KINDS[kind]}))

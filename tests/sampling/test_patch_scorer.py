@@ -82,9 +82,9 @@ def test_frozen_networks_compute_the_same_with_other_weights(kind, patch, device
             torch.nn.init.uniform_(module.bias)
     wide, (x, y) = copy.deepcopy(judge).double(), pair(device=device)
     # A library may start a sum at the bias that folding made, beside which the terms are small.
-    with mock.patch.object(patch_discriminator, "packed", lambda conv, shape: conv):
-        folded, wide_folded = judge.frozen(x, y), wide.frozen(x.double(), y.double())
-    frozen = judge.frozen(x, y)
+    with mock.patch.object(patch_discriminator, "pack_conv", lambda conv, shape: conv):
+        folded, wide_folded = judge.freeze(x, y), wide.freeze(x.double(), y.double())
+    frozen = judge.freeze(x, y)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in frozen.modules())
     expected = wide.features(x.double(), y.double())
     torch.testing.assert_close(wide_folded.features(x.double(), y.double()), expected)
@@ -98,7 +98,7 @@ def test_frozen_networks_compute_the_same_with_other_weights(kind, patch, device
     half = judge.half() if device == "cuda" else None
     if half is not None:
         x, y = x.half(), y.half()
-        torch.testing.assert_close(half.frozen(x, y)(x, y), half(x, y), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(half.freeze(x, y)(x, y), half(x, y), rtol=0.02, atol=0.02)
 
 
 def test_wrong_arguments():

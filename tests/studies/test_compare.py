@@ -52,6 +52,7 @@ def test_every_entry_fits_its_task():
             model_class.sampling_config(**entry.solver)
 
 
+@pytest.mark.slow
 def test_a_comparison_trains_once_and_then_loads(small, tmp_path):
     console = Console(record=True, width=120)
     results = compare("eight_gaussians", tmp_path, seconds=0.3, console=console)

@@ -1,0 +1,124 @@
+"""The kernels of `guided_step`: the step, also in place, and its gradient."""
+
+from cgkernels._triton import tl, triton
+from cgkernels.device import block_of_row, element_of, normal_of, row_offset
+
+
+@triton.jit
+def _column(table_ptr, step, steps, COLUMN: tl.constexpr):
+    """A coefficient; NaN for a step outside the table, which must not look like a result."""
+    inside = (step >= 0) & (step < steps)
+    return tl.load(table_ptr + step * 12 + COLUMN, mask=inside, other=float("nan"))
+
+
+@triton.jit
+def _load(ptr, strides, row, position, element, pixels, mask, DENSE: tl.constexpr):
+    offset = row_offset(strides, row, position, element, pixels, DENSE)
+    return tl.load(ptr + offset, mask=mask).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, strides, value, row, position, element, pixels, mask, DENSE: tl.constexpr):
+    offset = row_offset(strides, row, position, element, pixels, DENSE)
+    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fwd_kernel(
+    out_ptr, out_strides, twin_ptr, twin_strides, x0_ptr, x0_strides,
+    x_ptr, x_strides, cond_ptr, cond_strides, uncond_ptr, uncond_strides,
+    log_variance_ptr, log_variance_strides, h1_ptr, h1_strides, h2_ptr, h2_strides,
+    table_ptr, step_ptr, step_stride, scale_ptr, scale_stride, seed_ptr, index_ptr,
+    steps, numel, channels, pixels, blocks,
+    SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row: everything read once, then written."""
+    row, first, position, mask = block_of_row(blocks, numel, BLOCK)
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    step = tl.load(step_ptr + row * step_stride)
+
+    x = _load(x_ptr, x_strides, row, position, element, pixels, mask, DENSE)
+    e = _load(cond_ptr, cond_strides, row, position, element, pixels, mask, DENSE)
+    if uncond_ptr is not None:
+        u = _load(uncond_ptr, uncond_strides, row, position, element, pixels, mask, DENSE)
+        e = u + tl.load(scale_ptr + row * scale_stride) * (e - u)
+    x0 = _column(table_ptr, step, steps, 0) * x + _column(table_ptr, step, steps, 1) * e
+    clip_min = _column(table_ptr, step, steps, 8)
+    clip_max = _column(table_ptr, step, steps, 9)
+    x0 = tl.where(x0 < clip_min, clip_min, x0)  # unlike clamp, this keeps NaN
+    x0 = tl.where(x0 > clip_max, clip_max, x0)
+    out = _column(table_ptr, step, steps, 2) * x + _column(table_ptr, step, steps, 3) * x0
+    out += _column(table_ptr, step, steps, 6) * e
+    if h1_ptr is not None:
+        h1 = _load(h1_ptr, h1_strides, row, position, element, pixels, mask, DENSE)
+        out += _column(table_ptr, step, steps, 4) * h1
+    if h2_ptr is not None:
+        h2 = _load(h2_ptr, h2_strides, row, position, element, pixels, mask, DENSE)
+        out += _column(table_ptr, step, steps, 5) * h2
+    if seed_ptr is not None:
+        seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
+        z = normal_of(seed, index, step, first, element, 1, CHANNELS_LAST, BLOCK)
+        if log_variance_ptr is not None:
+            v = _load(
+                log_variance_ptr, log_variance_strides, row, position, element, pixels, mask, DENSE
+            )
+            lo, hi = _column(table_ptr, step, steps, 10), _column(table_ptr, step, steps, 11)
+            z *= tl.exp(0.5 * (lo + (v + 1) * 0.5 * (hi - lo)))
+        out += _column(table_ptr, step, steps, 7) * z
+
+    if SHIFT:
+        # x0 goes where h1 was read: no thread may write there before all have read.
+        tl.debug_barrier()
+        if h2_ptr is not None:
+            _store(h2_ptr, h2_strides, h1, row, position, element, pixels, mask, DENSE)
+    _store(out_ptr, out_strides, out, row, position, element, pixels, mask, DENSE)
+    if twin_ptr is not None:
+        _store(twin_ptr, twin_strides, out, row, position, element, pixels, mask, DENSE)
+    if x0_ptr is not None:
+        _store(x0_ptr, x0_strides, x0, row, position, element, pixels, mask, DENSE)
+
+
+@triton.jit
+def _bwd_kernel(
+    dx_ptr, dx_strides, dcond_ptr, dcond_strides, duncond_ptr, duncond_strides,
+    dh1_ptr, dh1_strides, dh2_ptr, dh2_strides, dout_ptr, dout_strides, dx0_ptr, dx0_strides,
+    x_ptr, x_strides, cond_ptr, cond_strides, uncond_ptr, uncond_strides,
+    table_ptr, step_ptr, step_stride, scale_ptr, scale_stride,
+    steps, numel, channels, pixels, blocks,
+    CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK elements of one row; x0 again, to know where it was clipped."""
+    row, _, position, mask = block_of_row(blocks, numel, BLOCK)
+    element = element_of(position, channels, pixels, CHANNELS_LAST)
+    step = tl.load(step_ptr + row * step_stride)
+    a0, a1 = _column(table_ptr, step, steps, 0), _column(table_ptr, step, steps, 1)
+
+    x = _load(x_ptr, x_strides, row, position, element, pixels, mask, DENSE)
+    e = _load(cond_ptr, cond_strides, row, position, element, pixels, mask, DENSE)
+    if uncond_ptr is not None:
+        scale = tl.load(scale_ptr + row * scale_stride)
+        u = _load(uncond_ptr, uncond_strides, row, position, element, pixels, mask, DENSE)
+        e = u + scale * (e - u)
+    x0 = a0 * x + a1 * e
+    dout = _load(dout_ptr, dout_strides, row, position, element, pixels, mask, DENSE)
+    dx0 = _column(table_ptr, step, steps, 3) * dout
+    if dx0_ptr is not None:
+        dx0 += _load(dx0_ptr, dx0_strides, row, position, element, pixels, mask, DENSE)
+    clip_min = _column(table_ptr, step, steps, 8)
+    clip_max = _column(table_ptr, step, steps, 9)
+    dx0 = tl.where((x0 >= clip_min) & (x0 <= clip_max), dx0, 0.0)
+    dx = _column(table_ptr, step, steps, 2) * dout + a0 * dx0
+    de = _column(table_ptr, step, steps, 6) * dout + a1 * dx0
+
+    _store(dx_ptr, dx_strides, dx, row, position, element, pixels, mask, DENSE)
+    if uncond_ptr is not None:
+        du = (1 - scale) * de
+        _store(duncond_ptr, duncond_strides, du, row, position, element, pixels, mask, DENSE)
+        de = scale * de
+    _store(dcond_ptr, dcond_strides, de, row, position, element, pixels, mask, DENSE)
+    if dh1_ptr is not None:
+        dh1 = _column(table_ptr, step, steps, 4) * dout
+        _store(dh1_ptr, dh1_strides, dh1, row, position, element, pixels, mask, DENSE)
+    if dh2_ptr is not None:
+        dh2 = _column(table_ptr, step, steps, 5) * dout
+        _store(dh2_ptr, dh2_strides, dh2, row, position, element, pixels, mask, DENSE)
