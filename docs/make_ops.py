@@ -48,7 +48,9 @@ def text() -> str:
     names = list(itertools.chain(*ops.values()))
     lines = [HEAD, "| op | what it is |", "|---|---|"]
     for name in names:
-        summary = inspect.getdoc(getattr(cgkernels, name)).splitlines()[0].replace("|", "\\|")
+        summary = (
+            (inspect.getdoc(getattr(cgkernels, name)) or "").partition("\n")[0].replace("|", "\\|")
+        )
         lines.append(f"| [`{name}`](#{name}) | {summary} |")
     lines.append("")
     for module, functions in ops.items():
@@ -62,7 +64,7 @@ def text() -> str:
 
 def module_lines(module: str) -> list[str]:
     """The docstring of an op's module: prose, formulas, and the fields as a list."""
-    doc = inspect.getdoc(importlib.import_module(module))
+    doc = inspect.getdoc(importlib.import_module(module)) or ""
     prose, *fields = re.split(rf"^(?=(?:{'|'.join(FIELDS)})\b)", doc, flags=re.MULTILINE)
     lines = markdown(prose)
     for field in fields:
@@ -74,7 +76,13 @@ def module_lines(module: str) -> list[str]:
 def function_lines(name: str) -> list[str]:
     """The signature and the docstring of a public function."""
     function = getattr(cgkernels, name)
-    return ["```python", signature(name, function), "```", "", *markdown(inspect.getdoc(function))]
+    return [
+        "```python",
+        signature(name, function),
+        "```",
+        "",
+        *markdown(inspect.getdoc(function) or ""),
+    ]
 
 
 def signature(name: str, function: typing.Any) -> str:
