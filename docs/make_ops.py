@@ -49,7 +49,7 @@ def text() -> str:
     lines = [HEAD, "| op | what it is |", "|---|---|"]
     for name in names:
         summary = (
-            (inspect.getdoc(getattr(cgkernels, name)) or "").partition("\n")[0].replace("|", "\\|")
+            doc_of(getattr(cgkernels, name)).partition("\n")[0].replace("|", "\\|")
         )
         lines.append(f"| [`{name}`](#{name}) | {summary} |")
     lines.append("")
@@ -64,7 +64,7 @@ def text() -> str:
 
 def module_lines(module: str) -> list[str]:
     """The docstring of an op's module: prose, formulas, and the fields as a list."""
-    doc = inspect.getdoc(importlib.import_module(module)) or ""
+    doc = doc_of(importlib.import_module(module))
     prose, *fields = re.split(rf"^(?=(?:{'|'.join(FIELDS)})\b)", doc, flags=re.MULTILINE)
     lines = markdown(prose)
     for field in fields:
@@ -81,8 +81,13 @@ def function_lines(name: str) -> list[str]:
         signature(name, function),
         "```",
         "",
-        *markdown(inspect.getdoc(function) or ""),
+        *markdown(doc_of(function)),
     ]
+
+
+def doc_of(thing: object) -> str:
+    """Its docstring, without the indentation."""
+    return inspect.getdoc(thing) or ""
 
 
 def signature(name: str, function: typing.Any) -> str:
