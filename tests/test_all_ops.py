@@ -104,7 +104,7 @@ def test_compiles_to_one_graph(module, label):
     assert counts == {"forward": 1, "backward": int(bool(sample.differentiable))}
 
 
-@samples
+@costly
 def test_exports_as_one_node(module, label):
     sample = sample_of(module, label)
     tensors = sample.tensors

@@ -587,7 +587,7 @@ def test_of_two_answers_it_gives_a_mean_or_speckles(family):
         (
             QuantizedClassifierConfig,
             {"event_shape": SHAPE, "palette": ((0.0, 0.0), (0.0, 0.0))},
-            "palette must have two colours or more, all different",
+            "palette must have two colors or more, all different",
         ),
     ],
 )
