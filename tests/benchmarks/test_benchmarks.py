@@ -64,7 +64,7 @@ def test_ours_passes_the_gate(case):
 
 
 def wrong(run):
-    """Off by one part in a hundred: nothing that a glance at the pictures would show."""
+    """Off by one part in a hundred: nothing that a glance at the images would show."""
 
     def scaled(*args):
         first, *rest = run(*args)

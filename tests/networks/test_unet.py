@@ -27,7 +27,7 @@ def inputs(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [(8, 8), (14, 28), (7, 5), (1, 1)])
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 3)])
-def test_any_picture_size(size, multipliers):
+def test_any_image_size(size, multipliers):
     net = network(width_multipliers=multipliers, blocks=2)
     out = net(inputs(2, 3, *size), net.time_film(torch.tensor([3, 900])))
     assert out.shape == (2, 2, *size)
