@@ -42,7 +42,7 @@ def test_patches():
 def test_starts_as_zero():
     with torch.random.fork_rng(devices=[]):
         net = UNet(
-            in_channels=1, out_channels=1, channels=8, multipliers=(1,), blocks=1,
+            in_channels=1, out_channels=1, width=8, width_multipliers=(1,), blocks=1,
             attention_depth=0, heads=1, patch=1,
         )  # fmt: skip
     assert not net(inputs(1, 1, 4, 4), net.time_film(torch.tensor([5]))).any()
