@@ -262,7 +262,7 @@ def test_shipped():
 # Presets ------------------------------------------------------------------------------------------
 @pytest.fixture
 def diffusion():
-    config = DiffusionConfig((1, 8, 8), channels=8, multipliers=(1,), blocks=1, heads=2)
+    config = DiffusionConfig((1, 8, 8), width=8, width_multipliers=(1,), blocks=1, heads=2)
     return make_model(ConditionalDiffusion, config)
 
 

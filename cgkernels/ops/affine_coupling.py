@@ -33,10 +33,10 @@ from cgkernels.device import (
     element_of,
     exp_of,
     is_last_program,
+    load_parts,
     load_row,
     row_offset,
     store_row,
-    sum_of_parts,
     tanh,
 )
 from cgkernels.library import define_op, needs_function, using_reference
@@ -237,7 +237,8 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     else:
         tl.store(partial_ptr + program, logdet)
         if is_last_program(count_ptr + row, blocks):
-            tl.store(logdet_ptr + row, sum_of_parts(partial_ptr + row * blocks, blocks, MERGE))
+            sums = load_parts(partial_ptr + row * blocks, tl.arange(0, MERGE), blocks)
+            tl.store(logdet_ptr + row, tl.sum(sums, 0))
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from cgkernels.checks import (
     check_shape,
 )
 from cgkernels.library import define_op, needs_function, using_reference
+from cgkernels.rows import compute_dtype
 
 
 # 1. Reference -------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ def embed_tokens_ref(
     places: Tensor | None,
 ) -> Tensor:  # fmt: skip
     token, column, known = _lookup_ref(tokens, position, offsets, embedding, places)
-    out = F.embedding(token, embedding).to(torch.promote_types(embedding.dtype, torch.float32))
+    out = F.embedding(token, embedding).to(compute_dtype(embedding))
     if places is not None:
         out = out + F.embedding(column.clamp(max=places.shape[0] - 1), places)
     return out.masked_fill(~known[:, None], torch.nan).to(embedding.dtype)
@@ -51,7 +52,7 @@ def embed_tokens_bwd_ref(
     As in PyTorch: of all rows with one token, in their order.
     """
     token, column, known = _lookup_ref(tokens, position, offsets, embedding, places)
-    dout = dout.masked_fill(~known[:, None], 0).to(torch.promote_types(dout.dtype, torch.float32))
+    dout = dout.masked_fill(~known[:, None], 0).to(compute_dtype(dout))
     return tuple(
         _embedding_bwd_ref(dout, row, table).to(table.dtype) if want and table is not None else None
         for want, row, table in zip(wanted, (token, column), (embedding, places), strict=True)

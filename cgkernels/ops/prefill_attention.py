@@ -28,6 +28,7 @@ from cgkernels.checks import (
     check_shape,
 )
 from cgkernels.library import using_reference
+from cgkernels.rows import compute_dtype
 
 
 # Reference ----------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ def prefill_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, bidirectional: int | Tensor,
     left_pad: Tensor | None, window: int, softcap: float | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    narrow, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    narrow, dtype = q.dtype, compute_dtype(q)
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     mask, blind = _mask(length, q.device, bidirectional, left_pad, window)
     k, v = (t.repeat_interleave(group, 2) for t in (k, v))

@@ -51,8 +51,8 @@ class ClassifierConfig(ImageConfig):
     cond_kind: Literal["class"] = "class"
     # Number of classes.
     num_classes: int = 10
-    # Width of each block, multiples of 8.
-    channels: tuple[int, ...] = (24, 48, 72, 72)
+    # Channels of each block, multiples of 8.
+    width: tuple[int, ...] = (24, 48, 72, 72)
     # Number of blocks, from the first, that halve the resolution.
     pools: int = 2
     # Side of the grid that the last features are averaged to.
@@ -73,7 +73,7 @@ class Classifier(Model):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        widths = (config.event_shape[0], *config.channels)
+        widths = (config.event_shape[0], *config.width)
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(
@@ -85,14 +85,14 @@ class Classifier(Model):
                 for number, (before, after) in enumerate(itertools.pairwise(widths), 1)
             )
         )
-        self.head = nn.Linear(config.channels[-1] * config.grid**2, config.num_classes)
+        self.head = nn.Linear(config.width[-1] * config.grid**2, config.num_classes)
 
     def forward(self, y: Tensor) -> Tensor:
         """Logits (B, num_classes)."""
         return self.head(self.features(y))
 
     def features(self, y: Tensor) -> Tensor:
-        """What the last layer sees, (B, channels[-1] grid^2)."""
+        """What the last layer sees, (B, width[-1] grid^2)."""
         return F.adaptive_avg_pool2d(self.blocks(y), self.config.grid).flatten(1)
 
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:

@@ -36,8 +36,8 @@ class AutoregressiveConfig(GuidedConfig):
     # channels are one choice.
     palette: Palette = ()
     # Blocks of the transformer.
-    layers: int = 4
-    # Width of its residual stream.
+    depth: int = 4
+    # Channels of its residual stream.
     width: int = 96
     # Query heads.
     heads: int = 4
@@ -121,7 +121,7 @@ class ConditionalTransformer(Model):
                 vocabulary=self.null + 1,
                 length=config.prefix_length + math.prod(config.sequence_shape),
                 outputs=config.choices,
-                layers=config.layers,
+                layers=config.depth,
                 width=config.width,
                 heads=config.heads,
                 kv_heads=config.kv_heads,

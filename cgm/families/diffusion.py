@@ -34,14 +34,14 @@ from cgm.sampling.cuda_graph import capture
 class DiffusionConfig(GuidedConfig):
     """What is generated from what, the network, and what it learns."""
 
-    # Width of the U-Net at full resolution.
-    channels: int = 32
-    # Width of each level as a multiple of `channels`; each level halves the resolution.
-    multipliers: tuple[int, ...] = (1, 2)
-    # Residual blocks a level.
+    # Channels of the U-Net at full resolution.
+    width: int = 32
+    # Channels at each resolution as a multiple of `width`; each is half of the one above.
+    width_multipliers: tuple[int, ...] = (1, 2)
+    # Residual blocks of a resolution.
     blocks: int = 2
-    # Self-attention (and cross-attention to tokens) in this many of the lowest levels.
-    attention_levels: int = 1
+    # Self-attention (and cross-attention to tokens) in this many of the lowest resolutions.
+    attention_depth: int = 1
     # Attention heads.
     heads: int = 4
     # Side of the squares of pixels that enter the U-Net as one.
@@ -64,14 +64,14 @@ class DiffusionConfig(GuidedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "channels", "blocks", "heads", "patch", "timesteps")
+        check_positive(self, "width", "blocks", "heads", "patch", "timesteps")
         check_not_negative(self, "bound_weight")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers must be positive, got {self.multipliers}")
-        if not 0 <= self.attention_levels <= len(self.multipliers):
+        if not self.width_multipliers or min(self.width_multipliers) < 1:
+            raise ValueError(f"width_multipliers must be positive, got {self.width_multipliers}")
+        if not 0 <= self.attention_depth <= len(self.width_multipliers):
             raise ValueError(
-                f"attention_levels must be from 0 to {len(self.multipliers)}, the number of "
-                f"multipliers, got {self.attention_levels}"
+                f"attention_depth must be from 0 to {len(self.width_multipliers)}, the number of "
+                f"width_multipliers, got {self.attention_depth}"
             )
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
@@ -126,10 +126,10 @@ class ConditionalDiffusion(Model):
         self.unet = UNet(
             in_channels=channels + (config.cond_shape[0] if config.cond_kind == "image" else 0),
             out_channels=channels * (2 if config.learned_variance else 1),
-            channels=config.channels,
-            multipliers=tuple(config.multipliers),
+            width=config.width,
+            width_multipliers=tuple(config.width_multipliers),
             blocks=config.blocks,
-            attention_levels=config.attention_levels,
+            attention_depth=config.attention_depth,
             heads=config.heads,
             patch=config.patch,
             num_classes=config.num_classes if config.cond_kind == "class" else 0,
@@ -335,20 +335,20 @@ class _Run:
 
 
 # Learned variance ---------------------------------------------------------------------------------
-def _bound_table(levels: np.ndarray, prediction: str) -> Tensor:
+def _bound_table(alphas_cumprod: np.ndarray, prediction: str) -> Tensor:
     """(T, 6) float32: y = a0 x_t + a1 prediction; of q(x_{t-1} | x_t, y) factors and logarithms.
 
     The last four are the factors of y and of x_t in its mean, log beta~ and log beta.
     """
-    before = np.append(1.0, levels[:-1])
-    beta = 1 - levels / before
-    small = (1 - before) / (1 - levels) * beta
+    before = np.append(1.0, alphas_cumprod[:-1])
+    beta = 1 - alphas_cumprod / before
+    small = (1 - before) / (1 - alphas_cumprod) * beta
     if len(small) > 1:
         small[0] = small[1]  # it is 0, and its step is the discretized likelihood
     columns = (
-        *x0_coefficients(prediction, np.sqrt(levels), np.sqrt(1 - levels)),
-        np.sqrt(before) * beta / (1 - levels),
-        np.sqrt(levels / before) * (1 - before) / (1 - levels),
+        *x0_coefficients(prediction, np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)),
+        np.sqrt(before) * beta / (1 - alphas_cumprod),
+        np.sqrt(alphas_cumprod / before) * (1 - before) / (1 - alphas_cumprod),
         np.log(small),
         np.log(beta),
     )

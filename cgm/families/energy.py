@@ -51,10 +51,10 @@ from cgm.sampling.langevin import annealed_weights, langevin
 class EnergyConfig(ImageConfig):
     """What is generated from what, the network, and the chains that it learns from."""
 
-    # Channels at full resolution; twice as many at each level below.
+    # Channels at full resolution; twice as many at each resolution below.
     width: int = 16
     # Resolutions, each half of the one above, rounded up.
-    levels: int = 3
+    depth: int = 3
     # Units of the layer that sees the whole image.
     hidden: int = 128
     # Side of the squares of pixels that enter the network as one; 1 where sides are odd.
@@ -82,7 +82,7 @@ class EnergyConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "width", "levels", "hidden", "patch", "chain_steps")
+        check_positive(self, "width", "depth", "hidden", "patch", "chain_steps")
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
                 f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
@@ -124,8 +124,8 @@ class EnergyNetwork(nn.Module):
     Args:
         in_channels: of x.
         sides: (H, W) of x.
-        width: channels at full resolution; twice as many at each level below.
-        levels: resolutions, each half of the one above, rounded up.
+        width: channels at full resolution; twice as many at each resolution below.
+        depth: resolutions, each half of the one above, rounded up.
         hidden: units of the layer that sees all of the last resolution.
         patch: side of the squares of pixels that enter as one; must divide the sides.
     """
@@ -136,18 +136,18 @@ class EnergyNetwork(nn.Module):
         sides: tuple[int, int],
         *,
         width: int,
-        levels: int,
+        depth: int,
         hidden: int,
         patch: int,
     ) -> None:
         super().__init__()
         self.patch = patch
-        widths = [width * 2**level for level in range(levels)]
+        widths = [width * 2**level for level in range(depth)]
         self.conv_in = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
         self.down = nn.ModuleList(
-            _Block(widths[max(level - 1, 0)], widths[level]) for level in range(levels)
+            _Block(widths[max(level - 1, 0)], widths[level]) for level in range(depth)
         )
-        height, wide = (-(-side // patch // 2 ** (levels - 1)) for side in sides)
+        height, wide = (-(-side // patch // 2 ** (depth - 1)) for side in sides)
         self.places = nn.ModuleList(nn.Conv2d(n, 1, 1) for n in [width, *widths])
         self.dense = nn.Linear(widths[-1] * height * wide, hidden)
         self.out = nn.Linear(hidden, 1)
@@ -155,13 +155,13 @@ class EnergyNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B,) of x (B, in_channels, H, W)."""
         h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        levels = [self.conv_in(h)]
+        features = [self.conv_in(h)]
         for level, block in enumerate(self.down):
-            h = levels[-1]
-            levels.append(block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h))
-        levels = [F.silu(h) for h in levels]
-        total = self.out(F.silu(self.dense(levels[-1].flatten(1))))[:, 0]
-        for place, h in zip(self.places, levels, strict=True):
+            h = features[-1]
+            features.append(block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h))
+        features = [F.silu(h) for h in features]
+        total = self.out(F.silu(self.dense(features[-1].flatten(1))))[:, 0]
+        for place, h in zip(self.places, features, strict=True):
             total = total + place(h).flatten(1).sum(1) / math.sqrt(math.prod(h.shape[2:]))
         return total
 
@@ -243,7 +243,7 @@ class ConditionalEBM(Model):
             config.event_shape[0] + self.planes.planes,
             config.event_shape[1:],
             width=config.width,
-            levels=config.levels,
+            depth=config.depth,
             hidden=config.hidden,
             patch=config.patch,
         )
@@ -280,7 +280,7 @@ class ConditionalEBM(Model):
         cond: Tensor | None = None,
         chains: int = 256,
         std: float = 1.0,
-        levels: int = 1000,
+        temperatures: int = 1000,
         steps: int = 1,
         step_size: float = 1e-3,
         seed: int | Tensor = 0,
@@ -304,8 +304,8 @@ class ConditionalEBM(Model):
         weights = annealed_weights(
             lambda y: self._network_energy(y, planes) / self.config.temperature,
             (chains * rows, *self.config.event_shape),
-            std=std, levels=levels, steps=steps, step_size=step_size, seed=seed, index=index,
-            device=device,
+            std=std, temperatures=temperatures, steps=steps, step_size=step_size, seed=seed,
+            index=index, device=device,
         )  # fmt: skip
         return weights.view(chains, rows).logsumexp(0) - math.log(chains)
 

@@ -2,16 +2,16 @@
 
     log p(y | cond) = sum of log N(z; 0, 1) + log |det dz/dy|,    z = f(y; cond)
 
-f goes down levels. A level halves the sides, four pixels becoming four channels; takes some steps,
+f goes down scales. A scale halves the sides, four pixels becoming four channels; takes some steps,
 each a normalization and a linear map of the channels of a pixel and a coupling, whose network sees
 the channels that stay and the condition; and gives half of its channels to z, after one coupling
 more that makes them standard normal given the others: their learned prior. The last gives all.
 
-Images have `values` gray values, and a density must not grow on them without bound: it is that of
-    x = 2 (v + u) / values - 1,   v = 0 .. values - 1 the value,  u uniform in [0, 1)
-in [-1, 1], and log P(v) >= E_u log p(x) - D log(values / 2) for the D numbers of an image.
+Images have `levels` gray levels, and a density must not grow on them without bound: it is that of
+    x = 2 (v + u) / levels - 1,   v = 0 .. levels - 1 the value,  u uniform in [0, 1)
+in [-1, 1], and log P(v) >= E_u log p(x) - D log(levels / 2) for the D numbers of an image.
 
-Source   NICE arXiv:1410.8516; RealNVP arXiv:1605.08803 (levels, coupling); Glow arXiv:1807.03039
+Source   NICE arXiv:1410.8516; RealNVP arXiv:1605.08803 (scales, coupling); Glow arXiv:1807.03039
          (ActNorm, 1x1 convolutions as P L U); dequantization and its bound: Theis et al.,
          arXiv:1511.01844; conditional coupling: Ardizzone et al., arXiv:1907.02392.
 """
@@ -46,9 +46,9 @@ from cgm.sampling.cuda_graph import capture
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class FlowConfig(ImageConfig):
-    """What is generated from what, the levels and their networks, and what is done to the data."""
+    """What is generated from what, the scales and their networks, and what is done to the data."""
 
-    # Steps of each level, the finest first; a level halves the sides where both are even.
+    # Steps of each scale, the finest first; a scale halves the sides where both are even.
     steps: tuple[int, ...] = (2, 4)
     # Channels of the network of a coupling, twice as many at each of its resolutions below.
     width: int = 32
@@ -61,26 +61,26 @@ class FlowConfig(ImageConfig):
     # Bound of |log s| of a coupling.
     limit: float = 2.0
     # Values that y can have, evenly spaced from -1 to 1; 0: any real number.
-    values: int = 256
+    levels: int = 256
     # Standard deviation of normal noise on the data of real numbers; samples have it too.
     noise: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps must be positive, one number a level, got {self.steps}")
+            raise ValueError(f"steps must be positive, one number a scale, got {self.steps}")
         check_positive(self, "depth", "blocks")
         if self.width < 4:
             raise ValueError(f"width must be at least 4, got {self.width}")
         if not 0 < self.limit <= 80:
             raise ValueError(f"limit must be above 0 and at most 80, got {self.limit}")
-        if self.values and not 2 <= self.values <= 65536:
-            raise ValueError(f"values must be 0 or from 2 to 65536, got {self.values}")
+        if self.levels and not 2 <= self.levels <= 65536:
+            raise ValueError(f"levels must be 0 or from 2 to 65536, got {self.levels}")
         check_not_negative(self, "noise")
-        if self.noise and self.values:
+        if self.noise and self.levels:
             raise ValueError(
-                f"noise is for real numbers, values 0: those of images have noise of their own, "
-                f"got noise {self.noise} and values {self.values}"
+                f"noise is for real numbers, levels 0: those of images have noise of their own, "
+                f"got noise {self.noise} and levels {self.levels}"
             )
 
 
@@ -156,7 +156,7 @@ class Coupling(nn.Module):
     Args:
         channels, sides: of x.
         planes: channels of the condition.
-        number: of the coupling in its level. Of one channel each turns to the other squares of a
+        number: of the coupling in its scale. Of one channel each turns to the other squares of a
             checkerboard; of more the last half is transformed.
         additive: shift only.
     """
@@ -179,7 +179,7 @@ class Coupling(nn.Module):
         resolutions = max(1, min(config.depth, (min(sides) - 1).bit_length()))
         self.network = ResidualUNet(
             self.stay + planes, touched * (1 if additive else 2), width=config.width,
-            levels=resolutions, blocks=config.blocks,
+            depth=resolutions, blocks=config.blocks,
         )  # fmt: skip
 
     def forward(self, x: Tensor, planes: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -195,7 +195,7 @@ class Coupling(nn.Module):
         )
 
 
-class Level(nn.Module):
+class Scale(nn.Module):
     """Steps at one resolution, and the prior of the channels that end here.
 
     Args:
@@ -230,11 +230,11 @@ class Level(nn.Module):
         self.kept = 0 if last else (channels // 2 if splits else channels)
 
     def squeeze(self, x: Tensor) -> Tensor:
-        """x at the resolution of this level."""
+        """x at the resolution of this scale."""
         return F.pixel_unshuffle(x, 2) if self.halves else x
 
     def forward(self, x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What goes on to the next level, what ends here, and the log-determinant (B,)."""
+        """What goes on to the next scale, what ends here, and the log-determinant (B,)."""
         x = self.squeeze(x)
         logdet = x.new_zeros(len(x))
         for channel_map, coupling in self._steps():
@@ -280,9 +280,9 @@ class ConditionalFlow(Model):
         planes, shape = self.planes.planes, (channels, (sides[0], sides[1]))
         self.levels = nn.ModuleList()
         for number, steps in enumerate(config.steps, 1):
-            level = Level(config, *shape, planes, steps, last=number == len(config.steps))
-            self.levels.append(level)
-            planes, shape = level.planes, (level.kept, level.sides)
+            scale = Scale(config, *shape, planes, steps, last=number == len(config.steps))
+            self.levels.append(scale)
+            planes, shape = scale.planes, (scale.kept, scale.sides)
         self.dimensions = math.prod(config.event_shape)
 
     def compile_networks(self, mode: str) -> None:
@@ -294,7 +294,7 @@ class ConditionalFlow(Model):
     # Likelihood -----------------------------------------------------------------------------------
     @property
     def density(self) -> Density:
-        return "bound" if self.config.values else "exact"
+        return "bound" if self.config.levels else "exact"
 
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """Minus the logarithm of the likelihood of y with its noise.
@@ -324,11 +324,11 @@ class ConditionalFlow(Model):
         seed: int | Tensor = 0,
         index: Tensor | None = None,
     ) -> Tensor:
-        """A bound below log P(y | cond) of images of `values` values in nats, (B,).
+        """A bound below log P(y | cond) of images of `levels` values in nats, (B,).
 
         It is an unbiased estimate of the bound, by the noise of (seed, index).
         """
-        if not self.config.values:
+        if not self.config.levels:
             raise NotImplementedError("a flow of real numbers has a density: see log_prob")
         self.check_inputs(y, cond)
         return self._noisy_log_prob(y, cond, seed, index)
@@ -342,7 +342,7 @@ class ConditionalFlow(Model):
         index: Tensor | None = None,
     ) -> Tensor:
         """(B,): -elbo / (C H W ln 2); of real numbers -log_prob / (C H W ln 2), of any sign."""
-        if self.config.values:
+        if self.config.levels:
             nats = self.elbo(y, cond=cond, seed=seed, index=index)
         else:
             nats = self.log_prob(y, cond=cond)
@@ -355,11 +355,11 @@ class ConditionalFlow(Model):
         config = self.config
         draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
         constant = 0.0
-        if config.values:
-            v = ((y + 1) * ((config.values - 1) / 2)).round().clamp(0, config.values - 1)
+        if config.levels:
+            v = ((y + 1) * ((config.levels - 1) / 2)).round().clamp(0, config.levels - 1)
             u = uniform(tuple(y.shape), dtype=y.dtype, device=y.device, **draws)
-            y = (v + u) * (2 / config.values) - 1
-            constant = self.dimensions * math.log(config.values / 2)
+            y = (v + u) * (2 / config.levels) - 1
+            constant = self.dimensions * math.log(config.levels / 2)
         elif config.noise:
             z = cgkernels.philox_normal(tuple(y.shape), dtype=y.dtype, device=y.device, **draws)
             y = y + config.noise * z
@@ -385,32 +385,32 @@ class ConditionalFlow(Model):
 
     def _encode(self, y: Tensor, planes: list[Tensor]) -> tuple[Tensor, Tensor]:
         parts, total = [], y.new_zeros(len(y))
-        for level, seen in zip(self._levels(), planes, strict=True):
-            y, ended, logdet = level(y, seen)
+        for scale, seen in zip(self._scales(), planes, strict=True):
+            y, ended, logdet = scale(y, seen)
             parts.append(ended.flatten(1))
             total = total + logdet
         return torch.cat(parts, 1), total
 
     def _decode(self, z: Tensor, planes: list[Tensor]) -> Tensor:
-        shapes = [(level.channels - level.kept, *level.sides) for level in self._levels()]
+        shapes = [(scale.channels - scale.kept, *scale.sides) for scale in self._scales()]
         parts = z.split([math.prod(shape) for shape in shapes], 1)
         x = z
-        for level, part, shape, seen in reversed(
-            list(zip(self._levels(), parts, shapes, planes, strict=True))
+        for scale, part, shape, seen in reversed(
+            list(zip(self._scales(), parts, shapes, planes, strict=True))
         ):
-            x = level.inverse(x, part.unflatten(1, shape), seen)
+            x = scale.inverse(x, part.unflatten(1, shape), seen)
         return x
 
     def _planes(self, cond: Tensor | None, rows: int) -> list[Tensor]:
-        """The planes of the conditions at the resolution of each level."""
+        """The planes of the conditions at the resolution of each scale."""
         planes, found = self.planes(cond, rows), []
-        for level in self._levels():
-            planes = level.squeeze(planes)
+        for scale in self._scales():
+            planes = scale.squeeze(planes)
             found.append(planes)
         return found
 
-    def _levels(self) -> list[Level]:
-        return cast(list[Level], list(self.levels))
+    def _scales(self) -> list[Scale]:
+        return cast(list[Scale], list(self.levels))
 
     # Sampling -------------------------------------------------------------------------------------
     def _draw(self, draws: Draws, options: FlowSampling) -> Tensor:
@@ -432,7 +432,7 @@ class ConditionalFlow(Model):
             dtype=temperature.dtype, device=index.device,
         )  # fmt: skip
         y = self._decode(z, [p.repeat(len(index) // rows, 1, 1, 1) for p in planes])
-        return y.clamp(-1, 1) if self.config.values else y
+        return y.clamp(-1, 1) if self.config.levels else y
 
     def _replay(self, *inputs: Tensor) -> Tensor:
         """`_generate` as a CUDA graph, kept for calls of the same sizes on the same weights."""

@@ -42,7 +42,7 @@ class Pix2PixConfig(ImageToImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
     # Dropout in the generator, its only noise: without it a condition has one image. A U-Net has
-    # it from 6 levels on.
+    # it from depth 6 on.
     dropout: bool = True
     # Weight lambda of the distance to the true image.
     l1_weight: float = 100.0
@@ -134,7 +134,7 @@ class GANConfig(ImageConfig):
     # Channels of the last hidden layer of the generator.
     width: int = 32
     # Resolutions of a generator from images, or of sides that are no multiples of 4.
-    levels: int = 3
+    depth: int = 3
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 34
     # Channels of its first layer.
@@ -148,7 +148,7 @@ class GANConfig(ImageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "latents", "width", "levels", "discriminator_width")
+        check_positive(self, "latents", "width", "depth", "discriminator_width")
         check_not_negative(self, "r1_weight", "penalty_weight")
 
 
@@ -198,7 +198,7 @@ class TranslatingGenerator(nn.Module):
             self.planes.planes,
             config.event_shape[0],
             width=config.width,
-            levels=config.levels,
+            depth=config.depth,
             features=config.latents,
             start_at_zero=False,
         )

@@ -41,7 +41,7 @@ class ImageToImageConfig(ImageConfig):
 
     # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
     generator: Literal["unet", "resnet"] = "unet"
-    # Levels of the U-Net, or residual blocks; 0: as many levels as the sides allow, up to 8 for 256
+    # Resolutions of the U-Net, or residual blocks; 0: as many as the sides allow, up to 8 for 256
     # pixels, or 9 blocks for 256 pixels and 6 for fewer.
     depth: int = 0
     # Channels of the first layer of a generator.
@@ -128,7 +128,7 @@ def image_generator(
     """The network from images of so many channels to images that a config asks for."""
     kind: dict[str, Any] = {"width": config.width, "norm": config.norm}
     depth = config.depth or _usual_depth(config)
-    if config.generator == "unet":  # which has dropout from 6 levels on
+    if config.generator == "unet":  # which has dropout from depth 6 on
         kind["dropout"] = dropout and depth >= 6
         return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
     kind["dropout"] = dropout
@@ -136,7 +136,7 @@ def image_generator(
 
 
 def _usual_depth(config: ImageToImageConfig) -> int:
-    """Levels of a U-Net: as many as the sides allow, 8 at most; or residual blocks as published."""
+    """Of a U-Net as many resolutions as the sides allow, 8 at most; of residual blocks 9 or 6."""
     sides = config.event_shape[1:]
     if config.generator == "unet":
         return next(depth for depth in range(8, 0, -1) if not any(n % 2**depth for n in sides))

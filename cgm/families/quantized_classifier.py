@@ -24,14 +24,14 @@ class QuantizedClassifierConfig(ResidualConfig):
     """What is generated from what, the network, and the classes."""
 
     # Values that a channel of a pixel can have, each channel by itself.
-    bins: int = 16
-    # Colors of two channels that a pixel can have, in place of bins: both channels as one choice.
+    levels: int = 16
+    # Colors of two channels that a pixel can have, in place of levels: both channels as one choice.
     palette: Palette = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.bins <= 256:
-            raise ValueError(f"bins must be from 2 to 256, got {self.bins}")
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"levels must be from 2 to 256, got {self.levels}")
         check_palette(self.palette, self.event_shape)
 
 
@@ -50,7 +50,7 @@ class QuantizedClassifier(Regression):
         if config.palette:
             values = torch.tensor(config.palette)
         else:
-            values = from_bins(torch.arange(config.bins), config.bins)[:, None]
+            values = from_bins(torch.arange(config.levels), config.levels)[:, None]
         super().__init__(config, torch.zeros(len(values), config.event_shape[0] // values.shape[1]))
         self.register_buffer("values", values, persistent=False)
 
@@ -97,7 +97,7 @@ class QuantizedClassifier(Regression):
         """The classes (B, outputs, H, W) of y (B, C, H, W)."""
         if self.config.palette:
             return to_palette(y, self.values)[:, None]
-        return to_bins(y, self.config.bins)
+        return to_bins(y, self.config.levels)
 
     def _values(self, classes: Tensor) -> Tensor:
         """What classes (..., outputs, H, W) stand for, (..., C, H, W)."""

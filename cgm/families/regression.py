@@ -96,7 +96,7 @@ class Regression(Model):
             self.planes.planes,
             start.numel(),
             width=config.width,
-            levels=config.levels,
+            depth=config.depth,
             blocks=config.blocks,
         )
         assert self.unet.conv_out.bias is not None

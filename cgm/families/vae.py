@@ -60,14 +60,14 @@ class VAEConfig(LatentConfig):
     # Prior of z: the standard normal one whatever the condition, or learned, made of it.
     prior: Literal["standard", "learned"] = "standard"
     # Distribution of y given z. bernoulli takes y in [-1, 1] for probabilities (y + 1) / 2;
-    # discretized_logistic takes it for one of `values`.
+    # discretized_logistic takes it for one of `levels`.
     likelihood: Literal["gaussian", "bernoulli", "discretized_logistic"] = "gaussian"
     # Standard deviation of the Gaussian, scale of the logistic; y is in [-1, 1].
     scale: float = 0.1
     # Learn that number, one for all pixels; `scale` is where it starts.
     learn_scale: bool = False
     # Values that y can have, evenly spaced from -1 to 1.
-    values: int = 256
+    levels: int = 256
     # Weight of the divergence in the loss; with 1 the loss is the bound.
     beta: float = 1.0
     # Nats of divergence that each number of z has for nothing, so that it does not fall silent.
@@ -80,8 +80,8 @@ class VAEConfig(LatentConfig):
         check_positive(self, "scale")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("learn_scale must be False for bernoulli, which has no scale")
-        if self.values < 2:
-            raise ValueError(f"values must be at least 2, got {self.values}")
+        if self.levels < 2:
+            raise ValueError(f"levels must be at least 2, got {self.levels}")
         check_not_negative(self, "beta", "free_bits")
 
 
@@ -156,7 +156,7 @@ class LogisticLikelihood(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.gaps = config.values - 1
+        self.gaps = config.levels - 1
         self.log_scale = _log_scale(config)
 
     def log_prob(self, out: Tensor, y: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class LatentModel(Model):
             self.planes.planes,
             channels,
             width=config.width,
-            levels=config.levels,
+            depth=config.depth,
             blocks=config.blocks,
             features=config.latents,
             start_at_zero=False,  # or the decoder is deaf to z, which would fall silent
@@ -233,7 +233,7 @@ class LatentModel(Model):
         config = self.config
         return ResidualEncoder(
             in_channels, config.event_shape[1:], features, width=config.width,
-            levels=config.levels, pooled=config.pooled,
+            depth=config.depth, pooled=config.pooled,
         )  # fmt: skip
 
     def _encode_image(self, y: Tensor, planes: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The protocol of all families: `loss`, `sample`, and how likely a y is."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -93,6 +94,13 @@ class Model(nn.Module):
     def _first(self) -> Tensor:
         tensors = itertools.chain(self.parameters(), self.buffers())
         return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+    @classmethod
+    def sampling_options(cls) -> tuple[str, ...]:
+        """Names of the solver options of `sample`; none where nothing can be drawn."""
+        if cls.sampling_config is None:
+            return ()
+        return tuple(field.name for field in dataclasses.fields(cls.sampling_config))
 
     def phase_parameters(self, phase: str) -> list[nn.Parameter]:
         """The parameters that a phase updates; no parameter is in two phases."""

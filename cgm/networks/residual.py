@@ -23,18 +23,18 @@ from cgm.networks.unet import ResidualBlock, group_norm, zero_init
 class ResidualConfig(ImageConfig):
     """What is generated from what, and the size of the networks."""
 
-    # Channels of the networks at full resolution, twice as many at each level below.
+    # Channels of the networks at full resolution, twice as many at each resolution below.
     width: int = 32
     # Resolutions of the networks, each half of the one above, rounded up.
-    levels: int = 3
-    # Residual blocks of a level of a U-Net, on the way down and again on the way up.
+    depth: int = 3
+    # Residual blocks of a resolution of a U-Net, on the way down and again on the way up.
     blocks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width < 4:
             raise ValueError(f"width must be at least 4, got {self.width}")
-        check_positive(self, "levels", "blocks")
+        check_positive(self, "depth", "blocks")
 
 
 class ConditionPlanes(nn.Module):
@@ -69,9 +69,9 @@ class ResidualUNet(nn.Module):
 
     Args:
         in_channels, out_channels: of x and of the result.
-        width: channels at full resolution, at least 4; twice as many at each level below.
-        levels: resolutions, each half of the one above, rounded up.
-        blocks: residual blocks of a level, on the way down and again on the way up.
+        width: channels at full resolution, at least 4; twice as many at each resolution below.
+        depth: resolutions, each half of the one above, rounded up.
+        blocks: residual blocks of a resolution, on the way down and again on the way up.
         features: size of the vector, 0 for none.
         start_at_zero: blocks start as their skips, deaf to the vector, and the result as 0; else
             all weights start as PyTorch's.
@@ -83,14 +83,14 @@ class ResidualUNet(nn.Module):
         out_channels: int,
         *,
         width: int,
-        levels: int,
+        depth: int,
         blocks: int = 1,
         features: int = 0,
         start_at_zero: bool = True,
     ) -> None:
         super().__init__()
         self.blocks = blocks
-        widths = [width * 2**level for level in range(levels)]
+        widths = [width * 2**level for level in range(depth)]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, after in enumerate(widths):
@@ -139,8 +139,8 @@ class ResidualEncoder(nn.Module):
         in_channels: of x.
         sides: (H, W) of x.
         out_features: size of the result.
-        width: channels at full resolution, at least 4; twice as many at each level below.
-        levels: resolutions, each half of the one above, rounded up.
+        width: channels at full resolution, at least 4; twice as many at each resolution below.
+        depth: resolutions, each half of the one above, rounded up.
         pooled: the vector is made of the means over all pixels, and knows the position of none.
     """
 
@@ -151,18 +151,18 @@ class ResidualEncoder(nn.Module):
         out_features: int,
         *,
         width: int,
-        levels: int,
+        depth: int,
         pooled: bool = False,
     ) -> None:
         super().__init__()
-        widths = [width * 2**level for level in range(levels)]
+        widths = [width * 2**level for level in range(depth)]
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList(
-            ResidualBlock(widths[max(level - 1, 0)], widths[level]) for level in range(levels)
+            ResidualBlock(widths[max(level - 1, 0)], widths[level]) for level in range(depth)
         )
         self.norm_out = group_norm(widths[-1])
         self.pooled = pooled
-        height, wide = (-(-side // 2 ** (levels - 1)) for side in sides)
+        height, wide = (-(-side // 2 ** (depth - 1)) for side in sides)
         pixels = 1 if pooled else height * wide
         self.out = nn.Linear(widths[-1] * pixels, out_features)
 

@@ -75,10 +75,10 @@ class UNet(nn.Module):
 
     Args:
         in_channels, out_channels: of x and of the result.
-        channels: width at full resolution, even and at least 4.
-        multipliers: times this at each level, which halves the size.
-        blocks: residual blocks a level.
-        attention_levels: self-attention in this many of the lowest levels.
+        width: channels at full resolution, even and at least 4.
+        width_multipliers: times this at each resolution, half of the one above.
+        blocks: residual blocks of a resolution.
+        attention_depth: self-attention in this many of the lowest resolutions.
         heads: of all attentions.
         patch: side of the squares of pixels that enter as one; H and W must be divisible by it.
         num_classes: classes with an embedding, 0 for none; class num_classes means "no class".
@@ -90,10 +90,10 @@ class UNet(nn.Module):
         *,
         in_channels: int,
         out_channels: int,
-        channels: int,
-        multipliers: tuple[int, ...],
+        width: int,
+        width_multipliers: tuple[int, ...],
         blocks: int,
-        attention_levels: int,
+        attention_depth: int,
         heads: int,
         patch: int,
         num_classes: int = 0,
@@ -101,22 +101,22 @@ class UNet(nn.Module):
         token_length: int = 0,
     ) -> None:
         super().__init__()
-        widths = [channels * m for m in multipliers]
-        if channels < 4 or channels % 2:
-            raise ValueError(f"channels must be even and at least 4, got {channels}")
+        widths = [width * m for m in width_multipliers]
+        if width < 4 or width % 2:
+            raise ValueError(f"width must be even and at least 4, got {width}")
         if any(w % heads for w in widths):
             raise ValueError(f"heads must divide the widths {widths}, got {heads}")
         self.patch = patch
-        self.conv_in = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.downsample, self.upsample = nn.ModuleList(), nn.ModuleList()
-        skips, width = [channels], channels
+        skips, current = [width], width
         self.film_sizes: list[int] = []
 
         def stage(in_width: int, out_width: int, level: int) -> nn.ModuleDict:
             self.film_sizes.append(2 * out_width)
             parts: dict[str, nn.Module] = {"block": ResidualBlock(in_width, out_width)}
-            if level >= len(widths) - attention_levels:
+            if level >= len(widths) - attention_depth:
                 parts["attention"] = Attention(out_width, heads)
                 if vocabulary:
                     parts["cross"] = Attention(out_width, heads, tokens=True)
@@ -124,27 +124,27 @@ class UNet(nn.Module):
 
         for level, level_width in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(stage(width, level_width, level))
-                width = level_width
-                skips.append(width)
+                self.down.append(stage(current, level_width, level))
+                current = level_width
+                skips.append(current)
             if level < len(widths) - 1:
-                self.downsample.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
-                skips.append(width)
-        self.middle = stage(width, width, len(widths) - 1)
+                self.downsample.append(nn.Conv2d(current, current, 3, stride=2, padding=1))
+                skips.append(current)
+        self.middle = stage(current, current, len(widths) - 1)
         for level, level_width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(stage(width + skips.pop(), level_width, level))
-                width = level_width
+                self.up.append(stage(current + skips.pop(), level_width, level))
+                current = level_width
             if level > 0:
-                self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
-        self.blocks, self.levels = blocks, len(widths)
-        self.norm_out = group_norm(width)
-        self.conv_out = zero_init(nn.Conv2d(width, out_channels * patch**2, 3, padding=1))
+                self.upsample.append(nn.Conv2d(current, current, 3, padding=1))
+        self.blocks, self.depth = blocks, len(widths)
+        self.norm_out = group_norm(current)
+        self.conv_out = zero_init(nn.Conv2d(current, out_channels * patch**2, 3, padding=1))
 
-        hidden, film = 2 * channels, sum(self.film_sizes)
-        self.frequencies = channels
+        hidden, film = 2 * width, sum(self.film_sizes)
+        self.frequencies = width
         self.time = nn.Sequential(
-            nn.Linear(channels, hidden), nn.SiLU(), nn.Linear(hidden, film)
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, film)
         )  # fmt: skip
         self.classes = nn.Embedding(num_classes + 1, film) if num_classes else None
         if self.classes is not None:
@@ -152,7 +152,7 @@ class UNet(nn.Module):
         if vocabulary:
             crosses = [s["cross"] for s in self._stages() if "cross" in s]
             if not crosses:
-                raise ValueError("attention_levels must be positive where tokens are the condition")
+                raise ValueError("attention_depth must be positive where tokens are the condition")
             self.tokens = nn.Embedding(vocabulary + 1, hidden)
             self.positions = nn.Parameter(torch.randn(token_length, hidden) * 0.02)
             self.token_norm = nn.LayerNorm(hidden)
@@ -206,7 +206,7 @@ class UNet(nn.Module):
             h = run(stage, h)
             skips.append(h)
             level, last = divmod(i + 1, self.blocks)
-            if last == 0 and level < self.levels:
+            if last == 0 and level < self.depth:
                 h = self.downsample[level - 1](h)
                 skips.append(h)
         h = run(self.middle, h)
@@ -214,7 +214,7 @@ class UNet(nn.Module):
             skip = skips.pop()
             h = run(stage, torch.cat([h, skip], dim=1))
             level, last = divmod(i + 1, self.blocks + 1)
-            if last == 0 and level < self.levels:
+            if last == 0 and level < self.depth:
                 h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
                 h = self.upsample[level - 1](h)
         h = self.conv_out(F.silu(self.norm_out(h)))

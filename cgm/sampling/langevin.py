@@ -109,7 +109,7 @@ def annealed_weights(
     shape: tuple[int, ...],
     *,
     std: float = 1.0,
-    levels: int = 200,
+    temperatures: int = 200,
     steps: int = 1,
     step_size: float,
     seed: int | Tensor,
@@ -119,16 +119,16 @@ def annealed_weights(
     """Log-weights (B,) of chains whose exponentials have the mean Z = integral of exp(-E).
 
     A chain goes from N(0, std^2) to exp(-E) through exp(-(1 - b) |y|^2 / (2 std^2) - b E) with
-    b = 1 / levels, 2 / levels, .. 1, and collects what the density gains by each change of b. At
-    each b it makes Langevin steps of length step_size, accepted or refused as Metropolis and
-    Hastings do, so that they keep the density of b. The mean is right however few they are; its
+    b = 1 / temperatures, 2 / temperatures, .. 1, and collects what the density gains by each change
+    of b. At each b it makes Langevin steps of length step_size, accepted or refused as Metropolis
+    and Hastings do, so that they keep the density of b. The mean is right however few they are; its
     variance is small only where the chain can follow, which is to say in few dimensions.
     arXiv:physics/9803008, equation 11.
 
     energy: (B,) of y, in nats. shape: (B, *event). seed, index: of the noise, stream 5, the start
     stream 0.
     """
-    for name, count in (("levels", levels), ("steps", steps)):
+    for name, count in (("temperatures", temperatures), ("steps", steps)):
         if count < 1:
             raise ValueError(f"{name} must be positive, got {count}")
     for name, value in (("std", std), ("step_size", step_size)):
@@ -144,19 +144,19 @@ def annealed_weights(
     y = std * normal(shape, stream=STREAM_INITIAL, **draws)
     log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
     weights = torch.full((shape[0],), log_start, device=device)
-    for level in range(1, levels + 1):
-        b = level / levels
+    for number in range(1, temperatures + 1):
+        b = number / temperatures
         with torch.no_grad():
-            weights = weights + (of_start(y) - energy(y)) / levels
-        if level == levels:
+            weights = weights + (of_start(y) - energy(y)) / temperatures
+        if number == temperatures:
             break
 
         def between(y: Tensor, b: float = b) -> Tensor:
             return (1 - b) * of_start(y) + b * energy(y)
 
-        for number in range((level - 1) * steps, level * steps):
-            z = normal(shape, step=2 * number, stream=STREAM_LANGEVIN, **draws)
-            u = uniform((shape[0],), step=2 * number + 1, stream=STREAM_LANGEVIN, **draws)
+        for step in range((number - 1) * steps, number * steps):
+            z = normal(shape, step=2 * step, stream=STREAM_LANGEVIN, **draws)
+            u = uniform((shape[0],), step=2 * step + 1, stream=STREAM_LANGEVIN, **draws)
             y = _metropolis_step(between, y, step_size, z, u)
     return weights
 

@@ -131,36 +131,36 @@ _SMALL: dict[str, Any] = {"width": 16}
 _BATCH: dict[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "warmup": 50, "ema_decay": 0.99}
 # With the usual base of 10,000 most wavelengths are longer than these images.
 _TRANSFORMER: dict[str, Any] = {
-    "layers": 1, "width": 64, "heads": 4, "hidden": 256, "rope_base": 100.0
+    "depth": 1, "width": 64, "heads": 4, "hidden": 256, "rope_base": 100.0
 }  # fmt: skip
 # Many steps of few images: each is some hundred values to predict.
 _SEQUENCES: dict[str, Any] = {**_BATCH, "batch_size": 4, "learning_rate": 3e-3}
 _COLORS = (TEAL, PINK, (0.0, 0.0))
 _FLAT: dict[str, Any] = {"batch_size": 256, "warmup": 50}
-_POINT_REGRESSION: dict[str, Any] = {"width": 16, "levels": 1}
+_POINT_REGRESSION: dict[str, Any] = {"width": 16, "depth": 1}
 _POINT_TRANSFORMER: dict[str, Any] = {
-    "levels": 64, "layers": 2, "width": 32, "heads": 2, "hidden": 64, "positions": "learned",
+    "levels": 64, "depth": 2, "width": 32, "heads": 2, "hidden": 64, "positions": "learned",
     "cond_dropout": 0.0,
 }  # fmt: skip
-_POINT_VAE: dict[str, Any] = {"levels": 1, "width": 64, "latents": 2, "learn_scale": True}
+_POINT_VAE: dict[str, Any] = {"depth": 1, "width": 64, "latents": 2, "learn_scale": True}
 _POINT_UNET: dict[str, Any] = {
-    "channels": 64, "multipliers": (1,), "blocks": 1, "attention_levels": 0, "patch": 1,
+    "width": 64, "width_multipliers": (1,), "blocks": 1, "attention_depth": 0, "patch": 1,
     "cond_dropout": 0.0,
 }  # fmt: skip
-_POINT_FLOW: dict[str, Any] = {"steps": (8,), "depth": 1, "values": 0, "noise": 0.02}
+_POINT_FLOW: dict[str, Any] = {"steps": (8,), "depth": 1, "levels": 0, "noise": 0.02}
 # The data are finer than the noise on images, and f of two numbers can be as large as -log p.
 _POINT_ENERGY: dict[str, Any] = {
-    "patch": 1, "levels": 1, "width": 64, "hidden": 256, "temperature": 0.2, "step_size": 0.002,
+    "patch": 1, "depth": 1, "width": 64, "hidden": 256, "temperature": 0.2, "step_size": 0.002,
     "data_noise": 0.0, "chains": 4096, "chain_steps": 5, "square_weight": 1e-4,
 }  # fmt: skip
 _POINT_GAN: dict[str, Any] = {
-    "patch": 1, "levels": 1, "latents": 4, "width": 64, "discriminator_width": 64, "r1_weight": 0.1
+    "patch": 1, "depth": 1, "latents": 4, "width": 64, "discriminator_width": 64, "r1_weight": 0.1
 }  # fmt: skip
 # Without a condition what is said of it, and of the regressions' network, is of no effect.
 _OF_POINTS = (
     Entry("gaussian_regression", _POINT_REGRESSION, _FLAT),
     Entry("mixture_density", _POINT_REGRESSION, _FLAT),
-    Entry("quantized_classifier", {**_POINT_REGRESSION, "bins": 64}, _FLAT),
+    Entry("quantized_classifier", {**_POINT_REGRESSION, "levels": 64}, _FLAT),
     Entry("vae", _POINT_VAE, _FLAT, {"noise": True}),
     Entry("autoregressive", _POINT_TRANSFORMER, _FLAT),
     Entry("flow", _POINT_FLOW, _FLAT),
@@ -197,7 +197,7 @@ CONTESTS = {
             Entry("quantized_classifier", {**_SMALL, "palette": _COLORS}, _BATCH),
             Entry(
                 "vae",
-                {**_SMALL, "levels": 2, "latents": 1, "pooled": True, "scale": 0.3},
+                {**_SMALL, "depth": 2, "latents": 1, "pooled": True, "scale": 0.3},
                 _BATCH,
             ),
             Entry(
@@ -206,7 +206,7 @@ CONTESTS = {
                 {**_TRANSFORMER, "palette": _COLORS, "levels": 256, "cond_dropout": 0.0},
                 _SEQUENCES,
             ),
-            Entry("flow", {"steps": (1, 4), "width": 24, "values": 0, "noise": 0.05}, _BATCH),
+            Entry("flow", {"steps": (1, 4), "width": 24, "levels": 0, "noise": 0.05}, _BATCH),
             Entry("diffusion", {"cond_dropout": 0.0}, _BATCH, {"steps": 20}),
             Entry("gan", {**_SMALL, "latents": 8}, {"batch_size": 32, "learning_rate": 5e-4}),
             Entry(
@@ -269,7 +269,7 @@ CONTESTS = {
                 "vae",
                 {
                     "width": 32,
-                    "levels": 1,
+                    "depth": 1,
                     "blocks": 2,
                     "latents": 2,
                     "pooled": True,

@@ -64,7 +64,7 @@ def test_ours_passes_the_gate(case):
 
 
 def wrong(run):
-    """Off by one part in a hundred: nothing that a glance at the pictures would show."""
+    """Off by one part in a hundred: nothing that a glance at the images would show."""
 
     def scaled(*args):
         first, *rest = run(*args)
@@ -245,6 +245,7 @@ def test_the_version_follows_what_is_imported():
     found = records._closure("cgkernels.ops.add_noise")
     assert {"cgkernels.rows", "cgkernels.device", "cgkernels.targets"} <= found
     assert "cgkernels.ops.guided_step" not in found
+    assert "cgkernels.ops.guided_step.kernel" in records._closure("cgkernels.ops.guided_step")
     assert "cgkernels.ops.guided_step" in records._closure("cgm.families.diffusion")
 
 

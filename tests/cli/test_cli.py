@@ -32,7 +32,7 @@ from cgm.training import TrainingConfig
 from cgm.viz.plots import as_images, image_grid, point_map, sample_grid
 
 TINY = shlex.split(
-    "--model.channels 8 --model.multipliers 1 --model.blocks 1 --model.heads 2 "
+    "--model.width 8 --model.width_multipliers 1 --model.blocks 1 --model.heads 2 "
     "--training.batch-size 4 --training.log-every 1 --training.threads 1 --device cpu"
 )
 
@@ -233,7 +233,7 @@ def test_evaluate_one_measure(cgm, trained, tmp_path):
 
 def test_an_autoregressive_model_from_training_to_bits(cgm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes = "--model.layers 1 --model.width 8 --model.heads 1 --model.hidden 8 --model.levels 2"
+    sizes = "--model.depth 1 --model.width 8 --model.heads 1 --model.hidden 8 --model.levels 2"
     batch = "--training.steps 2 --training.batch-size 2"
     code, out, err = cgm(f"train autoregressive --task complete {sizes} {batch}")
     assert code == 0 and "step 2/2" in out and err == ""
@@ -246,7 +246,7 @@ def test_an_autoregressive_model_from_training_to_bits(cgm, tmp_path, monkeypatc
 
 
 def test_an_autoencoder_is_trained_and_draws_nothing(cgm, tmp_path):
-    sizes = "--model.width 4 --model.levels 1 --model.latents 2"
+    sizes = "--model.width 4 --model.depth 1 --model.latents 2"
     batch = "--training.steps 2 --training.batch-size 2"
     line = f"train autoencoder --task class_to_image {sizes} {batch} --out {tmp_path}/run"
     code, out, err = cgm(line)
@@ -264,7 +264,7 @@ def test_the_command_that_train_prints_draws(cgm, tmp_path, monkeypatch):
     assert "runs/diffusion-class_to_image" in out
     model = load_model("runs/diffusion-class_to_image")
     assert model.config.cond_kind == "class" and model.config.num_classes == 10
-    assert model.config.channels == 8
+    assert model.config.width == 8
     command = out.splitlines()[-1].split()
     assert command[:2] == ["cgm", "sample"]
     code, out, err = cgm(shlex.join(command[1:]) + " --steps 2 --n 2")
@@ -349,7 +349,7 @@ def test_images_as_conditions_are_held_out_ones(cgm, trained, tmp_path, task, wi
 
 
 def test_no_condition(cgm, tmp_path):
-    model = make_model(ConditionalDiffusion, DiffusionConfig((1, 8, 8), channels=8, heads=2))
+    model = make_model(ConditionalDiffusion, DiffusionConfig((1, 8, 8), width=8, heads=2))
     save_model(tmp_path / "model", model)
     array = tmp_path / "a.safetensors"
     line = f"sample {tmp_path / 'model'} --n 11 --steps 2 --index 3"

@@ -103,7 +103,7 @@ def test_without_augmentation(held_out):
 
 
 def test_other_sizes():
-    config = ClassifierConfig(event_shape=(3, 20, 33), num_classes=4, channels=(8, 16), pools=1)
+    config = ClassifierConfig(event_shape=(3, 20, 33), num_classes=4, width=(8, 16), pools=1)
     model = Classifier(config)
     loss = model.loss(torch.zeros(2, 3, 20, 33), cond=torch.tensor([0, 3]), seed=1)
     assert loss["total"].shape == (2,) and model(torch.zeros(0, 3, 20, 33)).shape == (0, 4)

@@ -27,7 +27,7 @@ def stripes(rows, seed=0):
 
 def untrained():
     config = AutoregressiveConfig(
-        event_shape=(1, 4, 4), cond_kind="class", num_classes=4, levels=4, layers=2, width=32,
+        event_shape=(1, 4, 4), cond_kind="class", num_classes=4, levels=4, depth=2, width=32,
         heads=2, hidden=64,
     )  # fmt: skip
     return make_model(ConditionalTransformer, config).eval()
@@ -72,7 +72,7 @@ def test_class_accuracy_of_samples(monkeypatch):
         return real.batch(torch.arange(len(cond)))["y"]
 
     monkeypatch.setattr(ConditionalDiffusion, "sample", sample)
-    config = DiffusionConfig(cond_kind="class", num_classes=10, channels=8, heads=2)
+    config = DiffusionConfig(cond_kind="class", num_classes=10, width=8, heads=2)
     model = make_model(ConditionalDiffusion, config)
     held_out = load_task("class_to_image", "test")
     samples, real = evaluate(model, held_out, rows=300, seed=4, steps=5)

@@ -65,7 +65,7 @@ def test_classes_are_averaged_over(kind):
 
 def test_an_exact_density_is_taken_first():
     config = AutoregressiveConfig(
-        (1, 4, 4), "class", 2, levels=4, layers=1, width=8, heads=1, hidden=8, positions="learned"
+        (1, 4, 4), "class", 2, levels=4, depth=1, width=8, heads=1, hidden=8, positions="learned"
     )
     model = make_model(ConditionalTransformer, config).eval()
     y = torch.rand(3, 1, 4, 4) * 2 - 1
@@ -125,5 +125,5 @@ def test_of_a_flow_the_bound_is_taken_where_it_learned_images():
     image = make_model(ConditionalFlow, FlowConfig((1, 4, 4), **sizes)).eval()
     expected = image.elbo(y, seed=3).double().detach()
     torch.testing.assert_close(log_density(image, y, seed=3), expected)
-    real = make_model(ConditionalFlow, FlowConfig((1, 4, 4), values=0, **sizes)).eval()
+    real = make_model(ConditionalFlow, FlowConfig((1, 4, 4), levels=0, **sizes)).eval()
     torch.testing.assert_close(log_density(real, y), real.log_prob(y).double().detach())

@@ -9,20 +9,20 @@ from cgm.model import FAMILIES, Model, config_class, family_class, make_model
 
 SIDES = (8, 8)
 SMALL = {
-    "autoencoder": {"width": 4, "levels": 1, "latents": 2},
-    "autoregressive": {"levels": 4, "layers": 1, "width": 8, "heads": 1, "hidden": 8},
-    "classifier": {"channels": (8,), "pools": 1},
+    "autoencoder": {"width": 4, "depth": 1, "latents": 2},
+    "autoregressive": {"levels": 4, "depth": 1, "width": 8, "heads": 1, "hidden": 8},
+    "classifier": {"width": (8,), "pools": 1},
     "cyclegan": {"generator": "unet", "depth": 2, "width": 4, "discriminator_width": 4, "patch": 1},
-    "diffusion": {"channels": 8, "multipliers": (1,), "blocks": 1, "heads": 2},
-    "energy": {"width": 4, "levels": 1, "hidden": 4, "chain_steps": 1, "chains": 4},
+    "diffusion": {"width": 8, "width_multipliers": (1,), "blocks": 1, "heads": 2},
+    "energy": {"width": 4, "depth": 1, "hidden": 4, "chain_steps": 1, "chains": 4},
     "flow": {"steps": (1,), "width": 4, "depth": 1},
-    "gan": {"width": 4, "levels": 1, "latents": 2, "discriminator_width": 4, "patch": 1},
-    "gaussian_regression": {"width": 4, "levels": 1},
-    "least_squares": {"width": 4, "levels": 1, "sigma": 0.5},
-    "mixture_density": {"width": 4, "levels": 1, "components": 2},
+    "gan": {"width": 4, "depth": 1, "latents": 2, "discriminator_width": 4, "patch": 1},
+    "gaussian_regression": {"width": 4, "depth": 1},
+    "least_squares": {"width": 4, "depth": 1, "sigma": 0.5},
+    "mixture_density": {"width": 4, "depth": 1, "components": 2},
     "pix2pix": {"depth": 2, "width": 4, "discriminator_width": 4, "patch": 1, "dropout": False},
-    "quantized_classifier": {"width": 4, "levels": 1, "bins": 4},
-    "vae": {"width": 4, "levels": 1, "latents": 2},
+    "quantized_classifier": {"width": 4, "depth": 1, "levels": 4},
+    "vae": {"width": 4, "depth": 1, "latents": 2},
 }
 TRANSLATING = ("cyclegan", "pix2pix")
 # Options of `sample` for less work.

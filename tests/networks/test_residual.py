@@ -22,15 +22,15 @@ def test_the_networks_take_any_condition_and_any_sides(kind):
     assert x.shape == (3, planes.planes, *config.event_shape[1:])
     if kind == "class":
         assert torch.equal(x[0], x[2]) and not torch.equal(x[0], x[1])
-    levels = 1 if config.event_shape[1] == 1 else 3
-    unet = ResidualUNet(planes.planes, 7, width=8, levels=levels, blocks=2, start_at_zero=False)
-    encoder = ResidualEncoder(planes.planes, config.event_shape[1:], 4, width=8, levels=levels)
+    depth = 1 if config.event_shape[1] == 1 else 3
+    unet = ResidualUNet(planes.planes, 7, width=8, depth=depth, blocks=2, start_at_zero=False)
+    encoder = ResidualEncoder(planes.planes, config.event_shape[1:], 4, width=8, depth=depth)
     assert unet(x).shape == (3, 7, *config.event_shape[1:])
     assert encoder(x).shape == (3, 4)
 
 
 def test_a_vector_modulates_every_block_of_the_unet():
-    unet = ResidualUNet(3, 2, width=8, levels=2, features=5, start_at_zero=False)
+    unet = ResidualUNet(3, 2, width=8, depth=2, features=5, start_at_zero=False)
     x, vector = torch.randn(2, 3, 6, 6), torch.randn(2, 5)
     assert unet.film is not None and sum(unet.film_sizes) == unet.film.out_features
     drawn = [unet(x, vector), unet(x, vector + 1)]
@@ -41,7 +41,7 @@ def test_a_vector_modulates_every_block_of_the_unet():
 
 
 def test_an_untrained_unet_predicts_zero():
-    unet = ResidualUNet(3, 2, width=8, levels=2)
+    unet = ResidualUNet(3, 2, width=8, depth=2)
     assert not unet(torch.randn(2, 3, 5, 5)).any()
 
 

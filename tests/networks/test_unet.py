@@ -9,8 +9,8 @@ from cgm.networks.unet import UNet
 
 def network(**changes) -> UNet:
     options = {
-        "in_channels": 3, "out_channels": 2, "channels": 8, "multipliers": (1, 2), "blocks": 1,
-        "attention_levels": 1, "heads": 2, "patch": 1,
+        "in_channels": 3, "out_channels": 2, "width": 8, "width_multipliers": (1, 2), "blocks": 1,
+        "attention_depth": 1, "heads": 2, "patch": 1,
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -27,8 +27,8 @@ def inputs(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [(8, 8), (14, 28), (7, 5), (1, 1)])
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 3)])
-def test_any_picture_size(size, multipliers):
-    net = network(multipliers=multipliers, blocks=2)
+def test_any_image_size(size, multipliers):
+    net = network(width_multipliers=multipliers, blocks=2)
     out = net(inputs(2, 3, *size), net.time_film(torch.tensor([3, 900])))
     assert out.shape == (2, 2, *size)
     assert out.isfinite().all()
@@ -42,8 +42,8 @@ def test_patches():
 def test_starts_as_zero():
     with torch.random.fork_rng(devices=[]):
         net = UNet(
-            in_channels=1, out_channels=1, channels=8, multipliers=(1,), blocks=1,
-            attention_levels=0, heads=1, patch=1,
+            in_channels=1, out_channels=1, width=8, width_multipliers=(1,), blocks=1,
+            attention_depth=0, heads=1, patch=1,
         )  # fmt: skip
     assert not net(inputs(1, 1, 4, 4), net.time_film(torch.tensor([5]))).any()
 
@@ -85,9 +85,9 @@ def test_time_film_of_all_steps_at_once_equals_one_by_one():
     "changes, name",
     [
         ({"heads": 3}, "heads"),
-        ({"channels": 2}, "channels"),
-        ({"channels": 7, "heads": 7}, "channels"),
-        ({"vocabulary": 4, "attention_levels": 0}, "levels"),
+        ({"width": 2}, "width"),
+        ({"width": 7, "heads": 7}, "width"),
+        ({"vocabulary": 4, "attention_depth": 0}, "attention_depth"),
     ],
 )
 def test_impossible_networks(changes, name):

@@ -20,11 +20,11 @@ from cgm.training import TrainingConfig
 TINY = {
     "diffusion": Entry(
         "diffusion",
-        {"channels": 8, "multipliers": (1,), "attention_levels": 0, "patch": 1},
+        {"width": 8, "width_multipliers": (1,), "attention_depth": 0, "patch": 1},
         {"batch_size": 8},
         {"steps": 2},
     ),
-    "gan": Entry("gan", {"patch": 1, "levels": 1, "latents": 2, "width": 4}, {"batch_size": 8}),
+    "gan": Entry("gan", {"patch": 1, "depth": 1, "latents": 2, "width": 4}, {"batch_size": 8}),
 }
 
 

@@ -27,12 +27,18 @@ from cgm.studies.demo import CHECKPOINT, LIBRARY, PLAIN, demo
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     config = DiffusionConfig(
-        cond_kind="class", num_classes=10, channels=8, heads=2, multipliers=(1,), blocks=1, patch=4
+        cond_kind="class",
+        num_classes=10,
+        width=8,
+        heads=2,
+        width_multipliers=(1,),
+        blocks=1,
+        patch=4,
     )
     preset = {"sampling": {**sampling_preset(shipped(CHECKPOINT)), "steps": 3}}
     save_model(tmp_path / "tiny", make_model(ConditionalDiffusion, config), preset)
     lower = AutoregressiveConfig(
-        event_shape=(1, 14, 28), cond_kind="image", cond_shape=(1, 14, 28), levels=2, layers=1,
+        event_shape=(1, 14, 28), cond_kind="image", cond_shape=(1, 14, 28), levels=2, depth=1,
         width=8, heads=1, hidden=8,
     )  # fmt: skip
     save_model(tmp_path / "completing", make_model(ConditionalTransformer, lower))
@@ -42,7 +48,7 @@ def tiny(tmp_path, monkeypatch):
     )  # fmt: skip
     save_model(tmp_path / "translating", make_model(Pix2Pix, edges))
     colors = LeastSquaresConfig(
-        event_shape=(2, 28, 28), cond_kind="image", cond_shape=(1, 28, 28), width=4, levels=1
+        event_shape=(2, 28, 28), cond_kind="image", cond_shape=(1, 28, 28), width=4, depth=1
     )
     save_model(tmp_path / "coloring", make_model(LeastSquares, colors))
     monkeypatch.setattr(study, "drawable_names", lambda: ["colorize_least_squares", "other"])

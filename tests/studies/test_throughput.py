@@ -19,7 +19,7 @@ from cgm.studies.throughput import bench
 
 CHECKPOINT = "class_to_image_diffusion"
 
-SMALL = {"event_shape": (1, 8, 8), "channels": 8, "multipliers": (1,), "blocks": 1, "heads": 2}
+SMALL = {"event_shape": (1, 8, 8), "width": 8, "width_multipliers": (1,), "blocks": 1, "heads": 2}
 CONDITIONS = {
     "none": {},
     "class": {"num_classes": 3},
@@ -149,7 +149,7 @@ def test_one_discrete_sample_in_four_may_differ():
 
 
 def test_the_token_step_is_what_is_compiled():
-    config = AutoregressiveConfig(event_shape=(1, 2, 3), layers=1, width=8, heads=1, hidden=8)
+    config = AutoregressiveConfig(event_shape=(1, 2, 3), depth=1, width=8, heads=1, hidden=8)
     model = make_model(ConditionalTransformer, config).eval()
     twin = compiled_copy(model)
     assert twin.transformer.step is not model.transformer.step

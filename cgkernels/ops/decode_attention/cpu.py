@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cgkernels.ops.decode_attention.launch import empty_outputs
 from cgkernels.ops.decode_attention.reference import rotary_ref, rotate
+from cgkernels.rows import compute_dtype
 
 Attention = tuple[Tensor, Tensor]
 """Results (rows, heads, queries, D), and their log-sum-exp (rows, heads, queries)."""
@@ -49,7 +50,7 @@ def _cpu_append(
     if queries > 1:
         q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     q = q.reshape(rows, kv_heads, -1, head_size)  # (B, Hkv, G Sq, D)
-    q = q.to(torch.promote_types(dtype, torch.float32))
+    q = q.to(compute_dtype(q))
     attend = partial(_attend_range, queries, window, softcap, scale)
     out, lse = _attend_own(attend, plan, queries, q, k_cache, v_cache, k_new, v_new)
     if prefix_k is not None and prefix_v is not None:
@@ -78,8 +79,8 @@ def row_plan(
     prefixes, prefix_capacity = prefix_k.shape[:2]
     known = [n if 0 <= n <= prefix_capacity else -1 for n in prefix_length.tolist()]
     which = prefix_id.tolist()
-    befores = [known[p] if 0 <= p < prefixes else -1 for p in which]
-    rows = zip(ends, pads, befores, which, strict=True)
+    prefix_lengths = [known[p] if 0 <= p < prefixes else -1 for p in which]
+    rows = zip(ends, pads, prefix_lengths, which, strict=True)
     return [row if row[0] >= 0 and row[2] >= 0 else (-1, 0, 0, 0) for row in rows]
 
 

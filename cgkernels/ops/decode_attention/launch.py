@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cgkernels._triton import triton
 from cgkernels.ops.decode_attention.kernel import _kernel
+from cgkernels.rows import compute_dtype
 
 
 def _launch_config(head_size: int, itemsize: int) -> dict[str, Any]:
@@ -142,8 +143,7 @@ def _launch_append(
 def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse, not yet written."""
     rows, queries, heads, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty(rows, heads, queries, dtype=wide)
+    return q.new_empty(q.shape), q.new_empty(rows, heads, queries, dtype=compute_dtype(q))
 
 
 def _align(first: Tensor, *others: Tensor | None) -> int:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cgkernels.rows import compute_dtype
+
 
 def decode_attention_ref(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, cos: Tensor | None,
@@ -12,7 +14,7 @@ def decode_attention_ref(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (B, Sq, Hq, D) and lse (B, Hq, Sq), of caches that have the new tokens already."""
     rows, queries, q_heads, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = compute_dtype(q)
     capacity, kv_heads = k_cache.shape[1:3]
     counts = _row_counts(lengths, left_pad, prefix_k, prefix_length, prefix_id, capacity, 0)
     length, pad, before, fits = (n[:, None] for n in counts)  # (B, 1)
@@ -84,7 +86,7 @@ def rotary_ref(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (B, n, H, D) rotated by angles (B, n, R / 2) or (n, R / 2)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     rotary = 2 * cos.shape[-1]
     c, s = (t.to(dtype).unsqueeze(-2) for t in (cos, sin))
     rotated = x[..., :rotary].to(dtype)

@@ -1,7 +1,19 @@
 """The kernels of `guided_step`: the step, also in place, and its gradient."""
 
 from cgkernels._triton import tl, triton
-from cgkernels.device import block_of_row, element_of, normal_of, row_offset
+from cgkernels.device import (
+    STREAM_SAMPLER,
+    block_of_row,
+    element_of,
+    load_row,
+    normal_of,
+    store_row,
+)
+
+# The columns of the table, in the order of `TABLE_COLUMNS`.
+A0, A1, B0, B1, B2, B3, B4, B5, CLIP_MIN, CLIP_MAX, LOG_VAR_MIN, LOG_VAR_MAX = map(
+    tl.constexpr, range(12)
+)
 
 
 @triton.jit
@@ -9,18 +21,6 @@ def _column(table_ptr, step, steps, COLUMN: tl.constexpr):
     """A coefficient; NaN for a step outside the table, which must not look like a result."""
     inside = (step >= 0) & (step < steps)
     return tl.load(table_ptr + step * 12 + COLUMN, mask=inside, other=float("nan"))
-
-
-@triton.jit
-def _load(ptr, strides, row, position, element, pixels, mask, DENSE: tl.constexpr):
-    offset = row_offset(strides, row, position, element, pixels, DENSE)
-    return tl.load(ptr + offset, mask=mask).to(tl.float32)
-
-
-@triton.jit
-def _store(ptr, strides, value, row, position, element, pixels, mask, DENSE: tl.constexpr):
-    offset = row_offset(strides, row, position, element, pixels, DENSE)
-    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -37,45 +37,46 @@ def _fwd_kernel(
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     step = tl.load(step_ptr + row * step_stride)
 
-    x = _load(x_ptr, x_strides, row, position, element, pixels, mask, DENSE)
-    e = _load(cond_ptr, cond_strides, row, position, element, pixels, mask, DENSE)
+    x = load_row(x_ptr, x_strides, row, position, element, pixels, mask, DENSE)
+    e = load_row(cond_ptr, cond_strides, row, position, element, pixels, mask, DENSE)
     if uncond_ptr is not None:
-        u = _load(uncond_ptr, uncond_strides, row, position, element, pixels, mask, DENSE)
+        u = load_row(uncond_ptr, uncond_strides, row, position, element, pixels, mask, DENSE)
         e = u + tl.load(scale_ptr + row * scale_stride) * (e - u)
-    x0 = _column(table_ptr, step, steps, 0) * x + _column(table_ptr, step, steps, 1) * e
-    clip_min = _column(table_ptr, step, steps, 8)
-    clip_max = _column(table_ptr, step, steps, 9)
+    x0 = _column(table_ptr, step, steps, A0) * x + _column(table_ptr, step, steps, A1) * e
+    clip_min = _column(table_ptr, step, steps, CLIP_MIN)
+    clip_max = _column(table_ptr, step, steps, CLIP_MAX)
     x0 = tl.where(x0 < clip_min, clip_min, x0)  # unlike clamp, this keeps NaN
     x0 = tl.where(x0 > clip_max, clip_max, x0)
-    out = _column(table_ptr, step, steps, 2) * x + _column(table_ptr, step, steps, 3) * x0
-    out += _column(table_ptr, step, steps, 6) * e
+    out = _column(table_ptr, step, steps, B0) * x + _column(table_ptr, step, steps, B1) * x0
+    out += _column(table_ptr, step, steps, B4) * e
     if h1_ptr is not None:
-        h1 = _load(h1_ptr, h1_strides, row, position, element, pixels, mask, DENSE)
-        out += _column(table_ptr, step, steps, 4) * h1
+        h1 = load_row(h1_ptr, h1_strides, row, position, element, pixels, mask, DENSE)
+        out += _column(table_ptr, step, steps, B2) * h1
     if h2_ptr is not None:
-        h2 = _load(h2_ptr, h2_strides, row, position, element, pixels, mask, DENSE)
-        out += _column(table_ptr, step, steps, 5) * h2
+        h2 = load_row(h2_ptr, h2_strides, row, position, element, pixels, mask, DENSE)
+        out += _column(table_ptr, step, steps, B3) * h2
     if seed_ptr is not None:
         seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
-        z = normal_of(seed, index, step, first, element, 1, CHANNELS_LAST, BLOCK)
+        z = normal_of(seed, index, step, first, element, STREAM_SAMPLER, CHANNELS_LAST, BLOCK)
         if log_variance_ptr is not None:
-            v = _load(
+            v = load_row(
                 log_variance_ptr, log_variance_strides, row, position, element, pixels, mask, DENSE
             )
-            lo, hi = _column(table_ptr, step, steps, 10), _column(table_ptr, step, steps, 11)
+            lo = _column(table_ptr, step, steps, LOG_VAR_MIN)
+            hi = _column(table_ptr, step, steps, LOG_VAR_MAX)
             z *= tl.exp(0.5 * (lo + (v + 1) * 0.5 * (hi - lo)))
-        out += _column(table_ptr, step, steps, 7) * z
+        out += _column(table_ptr, step, steps, B5) * z
 
     if SHIFT:
         # x0 goes where h1 was read: no thread may write there before all have read.
         tl.debug_barrier()
         if h2_ptr is not None:
-            _store(h2_ptr, h2_strides, h1, row, position, element, pixels, mask, DENSE)
-    _store(out_ptr, out_strides, out, row, position, element, pixels, mask, DENSE)
+            store_row(h2_ptr, h2_strides, h1, row, position, element, pixels, mask, DENSE)
+    store_row(out_ptr, out_strides, out, row, position, element, pixels, mask, DENSE)
     if twin_ptr is not None:
-        _store(twin_ptr, twin_strides, out, row, position, element, pixels, mask, DENSE)
+        store_row(twin_ptr, twin_strides, out, row, position, element, pixels, mask, DENSE)
     if x0_ptr is not None:
-        _store(x0_ptr, x0_strides, x0, row, position, element, pixels, mask, DENSE)
+        store_row(x0_ptr, x0_strides, x0, row, position, element, pixels, mask, DENSE)
 
 
 @triton.jit
@@ -91,34 +92,34 @@ def _bwd_kernel(
     row, _, position, mask = block_of_row(blocks, numel, BLOCK)
     element = element_of(position, channels, pixels, CHANNELS_LAST)
     step = tl.load(step_ptr + row * step_stride)
-    a0, a1 = _column(table_ptr, step, steps, 0), _column(table_ptr, step, steps, 1)
+    a0, a1 = _column(table_ptr, step, steps, A0), _column(table_ptr, step, steps, A1)
 
-    x = _load(x_ptr, x_strides, row, position, element, pixels, mask, DENSE)
-    e = _load(cond_ptr, cond_strides, row, position, element, pixels, mask, DENSE)
+    x = load_row(x_ptr, x_strides, row, position, element, pixels, mask, DENSE)
+    e = load_row(cond_ptr, cond_strides, row, position, element, pixels, mask, DENSE)
     if uncond_ptr is not None:
         scale = tl.load(scale_ptr + row * scale_stride)
-        u = _load(uncond_ptr, uncond_strides, row, position, element, pixels, mask, DENSE)
+        u = load_row(uncond_ptr, uncond_strides, row, position, element, pixels, mask, DENSE)
         e = u + scale * (e - u)
     x0 = a0 * x + a1 * e
-    dout = _load(dout_ptr, dout_strides, row, position, element, pixels, mask, DENSE)
-    dx0 = _column(table_ptr, step, steps, 3) * dout
+    dout = load_row(dout_ptr, dout_strides, row, position, element, pixels, mask, DENSE)
+    dx0 = _column(table_ptr, step, steps, B1) * dout
     if dx0_ptr is not None:
-        dx0 += _load(dx0_ptr, dx0_strides, row, position, element, pixels, mask, DENSE)
-    clip_min = _column(table_ptr, step, steps, 8)
-    clip_max = _column(table_ptr, step, steps, 9)
+        dx0 += load_row(dx0_ptr, dx0_strides, row, position, element, pixels, mask, DENSE)
+    clip_min = _column(table_ptr, step, steps, CLIP_MIN)
+    clip_max = _column(table_ptr, step, steps, CLIP_MAX)
     dx0 = tl.where((x0 >= clip_min) & (x0 <= clip_max), dx0, 0.0)
-    dx = _column(table_ptr, step, steps, 2) * dout + a0 * dx0
-    de = _column(table_ptr, step, steps, 6) * dout + a1 * dx0
+    dx = _column(table_ptr, step, steps, B0) * dout + a0 * dx0
+    de = _column(table_ptr, step, steps, B4) * dout + a1 * dx0
 
-    _store(dx_ptr, dx_strides, dx, row, position, element, pixels, mask, DENSE)
+    store_row(dx_ptr, dx_strides, dx, row, position, element, pixels, mask, DENSE)
     if uncond_ptr is not None:
         du = (1 - scale) * de
-        _store(duncond_ptr, duncond_strides, du, row, position, element, pixels, mask, DENSE)
+        store_row(duncond_ptr, duncond_strides, du, row, position, element, pixels, mask, DENSE)
         de = scale * de
-    _store(dcond_ptr, dcond_strides, de, row, position, element, pixels, mask, DENSE)
+    store_row(dcond_ptr, dcond_strides, de, row, position, element, pixels, mask, DENSE)
     if dh1_ptr is not None:
-        dh1 = _column(table_ptr, step, steps, 4) * dout
-        _store(dh1_ptr, dh1_strides, dh1, row, position, element, pixels, mask, DENSE)
+        dh1 = _column(table_ptr, step, steps, B2) * dout
+        store_row(dh1_ptr, dh1_strides, dh1, row, position, element, pixels, mask, DENSE)
     if dh2_ptr is not None:
-        dh2 = _column(table_ptr, step, steps, 5) * dout
-        _store(dh2_ptr, dh2_strides, dh2, row, position, element, pixels, mask, DENSE)
+        dh2 = _column(table_ptr, step, steps, B3) * dout
+        store_row(dh2_ptr, dh2_strides, dh2, row, position, element, pixels, mask, DENSE)

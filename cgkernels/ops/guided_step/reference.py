@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cgkernels import random
+from cgkernels.rows import compute_dtype
 
 
 def guided_step_ref(
@@ -79,7 +80,7 @@ def _wide_ref(
     x: Tensor, table: Tensor, step: Tensor, scale: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], list[Tensor], Tensor]:
     """The cast to the dtype of the computation, the columns of each row's step, and the scale."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     per_row = (-1,) + (1,) * (x.dim() - 1)
     columns = [c.view(per_row) for c in table[step].to(dtype).unbind(1)]  # 12 of (B, 1, ...)
     return (lambda t: t.to(dtype)), columns, scale.to(dtype).view(per_row)

@@ -6,7 +6,7 @@ row, which then stays in registers; PIECE is the block of the passes that need m
 """
 
 from cgkernels._triton import tl, triton
-from cgkernels.device import exp_of, exponential_block
+from cgkernels.device import STREAM_TOKENS, exp_of, exponential_block
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def _fwd_kernel(
         logit = _load_logits(logits, uncond, scale, row, token, vocabulary)
         share, kept = _share_and_mask(logit, token, largest, inverse, cuts)
         total += tl.sum(tl.where(kept, (share * 2.0**40).to(tl.int64), 0), 0)
-        e = exponential_block(seed, index, position, start, 2, PIECE)
+        e = exponential_block(seed, index, position, start, STREAM_TOKENS, PIECE)
         score = tl.where(kept, tl.div_rn(share, e), -1.0)
         score = tl.where(greedy, (logit == largest).to(tl.float32), score)
         score, place = tl.max(score, 0, return_indices=True)
