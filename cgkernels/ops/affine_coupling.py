@@ -57,12 +57,7 @@ MASKS = ("first", "last", "even", "odd")
 
 # 1. Reference -------------------------------------------------------------------------------------
 def affine_coupling_ref(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(y, params)
     inner = _masked_channels(y, mask).to(dtype)
@@ -299,12 +294,7 @@ def _launch_config(numel: int, dense: bool) -> dict[str, Any]:
 
 
 def _launch_fwd(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     out, logdet = _fake_fwd(y, params, mask, limit, additive, inverse)
     if out.numel() == 0:
@@ -376,54 +366,28 @@ def _params_dense(layout: Layout, *params: Tensor) -> bool:
 
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     return empty_rows(y), y.new_empty(y.shape[0], dtype=compute_dtype(y, params))
 
 
 def _cpu_fwd(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     out, logdet = affine_coupling_ref(y, params, mask, limit, additive, inverse)
     return in_strides_of(y, out), logdet
 
 
 def _fake_bwd(
-    dout: Tensor,
-    dlogdet: Tensor,
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    dout: Tensor, dlogdet: Tensor, y: Tensor, params: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return empty_rows(y), empty_rows(params)
 
 
 def _cpu_bwd(
-    dout: Tensor,
-    dlogdet: Tensor,
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    dout: Tensor, dlogdet: Tensor, y: Tensor, params: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    dy, dparams = affine_coupling_bwd_ref(
-        dout, dlogdet, y, params, mask, limit, additive, inverse
-    )  # fmt: skip
+    dy, dparams = affine_coupling_bwd_ref(dout, dlogdet, y, params, *options)
     return in_strides_of(y, dy), in_strides_of(params, dparams)
 
 
