@@ -309,8 +309,8 @@ def differences(text: str, plots: Plots, docs: Path) -> list[str]:
     written = file.read_text(encoding="utf-8") if file.exists() else ""
     changed = [*unified_diff(written.splitlines(), text.splitlines(), lineterm="", n=0)][3:8]
     found = [f"{file} is out of date:", *changed] if written != text else []
-    pictures = [docs / "measured" / name for name in plots]
-    return found + [f"{picture} is missing" for picture in pictures if not picture.exists()]
+    images = [docs / "measured" / name for name in plots]
+    return found + [f"{image} is missing" for image in images if not image.exists()]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -336,16 +336,16 @@ def main(arguments: list[str] | None = None) -> int:
         for words in wrong + ["`python -m benchmarks.report` writes them anew"] * bool(wrong):
             print(words, file=sys.stderr)
         return 1 if wrong else 0
-    pictures = options.docs / "measured"
+    images = options.docs / "measured"
     if plots:
-        pictures.mkdir(exist_ok=True)
+        images.mkdir(exist_ok=True)
     drawn = {name: draw() for name, draw in plots.items()}
     for name, figure in drawn.items():
-        with replacing(pictures / name) as temporary, temporary.open("wb") as opened:
+        with replacing(images / name) as temporary, temporary.open("wb") as opened:
             FigureCanvasAgg(figure).print_png(opened, metadata={"Software": None})
     with replacing(options.docs / "measured.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(options.docs / "measured.md", *(pictures / name for name in plots), sep="\n")
+    print(options.docs / "measured.md", *(images / name for name in plots), sep="\n")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Compile the launches of an op for any NVIDIA architecture, without a GPU, and read the result.
 
-The launcher runs unchanged on meta tensors, so that Triton specialises as in production: dtypes,
+The launcher runs unchanged on meta tensors, so that Triton specializes as in production: dtypes,
 alignment of pointers, divisibility of integers, block sizes, warps and stages. Nothing is executed.
 ptxas, cuobjdump and nvdisasm come with Triton.
 

@@ -40,7 +40,7 @@ RUN = 512
 """The longest run: libraries keep that many terms of a matrix product in a register, or fewer."""
 
 SHARE = 0.75
-"""Of the error of such runs, in what is modelled.
+"""Of the error of such runs, in what is modeled.
 
 Twice that is allowed: 1.5 times the error of runs of 512, which is that of runs of 1.5^2 512 =
 1,152. It is the middle between the longest runs that are met (oneDNN: K = 1,536 errs as runs of
@@ -75,7 +75,7 @@ _FUNCTIONS = {
     _aten.pow_, _aten.gelu_, _aten.silu_,
 }  # fmt: skip
 
-# Made of sums and functions, each of which is modelled.
+# Made of sums and functions, each of which is modeled.
 _COMPOSED = {
     _aten.native_layer_norm, _aten.native_layer_norm_backward, _aten.native_group_norm,
     _aten.native_group_norm_backward, _aten.native_batch_norm, _aten.native_batch_norm_backward,
@@ -103,19 +103,19 @@ def variance_of_sum(total: Tensor, squares: Tensor, terms: Tensor, products: boo
 
 
 @contextlib.contextmanager
-def modelled_rounding(seed: int = 0) -> Iterator[None]:
+def modeled_rounding(seed: int = 0) -> Iterator[None]:
     """Within, plain PyTorch errs as derived (see above), the same on every processor.
 
     Sums and products of float32 and half types, and their derivatives, are computed in float64, get
     an error that is drawn from `SHARE` times the standard deviation of the model, and are rounded
     to their dtype; functions such as exp are rounded once; all else is as it is. Public functions
-    run their references. An op whose implementation is no PyTorch is not modelled.
+    run their references. An op whose implementation is no PyTorch is not modeled.
     """
-    with library.reference(), sdpa_kernel(SDPBackend.MATH), _Modelled(seed):
+    with library.reference(), sdpa_kernel(SDPBackend.MATH), _Modeled(seed):
         yield
 
 
-class _Modelled(TorchDispatchMode):
+class _Modeled(TorchDispatchMode):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed

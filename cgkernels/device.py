@@ -272,12 +272,17 @@ def is_last_program(count_ptr, programs):
 
 
 @triton.jit
+def load_parts(part_ptr, part, parts):
+    """Results of other programs of this launch, 0 beyond the last."""
+    return tl.load(part_ptr + part, mask=part < parts, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def sum_of_parts(part_ptr, parts, BLOCK: tl.constexpr):
     """Sum of float32 partial sums that lie side by side, in one order whoever made them."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, parts, BLOCK):
-        part = start + tl.arange(0, BLOCK)
-        total += tl.load(part_ptr + part, mask=part < parts, other=0.0, cache_modifier=".cg")
+        total += load_parts(part_ptr, start + tl.arange(0, BLOCK), parts)
     return tl.sum(total, 0)
 
 

@@ -99,5 +99,5 @@ def merge_moments(mean: Tensor, var: Tensor, parts: Tensor, total: int, split: i
     part_mean, part_rest, part_m2, *origin = parts
     _merge_kernel[(groups * triton.cdiv(channels, _BLOCK_C),)](
         mean, var, part_mean, part_rest, part_m2, origin[0] if origin else None, channels, total,
-        split, count, PARTS=MERGED_PARTS, BLOCK_C=_BLOCK_C, enable_fp_fusion=True,
+        split, count, PARTS=MERGED_PARTS, BLOCK_C=_BLOCK_C, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cgkernels import random
 from cgkernels._offline import KernelReport, Launch, compile_launch, problems
-from cgkernels._rounding import modelled_rounding
+from cgkernels._rounding import modeled_rounding
 
 __all__ = [
     "KernelReport",
@@ -26,8 +26,8 @@ __all__ = [
     "float32_normals",
     "guarded",
     "layouts",
-    "modelled_rounding",
-    "plain_and_modelled",
+    "modeled_rounding",
+    "plain_and_modeled",
     "poisoned_empty",
     "problems",
     "values",
@@ -35,7 +35,7 @@ __all__ = [
 
 _T = TypeVar("_T")
 
-_MANY = 256  # values, from which on their root mean square is a judgement
+_MANY = 256  # values, from which on their root mean square is a judgment
 
 
 # Error budget -------------------------------------------------------------------------------------
@@ -43,11 +43,11 @@ def assert_within_budget(
     actual: Tensor | Sequence[Tensor],
     same_dtype_reference: Tensor | Sequence[Tensor],
     float64_reference: Tensor | Sequence[Tensor],
-    modelled_reference: Tensor | Sequence[Tensor] | None = None,
+    modeled_reference: Tensor | Sequence[Tensor] | None = None,
 ) -> None:
     """Assert that actual is about as near to the truth as plain PyTorch in the same dtype must be.
 
-    With e, b and m the distances of actual, same_dtype_reference and modelled_reference from
+    With e, b and m the distances of actual, same_dtype_reference and modeled_reference from
     float64_reference, and f = 1.5 (16-bit dtypes) or 2 (float32):
 
         rms e <= f rms m,  or  rms e <= rms b
@@ -55,7 +55,7 @@ def assert_within_budget(
 
     (of fewer than 256 values, f is larger by what few may exceed: `_few`).
 
-    m is derived from the lengths of sums and the sizes of their terms (`modelled_rounding`), and so
+    m is derived from the lengths of sums and the sizes of their terms (`modeled_rounding`), and so
     the same on every processor; b is that of the library that this processor gets, and counts where
     it is larger. Without a model it is rms e <= f rms b: for what PyTorch rounds alike everywhere.
 
@@ -71,8 +71,8 @@ def assert_within_budget(
         actual: result of the kernel; several tensors of one dtype are judged as one population.
         same_dtype_reference: the definition in plain PyTorch on the same inputs; dtypes equal.
         float64_reference: the definition in float64, on the inputs as rounded to the tested dtype.
-        modelled_reference: draws of same_dtype_reference within `modelled_rounding`, with one
-            dimension more; both come from `plain_and_modelled`. Needed wherever a library sums,
+        modeled_reference: draws of same_dtype_reference within `modeled_rounding`, with one
+            dimension more; both come from `plain_and_modeled`. Needed wherever a library sums,
             multiplies or convolves.
 
     The rule is statistical: give it some 256 values or more, pooled over seeds where one result is
@@ -83,8 +83,8 @@ def assert_within_budget(
         TypeError: dtypes with which no budget exists.
     """
     groups = [actual, same_dtype_reference, float64_reference]
-    if modelled_reference is not None:
-        groups.append(modelled_reference)
+    if modeled_reference is not None:
+        groups.append(modeled_reference)
     got, same, exact, *model = ([t] if isinstance(t, Tensor) else list(t) for t in groups)
     if not all(len(ts) == len(got) > 0 for ts in (same, exact, *model)):
         counts = " and ".join(str(len(ts)) for ts in (same, exact, *model))
@@ -103,7 +103,7 @@ def assert_within_budget(
                 shapes = f"references {tuple(shape)} and {tuple(x.shape)}"
                 raise AssertionError(f"result {i} has shape {tuple(g.shape)}, {shapes}")
     device = exact[0].device
-    modelled = [m.detach().to(device).flatten(1) for ms in model for m in ms]
+    modeled = [m.detach().to(device).flatten(1) for ms in model for m in ms]
     g, s, x = (
         torch.cat([t.detach().to(device).flatten() for t in ts]) for ts in (got, same, exact)
     )
@@ -115,8 +115,8 @@ def assert_within_budget(
         return
     error, of_plain = (g - true).abs(), (s - true).abs()
     of_model = None
-    if modelled:
-        parts = zip(modelled, x.split([m.shape[1] for m in modelled]), strict=True)
+    if modeled:
+        parts = zip(modeled, x.split([m.shape[1] for m in modeled]), strict=True)
         of_model = torch.cat([(m.double() - part).abs().flatten() for m, part in parts])
         of_model = of_model[of_model.isfinite()]
     budget = _budget(dtype, true, of_plain, of_model)
@@ -181,17 +181,17 @@ def _rms(error: Tensor) -> float:
     return error.square().mean().sqrt().item()
 
 
-def plain_and_modelled(run: Callable[[], _T]) -> tuple[_T, _T]:
+def plain_and_modeled(run: Callable[[], _T]) -> tuple[_T, _T]:
     """What plain PyTorch gives in the dtype under test: here, and with errors as derived.
 
-    run returns a tensor or several; it is called more than once. What is modelled has one dimension
+    run returns a tensor or several; it is called more than once. What is modeled has one dimension
     more, the first, of draws: several of small results, whose errors are few.
     """
     plain = run()
     size = sum(t.numel() for t in tree_leaves(plain) if isinstance(t, Tensor))
     drawn = []
     for seed in range(8 if size < 16 * _MANY else 1):
-        with modelled_rounding(seed):
+        with modeled_rounding(seed):
             drawn.append(run())
     return plain, tree_map(lambda *each: torch.stack(each), *drawn)
 

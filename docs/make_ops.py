@@ -48,9 +48,7 @@ def text() -> str:
     names = list(itertools.chain(*ops.values()))
     lines = [HEAD, "| op | what it is |", "|---|---|"]
     for name in names:
-        summary = (
-            doc_of(getattr(cgkernels, name)).partition("\n")[0].replace("|", "\\|")
-        )
+        summary = doc_of(getattr(cgkernels, name)).partition("\n")[0].replace("|", "\\|")
         lines.append(f"| [`{name}`](#{name}) | {summary} |")
     lines.append("")
     for module, functions in ops.items():

@@ -35,7 +35,7 @@ def _require_interpreter() -> None:
 # 1. bfloat16 --------------------------------------------------------------------------------------
 # The interpreter keeps bfloat16 as uint16 and computes + * - max, comparisons, reductions, scans
 # and dots on those integers without an error; its cast from float32 truncates. Here operands are
-# widened to float32, and results rounded to nearest even. Not modelled: tl.sum and tl.cumsum of
+# widened to float32, and results rounded to nearest even. Not modeled: tl.sum and tl.cumsum of
 # bfloat16 add in bfloat16 on the GPU (cast to float32 first in the kernel); bfloat16 atomics raise;
 # casts to float8; TF32.
 

@@ -35,7 +35,7 @@ from cgkernels.testing import (
     assert_within_budget,
     float32_normals,
     guarded,
-    plain_and_modelled,
+    plain_and_modeled,
 )
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -328,8 +328,8 @@ def assert_kernels_agree(call: OpCall, actual: Sequence[Tensor]) -> None:
         assert result.stride() == fake.stride() or result.numel() == 0
     on_cpu = call.map(Tensor.cpu)
     with float32_normals():
-        plain, modelled = plain_and_modelled(on_cpu.run)
-    assert_accurate(actual, plain, on_cpu.wide().run(), modelled)
+        plain, modeled = plain_and_modeled(on_cpu.run)
+    assert_accurate(actual, plain, on_cpu.wide().run(), modeled)
 
 
 def assert_kernels_are_accurate(sample: Sample, device: str) -> None:
@@ -338,15 +338,15 @@ def assert_kernels_are_accurate(sample: Sample, device: str) -> None:
         actual = sample.run()
     on_cpu = sample.map(Tensor.cpu)
     with float32_normals():
-        plain, modelled = plain_and_modelled(on_cpu.run)
-    assert_accurate(actual, plain, on_cpu.map(_wide).run(), modelled)
+        plain, modeled = plain_and_modeled(on_cpu.run)
+    assert_accurate(actual, plain, on_cpu.map(_wide).run(), modeled)
 
 
 def assert_accurate(
     actual: Sequence[Tensor],
     plain: Sequence[Tensor],
     exact: Sequence[Tensor],
-    modelled: Sequence[Tensor],
+    modeled: Sequence[Tensor],
 ) -> None:
     """The error budget, for each result; of any size.
 
@@ -354,7 +354,7 @@ def assert_accurate(
     equal. Half types must be rounded once, from float32: all but a few values then are those of
     plain PyTorch, to the bit.
     """
-    for got, same, true, model in zip(actual, plain, exact, modelled, strict=True):
+    for got, same, true, model in zip(actual, plain, exact, modeled, strict=True):
         if not true.is_floating_point():
             assert_equal((got.cpu(), same), (true, true))
             continue

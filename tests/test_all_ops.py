@@ -10,7 +10,7 @@ from torch.autograd.gradcheck import gradcheck, gradgradcheck
 
 import cgkernels
 from cgkernels.library import OPS
-from cgkernels.testing import assert_within_budget, layouts, plain_and_modelled
+from cgkernels.testing import assert_within_budget, layouts, plain_and_modeled
 from tests.support import (
     FLOATS,
     KERNEL_DEVICES,
@@ -104,7 +104,7 @@ def test_compiles_to_one_graph(module, label):
     assert counts == {"forward": 1, "backward": int(bool(sample.differentiable))}
 
 
-@samples
+@costly
 def test_exports_as_one_node(module, label):
     sample = sample_of(module, label)
     tensors = sample.tensors
@@ -177,8 +177,8 @@ def test_reference_agrees(module, label, dtype):
     exact = exact.replace(**{n: t.to(exact.tensors[n].dtype) for n, t in sample.tensors.items()})
     results = sample.run()
     with cgkernels.reference():
-        (plain, modelled), true = plain_and_modelled(sample.run), exact.run()
-    for ours, theirs, truth, model in zip(results, plain, true, modelled, strict=True):
+        (plain, modeled), true = plain_and_modeled(sample.run), exact.run()
+    for ours, theirs, truth, model in zip(results, plain, true, modeled, strict=True):
         if truth.is_floating_point():
             assert_within_budget(ours, theirs, truth.double(), model)
         else:

@@ -25,7 +25,7 @@ def compiled(function, **options):
 
 
 def test_numbers_and_sizes_change_without_another_compilation():
-    """A sampling loop counts steps in Python; seed, batch and picture size are the user's."""
+    """A sampling loop counts steps in Python; seed, batch and image size are the user's."""
     table = make_table(12, noise=True)
 
     def step_of(x, cond, uncond, step, seed):

@@ -56,10 +56,10 @@ def pytest_process(folder, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "in_workers"),
     [
-        ((".",), True),
+        (("test_toy.py",), False),
+        pytest.param((".",), True, marks=pytest.mark.slow),
         pytest.param((".", "-p", "no:xdist"), False, marks=pytest.mark.slow),
         pytest.param((".", "-n", "0"), False, marks=pytest.mark.slow),
-        pytest.param(("test_toy.py",), False, marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_run_is_left_out_in_one_line(arguments, in_workers, tmp_path):

@@ -153,7 +153,7 @@ def _same_address(out_ptr):
 
 
 @triton.jit
-def _neighbour(out_ptr, n):
+def _neighbor(out_ptr, n):
     """Program p reads element p + 1 and writes element p."""
     p = tl.program_id(0)
     tl.store(out_ptr + p, tl.load(out_ptr + (p + 1) % n) + 1)
@@ -216,7 +216,7 @@ def test_the_sanitizer_lets_right_kernels_pass(order_seed):
         ("_double: out-of-bounds store", functools.partial(doubled, store_all=True)),
         ("_count: out-of-bounds atomic", lambda: _count[(4,)](torch.zeros(2), 4)),
         ("_same_address: write-write race", lambda: _same_address[(4,)](torch.zeros(1))),
-        ("_neighbour: read-write race", lambda: _neighbour[(4,)](torch.zeros(4), 4)),
+        ("_neighbor: read-write race", lambda: _neighbor[(4,)](torch.zeros(4), 4)),
         ("_last_adds_up: read-write race", functools.partial(added_up, late=True)),
         ("_last_adds_up: read-write race", functools.partial(added_up, sem="relaxed")),
     ],
@@ -239,7 +239,7 @@ def test_output_that_a_program_forgets_is_seen():
 
 def test_reads_across_programs_can_be_declared():
     with sanitize(reads=False):
-        _neighbour[(4,)](torch.zeros(4), 4)
+        _neighbor[(4,)](torch.zeros(4), 4)
 
 
 def test_a_shuffled_order_shows_a_dependence_between_programs():
@@ -247,7 +247,7 @@ def test_a_shuffled_order_shows_a_dependence_between_programs():
     for order_seed in (None, 0, 1, 2):
         out = torch.zeros(8)
         with sanitize(order_seed=order_seed, reads=False):
-            _neighbour[(8,)](out, 8)
+            _neighbor[(8,)](out, 8)
         results.add(tuple(out.tolist()))
     assert len(results) > 1
 

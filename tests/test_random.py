@@ -63,7 +63,7 @@ def test_the_counter_is_that_of_the_contract(seed, index):
 
 
 def test_normals_of_the_contract_never_change():
-    """Written down once: saved seeds must give the same pictures in every later version."""
+    """Written down once: saved seeds must give the same images in every later version."""
     z = normal((2, 5), seed=2026, index=integers(3, 2**32 + 3), step=9, stream=1, dtype=DOUBLE)
     expected = [
         [-1.5589512676778678, -1.1830922400030317, 0.8353035691360128, 0.6933915406743729,

@@ -227,10 +227,10 @@ EXACT = [c for c in CASES if c not in ("ddpm-large", "ddpm-learned", "ddim-strid
     total=st.integers(2, 100),
     fraction=st.floats(0, 1),
 )
-def test_a_single_picture_has_its_exact_distribution_at_every_level(
+def test_a_single_image_has_its_exact_distribution_at_every_level(
     case, prediction, spacing, name, total, fraction
 ):
-    """If all data are one picture, steps of any size lead from N(alpha x0, sigma^2) to the next."""
+    """If all data are one image, steps of any size lead from N(alpha x0, sigma^2) to the next."""
     sampler, options = CASES[case]
     schedule = make_schedule(name, total)
     table = make_table(
@@ -242,11 +242,11 @@ def test_a_single_picture_has_its_exact_distribution_at_every_level(
         **options,
     )
     now, after = levels_of(schedule, table, options)
-    picture = Gaussian([0.9, -0.5, 0.0, 0.2], np.zeros(4))
-    start = (math.sqrt(now[0]) * picture.mean, math.sqrt(1 - now[0]))
-    found = moments_of_table(schedule, table, prediction, options, data=picture, start=start)
+    image = Gaussian([0.9, -0.5, 0.0, 0.2], np.zeros(4))
+    start = (math.sqrt(now[0]) * image.mean, math.sqrt(1 - now[0]))
+    found = moments_of_table(schedule, table, prediction, options, data=image, start=start)
     for (mean, variance), level in zip(found, after, strict=True):
-        np.testing.assert_allclose(mean, math.sqrt(level) * picture.mean, rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(mean, math.sqrt(level) * image.mean, rtol=1e-8, atol=1e-8)
         np.testing.assert_allclose(variance, 1 - level, rtol=1e-8, atol=1e-8)
 
 

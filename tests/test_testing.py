@@ -10,8 +10,8 @@ from cgkernels.testing import (
     assert_within_budget,
     guarded,
     layouts,
-    modelled_rounding,
-    plain_and_modelled,
+    modeled_rounding,
+    plain_and_modeled,
     values,
 )
 
@@ -186,15 +186,15 @@ def test_plain_pytorch_is_within_its_own_budget(seed, scale, dtype):
 
 # Sums ---------------------------------------------------------------------------------------------
 def linear_case(k, rows=1, positive=False, seed=0):
-    """x, weight, their product in float64 and as modelled: 300 outputs, as those of norm_linear."""
+    """x, weight, their product in float64 and as modeled: 300 outputs, as those of norm_linear."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(n, k, generator=generator) for n in (rows, 300))
     if positive:
         x, weight = x.abs(), weight.abs()
     # Plain PyTorch can be no better than this, on any processor.
     exact = x.double() @ weight.double().T
-    modelled = plain_and_modelled(lambda: F.linear(x, weight))[1]
-    return x, weight, exact, modelled
+    modeled = plain_and_modeled(lambda: F.linear(x, weight))[1]
+    return x, weight, exact, modeled
 
 
 def terms(x, weight):
@@ -241,14 +241,14 @@ ORDERS = {
 @pytest.mark.parametrize("k", [128, 384, 1536, 3072])
 @pytest.mark.parametrize("order", ORDERS)
 def test_sums_in_any_order_of_a_library_are_within_budget(order, k, rows, positive):
-    x, weight, exact, modelled = linear_case(k, rows, positive)
-    assert_within_budget(ORDERS[order](terms(x, weight)), exact.float(), exact, modelled)
+    x, weight, exact, modeled = linear_case(k, rows, positive)
+    assert_within_budget(ORDERS[order](terms(x, weight)), exact.float(), exact, modeled)
 
 
 @pytest.mark.parametrize("k", [40, 130, 384, 512])
 def test_short_sums_may_be_in_one_sequence(k):
-    x, weight, exact, modelled = linear_case(k)
-    assert_within_budget(in_sequence(terms(x, weight)), exact.float(), exact, modelled)
+    x, weight, exact, modeled = linear_case(k)
+    assert_within_budget(in_sequence(terms(x, weight)), exact.float(), exact, modeled)
 
 
 def accumulated_in_bfloat16(terms):
@@ -266,37 +266,37 @@ def accumulated_in_bfloat16(terms):
     ids=["sequence", "bfloat16", "dropped term"],
 )
 def test_a_long_sum_that_is_lossy_is_not(mutant, rows, positive):
-    x, weight, exact, modelled = linear_case(1536, rows, positive)
+    x, weight, exact, modeled = linear_case(1536, rows, positive)
     with pytest.raises(AssertionError, match=r"rms error .* times the model's"):
-        assert_within_budget(mutant(terms(x, weight)), exact.float(), exact, modelled)
+        assert_within_budget(mutant(terms(x, weight)), exact.float(), exact, modeled)
 
 
 def test_a_result_that_is_no_worse_than_plain_pytorch_is_within_budget():
     """Where a library itself sums in sequence, what calls it cannot do better."""
-    x, weight, exact, modelled = linear_case(1536)
+    x, weight, exact, modeled = linear_case(1536)
     plain = in_sequence(terms(x, weight))
-    assert_within_budget(plain.clone(), plain, exact, modelled)
+    assert_within_budget(plain.clone(), plain, exact, modeled)
     worse = exact + 1.1 * (plain.double() - exact)
     with pytest.raises(AssertionError, match="times its"):
-        assert_within_budget(worse.float(), plain, exact, modelled)
+        assert_within_budget(worse.float(), plain, exact, modeled)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_types_are_rounded_once_in_the_model_too(dtype):
     a, b = matmul_case(dtype)[2]
     exact = a.double() @ b.double().T
-    modelled = plain_and_modelled(lambda: a @ b.T)[1]
+    modeled = plain_and_modeled(lambda: a @ b.T)[1]
     right = (a.float() @ b.float().T).to(dtype)
-    assert_within_budget(right, exact.to(dtype), exact, modelled)
+    assert_within_budget(right, exact.to(dtype), exact, modeled)
     with pytest.raises(AssertionError, match="rms error"):
-        assert_within_budget(accumulated_in(dtype, a, b), exact.to(dtype), exact, modelled)
+        assert_within_budget(accumulated_in(dtype, a, b), exact.to(dtype), exact, modeled)
 
 
 def test_the_model_has_the_error_that_its_formula_says():
     """2/3 of 1.5 times the error of runs of 512: what such runs have, added up in float32."""
-    x, weight, exact, modelled = linear_case(1536, 8)
+    x, weight, exact, modeled = linear_case(1536, 8)
     runs = in_blocks(terms(x, weight), 512)
-    ratio = (modelled - exact).square().mean() / (runs - exact).square().mean()
+    ratio = (modeled - exact).square().mean() / (runs - exact).square().mean()
     assert ratio.sqrt() == pytest.approx(0.75, rel=0.1)
 
 
@@ -309,7 +309,7 @@ def test_the_model_is_the_same_when_repeated_and_leaves_what_it_is_given():
         torch.mm(x, weight.T, out=total)
         return total.div_(10).exp_().addmm_(x, weight.T), x.var(1), x.cumsum(1)
 
-    (plain, model), (_, again) = plain_and_modelled(run), plain_and_modelled(run)
+    (plain, model), (_, again) = plain_and_modeled(run), plain_and_modeled(run)
     assert all(torch.equal(a, b) for a, b in zip(model, again, strict=True))
     assert torch.equal(x, before)
     for here, draws in zip(plain, model, strict=True):
@@ -333,7 +333,7 @@ def test_the_model_is_the_same_when_repeated_and_leaves_what_it_is_given():
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_and_their_gradients_are_modelled(function, dtype):
+def test_sums_and_their_gradients_are_modeled(function, dtype):
     """Values near those of plain PyTorch, and in float32 other ones in each draw."""
 
     def run():
@@ -342,7 +342,7 @@ def test_sums_and_their_gradients_are_modelled(function, dtype):
         seed = torch.linspace(-1, 1, out.numel()).to(out.dtype).view(out.shape)
         return out.detach(), *torch.autograd.grad(out, x, seed)
 
-    for i, (here, draws) in enumerate(zip(*plain_and_modelled(run), strict=True)):
+    for i, (here, draws) in enumerate(zip(*plain_and_modeled(run), strict=True)):
         assert draws.shape[1:] == here.shape and draws.dtype == here.dtype
         tolerance = 256 * torch.finfo(dtype).eps * here.abs().max().item()
         assert (draws - here).abs().max() < tolerance
@@ -353,12 +353,12 @@ def test_sums_and_their_gradients_are_modelled(function, dtype):
 def test_the_model_leaves_float64_whole_numbers_and_copies_alone():
     x = torch.randn(40, 30, dtype=torch.float64)
     whole = torch.arange(30)
-    with modelled_rounding():
+    with modeled_rounding():
         assert torch.equal(x @ x.T, x @ x.T)
         assert torch.equal(whole.cumsum(0), torch.arange(30) * torch.arange(1, 31) // 2)
         assert torch.equal(x.float().T.contiguous(), x.T.float())
     exact = x.mT @ x
-    with modelled_rounding():
+    with modeled_rounding():
         assert torch.equal(x.mT @ x, exact)
 
 

@@ -472,12 +472,12 @@ def test_log_keeps_large_steps(tmp_path):
 
 
 # Adversarial families -----------------------------------------------------------------------------
-def pictures(n, channels=3, side=16):
+def images(n, channels=3, side=16):
     return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(n)) * 2 - 1
 
 
 def pairs(name="pairs", **options):
-    return Dataset(name, pictures(7), pictures(7).flip(0), "image", **options)
+    return Dataset(name, images(7), images(7).flip(0), "image", **options)
 
 
 SMALL = {"width": 4, "discriminator_width": 4, "patch": 16}
@@ -489,19 +489,19 @@ ADVERSARIAL = {
     "gan": (
         ConditionalGAN,
         GANConfig((3, 16, 16), "class", 3, latents=4, r1_weight=10.0, **SMALL),
-        Dataset("classes", pictures(7), torch.arange(7) % 3, "class", 3),
+        Dataset("classes", images(7), torch.arange(7) % 3, "class", 3),
     ),
     "cyclegan": (
         CycleGAN,
         CycleGANConfig(**SHAPES, generator="unet", depth=2, pool=2, **SMALL),
-        Dataset("unpaired", pictures(7), pictures(5), "image", paired=False),
+        Dataset("unpaired", images(7), images(5), "image", paired=False),
     ),
 }
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_bfloat16_learns_as_float32_and_resumes(tmp_path, name):
-    """Also with the penalty, and with a pool of pictures."""
+    """Also with the penalty, and with a pool of images."""
     family, model_config, data = ADVERSARIAL[name]
 
     def go(out, steps, precision="bfloat16", **options):
@@ -645,16 +645,16 @@ def test_page_has_no_sheets_of_steps_that_were_lost(tmp_path):
     assert steps == ["5", "4", "3", "2", "1"]
 
 
-@pytest.mark.parametrize("kind", ["none", "class", "image", "lower half", "colours", "unpaired"])
+@pytest.mark.parametrize("kind", ["none", "class", "image", "lower half", "colors", "unpaired"])
 def test_sheets_of_every_kind(tmp_path, kind, monkeypatch):
     drawn = []
     monkeypatch.setattr(sample_page, "sample_grid", lambda *a, **k: drawn.append((a[1], k)))
-    y, cond = pictures(4, 1, 8), pictures(4, 2, 8)
+    y, cond = images(4, 1, 8), images(4, 2, 8)
     fitting = {
         "none": Dataset("x", y),
         "class": Dataset("x", y, torch.tensor([1, 0, 1, 0]), "class", 2, ("<a>", "b")),
         "image": Dataset("x", y, cond[:, :1], "image"),
-        "colours": Dataset("x", cond, y, "image"),
+        "colors": Dataset("x", cond, y, "image"),
         "lower half": Dataset("x", y[:, :, 4:], y[:, :, :4], "image"),
         "unpaired": Dataset("x", y, cond[:3, :1], "image", paired=False),
     }[kind]
@@ -693,9 +693,9 @@ def test_sheets_of_what_cannot_be_shown(tmp_path):
         run(tmp_path / "run", SHEETS)
     model = make_model(ConditionalDiffusion, DiffusionConfig((2, 8, 8), width=8, heads=2))
     with pytest.raises(ValueError, match=r"1 or 3 channels, got y \(4, 2, 8, 8\)"):
-        run(tmp_path / "run", SHEETS, Dataset("x", pictures(4, 2, 8)), model)
+        run(tmp_path / "run", SHEETS, Dataset("x", images(4, 2, 8)), model)
     config = dataclasses.replace(BATCH_NORM, cond_shape=(2, 16, 16))
-    data = Dataset("x", pictures(4), pictures(4, 2), "image")
+    data = Dataset("x", images(4), images(4, 2), "image")
     with pytest.raises(ValueError, match=r"got y \(4, 3, 16, 16\) and cond \(4, 2, 16, 16\)"):
         run(tmp_path / "run", SHEETS, data, make_model(Pix2Pix, config))
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from torch import Tensor
 import cgkernels
 from benchmarks.harness.ceilings import Call, input_sets, name_of
 from benchmarks.harness.records import OURS, version_of
-from cgkernels.testing import assert_within_budget, float32_normals, plain_and_modelled
+from cgkernels.testing import assert_within_budget, float32_normals, plain_and_modeled
 
 Inputs = dict[str, Any]
 MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
@@ -151,7 +151,7 @@ class OpCase:
     cost: bytes that must be moved and operations that must be done, of a shape and an element's
     size. finish: what of the result is judged and timed, where that is more (a backward). sweep:
     how it must grow. exact: the truth that ours is judged against, where it is not ours run plainly
-    in float64. values: how many of each output make a judgement.
+    in float64. values: how many of each output make a judgment.
     """
 
     variant: str
@@ -212,18 +212,18 @@ def _gate(op: OpCase, make: Callable, sets: Sequence[Inputs]) -> None:
         for given in sets:
             ours = _outputs(op, op.ours, _fresh(given))
             with float32_normals():
-                plain, modelled = plain_and_modelled(partial(_plain_outputs, op, given))
+                plain, modeled = plain_and_modeled(partial(_plain_outputs, op, given))
             exact = _outputs(op, _plainly(op.exact or op.ours), _fresh(given, torch.float64))
-            results.append((ours, plain, exact, modelled))
+            results.append((ours, plain, exact, modeled))
         fewest = min(sum(r[0][i].numel() for r in results) for i in range(len(results[0][0])))
         if fewest >= op.values:
             break
         extra += 1
         sets = [make(10_000 + extra, _device_of(sets[0]))]
     for of_output in range(len(results[0][0])):
-        ours, plain, exact, modelled = ([r[i][of_output] for r in results] for i in range(4))
+        ours, plain, exact, modeled = ([r[i][of_output] for r in results] for i in range(4))
         if ours[0].is_floating_point():
-            assert_within_budget(ours, plain, exact, modelled)
+            assert_within_budget(ours, plain, exact, modeled)
         else:
             _assert_equal(ours, exact)
 

@@ -20,12 +20,12 @@ from cgkernels.testing import (
     assert_within_budget,
     float32_normals,
     guarded,
-    plain_and_modelled,
+    plain_and_modeled,
     poisoned_empty,
 )
 from cgkernels.timing import cuda_syncs
 
-_LEAST_VALUES = 256  # what the error budget needs to be a judgement
+_LEAST_VALUES = 256  # what the error budget needs to be a judgment
 _REPEATS = 20  # of a call that must give the same bits
 _LARGE = 2**26  # elements; beyond, float64 on the CPU takes too long
 _SLICE = 2**16  # elements of a large result that are compared all the same
@@ -94,7 +94,7 @@ def results(op: Op, run: Run, args: Sequence[Any]) -> list[Tensor]:
 
 
 def references(op: Op, args: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The results of the op on the CPU: in the dtypes of the arguments, in float64, as modelled."""
+    """The results of the op on the CPU: in the dtypes of the arguments, in float64, as modeled."""
 
     def moved(value: Any, wide: bool) -> Any:
         if isinstance(value, torch.dtype):
@@ -105,10 +105,8 @@ def references(op: Op, args: Sequence[Any]) -> tuple[list[Tensor], list[Tensor],
         return value.to("cpu", torch.float64 if wide else value.dtype, copy=True)
 
     with float32_normals():
-        same, modelled = plain_and_modelled(
-            lambda: results(op, op, [moved(a, False) for a in args])
-        )
-    return same, results(op, op, [moved(a, True) for a in args]), modelled
+        same, modeled = plain_and_modeled(lambda: results(op, op, [moved(a, False) for a in args]))
+    return same, results(op, op, [moved(a, True) for a in args]), modeled
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
@@ -145,13 +143,13 @@ def judge(op: Op, args: Sequence[Any], run: Run, device: torch.device) -> str:
             if len(found) == 1:
                 _assert_repeats(op, given, run, found[0][0])
     for i in range(len(found[0][0])):
-        ours, same, exact, modelled = ([of_seed[part][i] for of_seed in found] for part in range(4))
+        ours, same, exact, modeled = ([of_seed[part][i] for of_seed in found] for part in range(4))
         if not ours[0].is_floating_point():  # tokens: whole numbers have no budget
             wrong = sum(int((a.cpu() != b).sum()) for a, b in zip(ours, same, strict=True))
             assert not wrong, f"result {i}: {wrong} whole numbers are not those of the CPU"
             continue
         try:
-            assert_within_budget(ours, same, exact, modelled)
+            assert_within_budget(ours, same, exact, modeled)
         except AssertionError as error:
             raise AssertionError(f"result {i}: {error}") from error
     return ""
@@ -190,9 +188,9 @@ def _judge_large(op: Op, args: Sequence[Any], run: Run, device: torch.device) ->
             for a in given
         ]
         with _numbered_from(start // 4):
-            same, exact, modelled = references(op, some)
+            same, exact, modeled = references(op, some)
         actual = [result.flatten(1)[:, part] for result in found]
-        for got, plain, true, model in zip(actual, same, exact, modelled, strict=True):
+        for got, plain, true, model in zip(actual, same, exact, modeled, strict=True):
             assert_within_budget(got, plain, true, model)
     return f"three slices of {_SLICE} of {numel} elements compared"
 
@@ -269,7 +267,7 @@ class ModelChecks:
     def alone_is_batch(self) -> str:
         """Equal to the bit, or as near to float64 as plain PyTorch is in a batch of the same size.
 
-        (Its convolutions of one picture err otherwise than those of several.)
+        (Its convolutions of one image err otherwise than those of several.)
         """
         from cgm.evaluation.execution import model_call
 
@@ -285,10 +283,10 @@ class ModelChecks:
         exact = model_call(wide, "plain", cond, rows=_ROWS, **self.solver)()
         eager: dict[str, Any] = {"graph": False} if "graph" in self.options else {}
         with cgkernels.reference():
-            plain_alone = plain_and_modelled(lambda: one_by_one(**eager))
-            plain_batch = plain_and_modelled(lambda: self.draw(**eager))
-        for samples, (plain, modelled) in ((alone, plain_alone), (batch, plain_batch)):
-            assert_within_budget(samples.cpu(), plain.cpu(), exact, modelled.cpu())
+            plain_alone = plain_and_modeled(lambda: one_by_one(**eager))
+            plain_batch = plain_and_modeled(lambda: self.draw(**eager))
+        for samples, (plain, modeled) in ((alone, plain_alone), (batch, plain_batch)):
+            assert_within_budget(samples.cpu(), plain.cpu(), exact, modeled.cpu())
         return f"within the error budget, differ by up to {(alone - batch).abs().max().item():.3g}"
 
     def never_waits(self) -> str:

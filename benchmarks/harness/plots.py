@@ -1,4 +1,4 @@
-"""Pictures of results: bars of times relative to ours, and times over sizes."""
+"""Images of results: bars of times relative to ours, and times over sizes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.harness.growth import Fit
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colors, which the color-blind can tell apart.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = "os^Dv*P"
 

@@ -18,7 +18,7 @@ from benchmarks.harness.case import COMPILED, Case, Inputs, Provider
 from benchmarks.harness.ceilings import Call
 from benchmarks.harness.records import OURS
 from benchmarks.models.plain_networks import PlainDiscriminator, PlainResnet, PlainUNet
-from cgkernels.testing import assert_within_budget, plain_and_modelled
+from cgkernels.testing import assert_within_budget, plain_and_modeled
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.model import make_model
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
@@ -29,7 +29,7 @@ _LAST = torch.channels_last
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed of pictures of some side, and whether a CPU can bear it."""
+    """What is computed of images of some side, and whether a CPU can bear it."""
 
     name: str
     rows: int
@@ -83,8 +83,8 @@ def _case(task: Task, dtype: torch.dtype, rank: int) -> Case:
     def inputs(seed: int, device: torch.device) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
         shape = (task.rows, 3, task.side, task.side)
-        pictures = (torch.rand(shape, generator=generator) * 2 - 1 for _ in range(2))
-        x, y = (t.to(device, dtype).contiguous(memory_format=_LAST) for t in pictures)
+        images = (torch.rand(shape, generator=generator) * 2 - 1 for _ in range(2))
+        x, y = (t.to(device, dtype).contiguous(memory_format=_LAST) for t in images)
         return {"x": x, "y": y}
 
     def build(way: Callable[..., Callable], options: dict, sets: Sequence[Inputs]) -> list[Call]:
@@ -106,7 +106,7 @@ def _case(task: Task, dtype: torch.dtype, rank: int) -> Case:
         plain(example, last=False)(example, example)
     return Case(
         "models", task.name, "", f"b{task.rows}_{task.side}",
-        f"{task.rows} pictures of {task.side} x {task.side}", dtype, inputs,
+        f"{task.rows} images of {task.side} x {task.side}", dtype, inputs,
         partial(_gate, ours, plain), providers, nbytes=_weights(task) * dtype.itemsize,
         flops=task.rows * counter.get_total_flops(), items=task.rows, source=sources, rank=rank,
         rotate=False,
@@ -127,12 +127,12 @@ def _weights(task: Task) -> int:
 
 
 def _gate(ours: Callable, plain: Callable, sets: Sequence[Inputs]) -> None:
-    """Ours on the first picture against the plain networks in float64."""
+    """Ours on the first image against the plain networks in float64."""
     one = {name: t[:1] for name, t in sets[0].items()}
     wide = {name: t.cpu().double() for name, t in one.items()}
     got = ours(one["x"])(**one).cpu()
-    same, modelled = (t.cpu() for t in plain_and_modelled(lambda: plain(one["x"])(**one)))
-    assert_within_budget(got, same, plain(wide["x"])(**wide), modelled)
+    same, modeled = (t.cpu() for t in plain_and_modeled(lambda: plain(one["x"])(**one)))
+    assert_within_budget(got, same, plain(wide["x"])(**wide), modeled)
 
 
 def _like(network: nn.Module, x: Tensor, last: bool = True) -> nn.Module:
@@ -214,11 +214,11 @@ def _first_gradients(*groups: Sequence[nn.Parameter]) -> Tensor:
 
 
 # Generator ----------------------------------------------------------------------------------------
-def _our_pictures(x: Tensor) -> Callable:
+def _our_images(x: Tensor) -> Callable:
     return _drawing(_like(_resnet(), x).eval(), True)
 
 
-def _plain_pictures(x: Tensor, last: bool = True, mode: str = "") -> Callable:
+def _plain_images(x: Tensor, last: bool = True, mode: str = "") -> Callable:
     network: Any = _given(PlainResnet(9, "instance", 64), _resnet(), x, last).eval()
     return _drawing(torch.compile(network, mode=mode, dynamic=False) if mode else network, last)
 
@@ -238,5 +238,5 @@ def _in_format(x: Tensor, last: bool) -> Tensor:
 _WAYS: dict[str, tuple[Callable, Callable, str]] = {
     "patch_scores": (_our_scores, _plain_scores, "cgm.sampling.patch_scorer"),
     "pix2pix_step": (_our_step, _plain_step, "cgm.families.gan"),
-    "resnet_generator": (_our_pictures, _plain_pictures, "cgm.networks.resnet_generator"),
+    "resnet_generator": (_our_images, _plain_images, "cgm.networks.resnet_generator"),
 }

@@ -63,13 +63,14 @@ def _shipped(name: str) -> Runs:
     for batch in BATCHES.values():
         yield f"b{batch.rows}", partial(_draw, model, batch.rows, preset)
     rows = BATCHES["demo"].rows
-    for what, change in (
+    changes: tuple[tuple[str, dict[str, Any]], ...] = (
         ("guided", {"guidance": 2.0}),
         ("plain", {"guidance": 1.0}),
         ("int8", {"int8": True}),
         ("top-k, top-p", {"top_k": 8, "top_p": 0.9, "min_p": 0.01}),
         *((n, {"sampler": n}) for n in ("ddpm", "ddim", "dpmpp_2m")),
-    ):
+    )
+    for what, change in changes:
         if change.keys() <= options and (what != "guided" or config.cond_dropout):
             yield f"{what} b{rows}", partial(_draw, model, rows, preset | change)
     if config.cond_kind != "none" and config.cond_dropout:

@@ -32,7 +32,7 @@ class PlainDiscriminator(nn.Module):
         self.model = nn.Sequential(*parts, nn.Conv2d(inside, 1, 4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of pictures (B, C, H, W)."""
+        """Of images (B, C, H, W)."""
         return self.model(x)
 
 
@@ -49,7 +49,7 @@ class PlainPixel(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of pictures (B, C, H, W)."""
+        """Of images (B, C, H, W)."""
         return self.net(x)
 
 
@@ -78,7 +78,7 @@ class PlainLevel(nn.Module):
         self.model = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of pictures (B, C, H, W)."""
+        """Of images (B, C, H, W)."""
         # The activation in place makes the skip leaky_relu(x).
         return self.model(x) if self.outer else torch.cat([x, self.model(x)], 1)
 
@@ -91,7 +91,7 @@ class PlainUNet(nn.Module):
         self.model = PlainLevel(0, downs, width, kind, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of pictures (B, C, H, W)."""
+        """Of images (B, C, H, W)."""
         return self.model(x)
 
 
@@ -112,7 +112,7 @@ class PlainBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of pictures (B, C, H, W)."""
+        """Of images (B, C, H, W)."""
         return x + self.conv_block(x)
 
 
@@ -140,5 +140,5 @@ class PlainResnet(nn.Module):
         self.model = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of pictures (B, C, H, W)."""
+        """Of images (B, C, H, W)."""
         return self.model(x)

@@ -17,7 +17,7 @@ from benchmarks.harness.case import COMPILED, Case, Extent, Inputs, Provider
 from benchmarks.harness.ceilings import Call
 from benchmarks.harness.records import OURS
 from benchmarks.models.generation import decoding_cost
-from cgkernels.testing import assert_within_budget, float32_normals, plain_and_modelled
+from cgkernels.testing import assert_within_budget, float32_normals, plain_and_modeled
 from cgm.checkpoints import drawable_names, load_model, read_config, sampling_preset, shipped
 from cgm.evaluation.execution import compiled_copy, conditions, difference_of, model_call
 from cgm.families.autoregressive import AutoregressiveConfig, ConditionalTransformer
@@ -138,10 +138,10 @@ def _judge_model(
         assert difference == 0, f"samples differ from those in float64 by {difference:.3g}"
         return
     with float32_normals():
-        plain, modelled = plain_and_modelled(
+        plain, modeled = plain_and_modeled(
             model_call(model, "plain", first, rows=judged, seed=seed, **solver)
         )
-    assert_within_budget(ours, plain.cpu(), exact, modelled.cpu())
+    assert_within_budget(ours, plain.cpu(), exact, modeled.cpu())
 
 
 def _diffusers_loop(solver: dict[str, Any]) -> dict[str, Provider]:

@@ -19,7 +19,7 @@ _SIZES = discriminator_batches(3, 256)
 
 
 def _inputs(shape, dtype, generator, device, *, backward=False):
-    """A condition and a picture; gradients are asked of the picture and the weights."""
+    """A condition and an image; gradients are asked of the image and the weights."""
     weight = normal((64, 2 * shape[1], 4, 4), torch.float32, generator, device)
     made = {
         "y": normal(shape, dtype, generator, device),
@@ -40,7 +40,7 @@ def _gradients(out, inputs):
 
 
 def _cost(passes, shape, size):
-    """Passes over both pictures and the output, of as many convolutions."""
+    """Passes over both images and the output, of as many convolutions."""
     n, c, h, w = shape
     pixels = n * (h // 2) * (w // 2)
     return passes * size * (2 * math.prod(shape) + 64 * pixels), passes * pixels * 64 * 64 * c

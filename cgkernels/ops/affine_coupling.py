@@ -33,10 +33,10 @@ from cgkernels.device import (
     element_of,
     exp_of,
     is_last_program,
+    load_parts,
     load_row,
     row_offset,
     store_row,
-    sum_of_parts,
     tanh,
 )
 from cgkernels.library import define_op, needs_function, using_reference
@@ -57,12 +57,7 @@ MASKS = ("first", "last", "even", "odd")
 
 # 1. Reference -------------------------------------------------------------------------------------
 def affine_coupling_ref(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(y, params)
     inner = _masked_channels(y, mask).to(dtype)
@@ -237,7 +232,8 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     else:
         tl.store(partial_ptr + program, logdet)
         if is_last_program(count_ptr + row, blocks):
-            tl.store(logdet_ptr + row, sum_of_parts(partial_ptr + row * blocks, blocks, MERGE))
+            sums = load_parts(partial_ptr + row * blocks, tl.arange(0, MERGE), blocks)
+            tl.store(logdet_ptr + row, tl.sum(sums, 0))
 
 
 @triton.jit
@@ -298,12 +294,7 @@ def _launch_config(numel: int, dense: bool) -> dict[str, Any]:
 
 
 def _launch_fwd(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     out, logdet = _fake_fwd(y, params, mask, limit, additive, inverse)
     if out.numel() == 0:
@@ -375,54 +366,28 @@ def _params_dense(layout: Layout, *params: Tensor) -> bool:
 
 # 4. Registration ----------------------------------------------------------------------------------
 def _fake_fwd(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     return empty_rows(y), y.new_empty(y.shape[0], dtype=compute_dtype(y, params))
 
 
 def _cpu_fwd(
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     out, logdet = affine_coupling_ref(y, params, mask, limit, additive, inverse)
     return in_strides_of(y, out), logdet
 
 
 def _fake_bwd(
-    dout: Tensor,
-    dlogdet: Tensor,
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    dout: Tensor, dlogdet: Tensor, y: Tensor, params: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return empty_rows(y), empty_rows(params)
 
 
 def _cpu_bwd(
-    dout: Tensor,
-    dlogdet: Tensor,
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
+    dout: Tensor, dlogdet: Tensor, y: Tensor, params: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    dy, dparams = affine_coupling_bwd_ref(
-        dout, dlogdet, y, params, mask, limit, additive, inverse
-    )  # fmt: skip
+    dy, dparams = affine_coupling_bwd_ref(dout, dlogdet, y, params, *options)
     return in_strides_of(y, dy), in_strides_of(params, dparams)
 
 

@@ -154,11 +154,11 @@ def _kernel(  # type: ignore[no-untyped-def]
     at = y_ptr + at[:, None] * channels + channel[None, :]
     tl.store(at, rounded, mask=pixel_mask[:, None] & channel_mask[None, :])
     y = rounded.to(tl.float32)  # zero where there is no pixel
-    count = tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)
-    mean = _sum_of_rows(y, BLOCK_M, BLOCK_N) / count
+    share = 1.0 / tl.minimum(BLOCK_M, pixels - tile * BLOCK_M)
+    mean = _sum_of_rows(y, BLOCK_M, BLOCK_N) * share
     distance = tl.where(pixel_mask[:, None], y - mean[None, :], 0.0)
     total = _sum_of_rows(distance, BLOCK_M, BLOCK_N)
-    rest = total / count
+    rest = total * share
     m2 = _sum_of_rows(distance * distance, BLOCK_M, BLOCK_N) - total * rest
     at = (image.to(tl.int64) * tiles + tile) * channels + channel
     tl.store(mean_ptr + at, mean, mask=channel_mask)

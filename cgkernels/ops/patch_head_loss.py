@@ -5,7 +5,7 @@
     hinge: relu(1 - s d), for the generator -d      wgan: -s d
 
 A convolution to one channel is a product of each pixel with the k^2 taps of the weight, of which a
-patch then adds up k^2 neighbours: x is read once, and what lies between is small.
+patch then adds up k^2 neighbors: x is read once, and what lies between is small.
 
 Shapes   x: (N, C, H, W); weight: (1, C, k, k), k = 1, 3 or 4; bias: (1,); loss: (N,); patch map:
          (N, 1, H + 2 padding - k + 1, W + 2 padding - k + 1).

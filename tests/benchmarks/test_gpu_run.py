@@ -245,6 +245,7 @@ def test_waits_of_a_model_that_draws_values(monkeypatch):
     assert kept[0][:, :, :13].all() and kept[1][:, :, :12].all() and not kept[1].all()
 
 
+@pytest.mark.slow
 def test_wrong_models_are_found(model, monkeypatch):
     right = model.draw
 

@@ -78,7 +78,7 @@ def test_check_sees_what_changed(report, tmp_path, capsys):
     check = ["--check", "--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")]
     assert main(check) == 0
     plot = tmp_path / "docs" / "measured" / "A-processor_ops.png"
-    plot.write_bytes(b"another picture")
+    plot.write_bytes(b"another image")
     assert main(check) == 0
     plot.unlink()
     assert main(check) == 1 and f"{plot} is missing" in capsys.readouterr().err

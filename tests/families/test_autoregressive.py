@@ -52,7 +52,7 @@ def condition(kind, rows):
 # Likelihood ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("kind", CONDITIONS)
-def test_probabilities_of_all_pictures_sum_to_one(kind, positions):
+def test_probabilities_of_all_images_sum_to_one(kind, positions):
     model = small(kind, event_shape=(1, 2, 3), levels=2, positions=positions)
     everything = torch.tensor(list(itertools.product((0, 1), repeat=6)))
     y = dequantize(everything, 2, (1, 2, 3))
@@ -63,7 +63,7 @@ def test_probabilities_of_all_pictures_sum_to_one(kind, positions):
     assert log_prob.std() > 0.1
 
 
-def test_colours_of_a_pixel_are_drawn_one_after_another():
+def test_colors_of_a_pixel_are_drawn_one_after_another():
     y = torch.arange(12.0).view(1, 3, 2, 2) / 127.5 - 1
     assert quantize(y, 256).tolist() == [[0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]]
     assert torch.equal(dequantize(quantize(y, 256), 256, (3, 2, 2)), y)
@@ -74,7 +74,7 @@ def test_colours_of_a_pixel_are_drawn_one_after_another():
 
 
 @pytest.mark.parametrize("levels", [2, 5, 16, 256])
-def test_quantisation(levels):
+def test_quantization(levels):
     y = torch.arange(256.0).view(1, 1, 16, 16) / 127.5 - 1
     values = quantize(y, levels)
     counts = values.flatten().bincount(minlength=levels)
@@ -169,17 +169,17 @@ def test_a_palette_is_one_choice_for_a_pixel():
     model = small(
         "image", event_shape=(2, 2, 2), cond_shape=(1, 2, 2), palette=PALETTE, rope_base=9
     )
-    colours = torch.tensor(PALETTE)
+    colors = torch.tensor(PALETTE)
     everything = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    y = colours[everything].movedim(1, 2).unflatten(2, (2, 2))
-    assert torch.equal(model._values(y + 0.05), everything)  # the nearest colour
+    y = colors[everything].movedim(1, 2).unflatten(2, (2, 2))
+    assert torch.equal(model._values(y + 0.05), everything)  # the nearest color
     cond = 2 * torch.rand(3, 1, 2, 2) - 1
     log_prob = model.log_prob(y, cond=cond[:1].expand(81, -1, -1, -1))
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-5) and log_prob.std() > 0.1
     bits = model.loss(y[:1], cond=cond[:1], seed=0)["bits"] * 8 * math.log(2)
     assert bits.item() == pytest.approx(-log_prob[0].item(), rel=1e-5)
     drawn = model.sample(5, cond=cond, seed=3)
-    assert torch.cdist(drawn.movedim(2, 4).reshape(-1, 2), colours).amin(1).max() == 0
+    assert torch.cdist(drawn.movedim(2, 4).reshape(-1, 2), colors).amin(1).max() == 0
     with torch.no_grad():
         assert torch.equal(
             model.sample(cond=cond, seed=3), slow_sample(model, cond, rows=3, seed=3)
@@ -227,7 +227,7 @@ def test_a_sample_depends_on_seed_and_index_only():
 
 
 def test_samples_follow_the_likelihood():
-    """Frequencies of all eight pictures against their probabilities: chi-square, 7 degrees."""
+    """Frequencies of all eight images against their probabilities: chi-square, 7 degrees."""
     model = small(event_shape=(1, 1, 3), levels=2)
     n = 4000
     cond = torch.tensor([1])
@@ -238,7 +238,7 @@ def test_samples_follow_the_likelihood():
     assert chi < 24.3  # one in a thousand
 
 
-def test_learns_four_pictures_and_their_classes():
+def test_learns_four_images_and_their_classes():
     config = AutoregressiveConfig(
         (1, 4, 4), "class", 4, levels=2, depth=1, width=32, heads=2, hidden=64,
         positions="learned", cond_dropout=0.0,

@@ -55,7 +55,7 @@ def publish(folder, **networks):
     return folder / f"latest_net_{next(iter(networks))}.pth"
 
 
-def pictures(*shape):
+def images(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -77,7 +77,7 @@ def cgm(capsys):
 
 
 # pix2pix ------------------------------------------------------------------------------------------
-def test_pix2pix_from_its_files_to_a_picture(cgm, tmp_path):
+def test_pix2pix_from_its_files_to_an_image(cgm, tmp_path):
     network, judge = unet(), discriminator()
     file = publish(tmp_path, G=network, D=judge)
     out = tmp_path / "model"
@@ -94,15 +94,15 @@ def test_pix2pix_from_its_files_to_a_picture(cgm, tmp_path):
     assert model.config.dropout and (model.config.patch, model.config.depth) == (34, 6)
     assert_same(model.generator, network)
     assert_same(model.discriminator, judge)
-    cond = pictures(2, 1, 64, 64)
+    cond = images(2, 1, 64, 64)
     drawn = model.sample(cond=cond, seed=3, index=torch.tensor([5, 6]))
     torch.testing.assert_close(drawn, network(cond, seed=3, index=torch.tensor([5, 6])))
     torch.testing.assert_close(model.sample(cond=cond, dropout=False), network(cond))
 
-    # The printed command draws, of a grey picture as the network reads it: v / 127.5 - 1.
+    # The printed command draws, of a gray image as the network reads it: v / 127.5 - 1.
     levels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    Image.fromarray(levels).save(tmp_path / "a picture.png")
-    command = shlex.split(lines[-1].replace("IMAGE", f"'{tmp_path}/a picture.png'"))
+    Image.fromarray(levels).save(tmp_path / "an image.png")
+    command = shlex.split(lines[-1].replace("IMAGE", f"'{tmp_path}/an image.png'"))
     array = tmp_path / "a.safetensors"
     more = ("--n", 1, "--no-dropout", "--out", tmp_path / "a.png", "--save-array", array)
     code, _, err = cgm(*command[1:], *more)
@@ -132,7 +132,7 @@ def test_without_a_discriminator_it_starts_anew(cgm, tmp_path):
     model = load_model(tmp_path / "model")
     assert model.config.generator == "resnet" and model.config.norm == "instance"
     assert model.config.patch == 70 and model.config.depth == 2
-    cond = pictures(1, 1, 20, 20)
+    cond = images(1, 1, 20, 20)
     torch.testing.assert_close(model.sample(cond=cond), network(cond))
 
 
@@ -170,7 +170,7 @@ def test_cyclegan(tmp_path, make, judges):
             assert sources[name] == f"latest_net_D_{side}.pth"
         else:
             assert sources[name] == "no file: initial weights"
-    x = pictures(2, 3, 16, 16)
+    x = images(2, 3, 16, 16)
     torch.testing.assert_close(model.sample(cond=x), networks["G_A"](x))
     torch.testing.assert_close(model.sample(cond=x, way="back"), networks["G_B"](x))
 
@@ -258,7 +258,7 @@ def test_a_converted_model_can_learn_on(tmp_path):
     """Its loss is the objective of its config, with the weights of the files."""
     networks = {"G": resnet(in_channels=1, norm="batch"), "D": discriminator()}
     model, _ = convert_published(publish(tmp_path, **networks), size=16)
-    y, cond = pictures(2, 3, 16, 16), pictures(2, 1, 16, 16)
+    y, cond = images(2, 3, 16, 16), images(2, 1, 16, 16)
     losses = model.loss(y, cond=cond, phase="generator", seed=0)
     drawn = networks["G"](cond)
     torch.testing.assert_close(losses["l1"], (drawn - y).abs().mean((1, 2, 3)))

@@ -42,14 +42,14 @@ def conditions(kind: str, rows: int) -> Tensor | None:
     return torch.tensor([[0, 1, 5], [2, 3, 4], [4, 4, 0], [1, 0, 2]])[:rows]
 
 
-def pictures(rows: int, config: DiffusionConfig = TINY) -> Tensor:
+def images(rows: int, config: DiffusionConfig = TINY) -> Tensor:
     return normal((rows, *config.event_shape), seed=5, stream=6).clamp(-1, 1)
 
 
 # Loss ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_of_a_row_does_not_depend_on_its_batch(kind):
-    m, y, cond = model(KINDS[kind]), pictures(4), conditions(kind, 4)
+    m, y, cond = model(KINDS[kind]), images(4), conditions(kind, 4)
     together = m.loss(y, cond=cond, seed=3)["total"]
     assert together.shape == (4,) and (together > 0).all()
     rows = torch.tensor([2, 0])
@@ -59,7 +59,7 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(kind):
 
 
 def test_loss_is_that_of_the_formula():
-    m, y = model(KINDS["none"]), pictures(3)
+    m, y = model(KINDS["none"]), images(3)
     index = torch.arange(3)
     draws = {"seed": 8, "index": index}
     t = (cgkernels.random.uniform((3,), step=1, stream=3, **draws) * 100).long()
@@ -71,10 +71,10 @@ def test_loss_is_that_of_the_formula():
     torch.testing.assert_close(m.loss(y, seed=8)["total"], expected)
 
 
-def test_learns_four_pictures():
+def test_learns_four_images():
     config = dataclasses.replace(KINDS["class"], num_classes=4, cond_dropout=0.0, width=16)
     m = make_model(ConditionalDiffusion, config, seed=1)
-    y, cond = torch.sign(pictures(4)), torch.arange(4)
+    y, cond = torch.sign(images(4)), torch.arange(4)
     optimizer = torch.optim.Adam(m.parameters(), lr=5e-3)
     for step in range(120):
         index = torch.arange(32) + 32 * step
@@ -92,14 +92,14 @@ def test_condition_is_dropped_at_the_stated_rate():
     config = dataclasses.replace(KINDS["class"], cond_dropout=0.3)
     m, seen = model(config), []
     m.unet.classes.register_forward_hook(lambda _, args, out: seen.append(args[0]))
-    m.loss(pictures(4).repeat(500, 1, 1, 1), cond=torch.zeros(2000, dtype=torch.int64), seed=0)
+    m.loss(images(4).repeat(500, 1, 1, 1), cond=torch.zeros(2000, dtype=torch.int64), seed=0)
     dropped = (seen[0] == config.num_classes).float().mean()
     assert abs(dropped - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
 
 
 def test_learned_variance_is_learned_from_the_bound_alone():
     config = dataclasses.replace(TINY, learned_variance=True, prediction="epsilon")
-    m, y = model(config), pictures(8)
+    m, y = model(config), images(8)
     parts = m.loss(y, seed=0)
     expected = parts["denoising"] + config.bound_weight * config.timesteps * parts["bound"]
     torch.testing.assert_close(parts["total"], expected)
@@ -111,7 +111,7 @@ def test_learned_variance_is_learned_from_the_bound_alone():
 def test_bound_of_the_right_prediction_is_the_entropy_gap():
     """At t > 0 a perfect mean and the smaller variance give KL 0; the larger one gives more."""
     config = dataclasses.replace(TINY, learned_variance=True, prediction="x0")
-    m, y = model(config), pictures(2)
+    m, y = model(config), images(2)
     t = torch.tensor([40, 70])
     x_t, _ = cgkernels.add_noise(y, table=m.noise_table, t=t, seed=0)
     small, large = -torch.ones_like(y), torch.ones_like(y)
@@ -268,11 +268,11 @@ def test_wrong_arguments_of_loss():
     with pytest.raises(ValueError, match="y must have shape"):
         m.loss(torch.zeros(2, 1, 4, 4), cond=torch.tensor([0, 1]), seed=0)
     with pytest.raises(ValueError, match="cond must have shape"):
-        m.loss(pictures(2), cond=torch.tensor([0]), seed=0)
+        m.loss(images(2), cond=torch.tensor([0]), seed=0)
     with pytest.raises(ValueError, match="phase"):
-        m.loss(pictures(1), cond=torch.tensor([0]), phase="generator", seed=0)
+        m.loss(images(1), cond=torch.tensor([0]), phase="generator", seed=0)
     certain = model(dataclasses.replace(KINDS["class"], cond_dropout=0.0))
-    for call in (lambda: certain.loss(pictures(1), seed=0), lambda: certain.sample(1)):
+    for call in (lambda: certain.loss(images(1), seed=0), lambda: certain.sample(1)):
         with pytest.raises(ValueError, match="cond must be given"):
             call()
     with pytest.raises(ValueError, match="guidance"):
@@ -281,7 +281,7 @@ def test_wrong_arguments_of_loss():
 
 def test_no_exact_density():
     with pytest.raises(NotImplementedError, match="log_prob"):
-        model(TINY).log_prob(pictures(1))
+        model(TINY).log_prob(images(1))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_graph_equals_eager_bitwise(kind, sampler):
 @pytest.mark.cuda
 @pytest.mark.parametrize("graph", [False, True])
 def test_the_loop_waits_for_nothing(graph):
-    """No synchronisation in the loop; the set-up before it may copy from the host."""
+    """No synchronization in the loop; the set-up before it may copy from the host."""
     from cgm.families.diffusion import _Run
     from cgm.sampling.cuda_graph import capture
 
@@ -351,7 +351,7 @@ def test_the_loop_waits_for_nothing(graph):
 
 
 @pytest.mark.cuda
-def test_gpu_gives_the_picture_of_the_cpu():
+def test_gpu_gives_the_image_of_the_cpu():
     m, cond = model(KINDS["class"]), torch.arange(3)
     on_cpu = m.sample(2, cond=cond, sampler="ddpm", steps=10, guidance=2.0)
     on_gpu = m.cuda().sample(2, cond=cond.cuda(), sampler="ddpm", steps=10, guidance=2.0)

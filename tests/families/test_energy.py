@@ -52,7 +52,7 @@ def conditions(kind: str, rows: int) -> Tensor | None:
     return normal((rows, 2, 4, 6), seed=9, stream=6) if kind == "image" else torch.arange(rows) % 3
 
 
-def pictures(rows: int, seed: int = 5) -> Tensor:
+def images(rows: int, seed: int = 5) -> Tensor:
     return normal((rows, *TINY.event_shape), seed=seed, stream=6).clamp(-1, 1)
 
 
@@ -98,8 +98,8 @@ def test_the_covariance_of_a_quadratic_energy():
 
 
 def test_steps_by_hand():
-    y, a, t, bound = pictures(3), 0.4, 0.02, 0.5
-    weight = 3 * pictures(1, seed=6)
+    y, a, t, bound = images(3), 0.4, 0.02, 0.5
+    weight = 3 * images(1, seed=6)
     index = torch.tensor([4, 7, 2**32])
     expected = y
     for step in range(3):
@@ -189,8 +189,8 @@ def test_log_z_of_a_model_without_condition():
 # Energy -------------------------------------------------------------------------------------------
 @kinds
 def test_energy_and_ratio(kind):
-    m, y, cond = model(KINDS[kind]), pictures(3), conditions(kind, 3)
-    other = pictures(3, seed=6)
+    m, y, cond = model(KINDS[kind]), images(3), conditions(kind, 3)
+    other = images(3, seed=6)
     energy = m.energy(y, cond=cond)
     assert energy.shape == (3,)
     some = m.energy(y[[2]], cond=None if cond is None else cond[[2]])
@@ -228,7 +228,7 @@ def test_the_gradient_of_contrastive_divergence(weight):
     config = dataclasses.replace(
         TINY, temperature=t, step_size=a, square_weight=weight, chain_steps=4, bound=100.0
     )
-    m, y, index = model(config), pictures(3), torch.tensor([3, 0, 5])
+    m, y, index = model(config), images(3), torch.tensor([3, 0, 5])
     m.network = Squares(k, 1)
     total = k + t / config.start_std**2
     losses = m.loss(y, seed=2, index=index)
@@ -250,7 +250,7 @@ def test_the_gradient_of_contrastive_divergence(weight):
 
 @kinds
 def test_loss_of_a_row_does_not_depend_on_its_batch(kind):
-    m, y, cond = model(KINDS[kind]), pictures(4), conditions(kind, 4)
+    m, y, cond = model(KINDS[kind]), images(4), conditions(kind, 4)
     together = m.loss(y, cond=cond, seed=3)
     assert all(part.shape == (4,) for part in together.values())
     assert int(m.chains.count) == 0
@@ -263,7 +263,7 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(kind):
 @kinds
 def test_chains_go_on_in_training(kind):
     config = dataclasses.replace(KINDS[kind], chains=4, renewal=0.0)
-    m, y, cond = model(config).train(), pictures(4), conditions(kind, 4)
+    m, y, cond = model(config).train(), images(4), conditions(kind, 4)
     m.loss(y, cond=cond, seed=3)
     came_to = m.chains.y.clone()
     swapped = None if cond is None else cond.flip(0)
@@ -360,7 +360,7 @@ def test_where_chains_begin():
     m, cond = model(KINDS["image"]), conditions("image", 2)
     z = normal((2, *TINY.event_shape), seed=3, stream=STREAM_INITIAL)
     assert_equal(m.sample(cond=cond, steps=0, seed=3), TINY.start_std * z)
-    start = pictures(2)
+    start = images(2)
     assert_equal(m.sample(2, cond=cond, steps=0, start=start), torch.stack([start, start]))
     assert not torch.equal(*m.sample(2, cond=cond, steps=2, start=start))
     with pytest.raises(ValueError, match="start must have shape"):
@@ -422,7 +422,7 @@ def test_wrong_configs(changes, message):
 
 
 def test_wrong_arguments():
-    m, y, cond = model(KINDS["class"]), pictures(2), conditions("class", 2)
+    m, y, cond = model(KINDS["class"]), images(2), conditions("class", 2)
     with pytest.raises(ValueError, match="phase must be one of"):
         m.loss(y, cond=cond, phase="generator", seed=0)
     with pytest.raises(ValueError, match="y must have shape"):
@@ -441,7 +441,7 @@ def test_wrong_arguments():
 
 # Training -----------------------------------------------------------------------------------------
 def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path):
-    dataset = Dataset("random", pictures(6), conditions("image", 6), "image")
+    dataset = Dataset("random", images(6), conditions("image", 6), "image")
 
     def run(folder, steps, resume=False):
         config = TrainingConfig(steps=steps, batch_size=3, save_every=4, decay="constant")
@@ -459,7 +459,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path):
     assert int(whole.chains.count) == 24
 
 
-def test_learns_four_pictures(tmp_path):
+def test_learns_four_images(tmp_path):
     config = EnergyConfig(
         event_shape=(1, 4, 4), cond_kind="class", num_classes=4, depth=1, hidden=32,
         temperature=0.002, step_size=0.25, chain_steps=8, chains=32,
@@ -510,7 +510,7 @@ def test_the_loop_waits_for_nothing():
 
 
 @pytest.mark.cuda
-def test_gpu_gives_the_picture_of_the_cpu():
+def test_gpu_gives_the_image_of_the_cpu():
     m, cond = model(KINDS["image"]), conditions("image", 3)
     on_cpu = m.sample(2, cond=cond, steps=10)
     on_gpu = m.cuda().sample(2, cond=cond.cuda(), steps=10)

@@ -37,7 +37,7 @@ def spread(model: ConditionalFlow) -> ConditionalFlow:
     return model.eval()
 
 
-def pictures(rows: int, model: ConditionalFlow) -> Tensor:
+def images(rows: int, model: ConditionalFlow) -> Tensor:
     return 2 * uniform((rows, *model.config.event_shape), seed=5, stream=6) - 1
 
 
@@ -55,7 +55,7 @@ def taken(cond: Tensor | None, rows: Tensor) -> Tensor | None:
 
 # Exactness ----------------------------------------------------------------------------------------
 EXACT = {
-    "pictures": {"steps": (2, 2)},
+    "images": {"steps": (2, 2)},
     "odd sides": {"event_shape": (1, 5, 7), "steps": (3, 2)},
     "one channel stays": {"event_shape": (3, 6, 4), "steps": (1, 2, 2)},
     "points": {"event_shape": (2, 1, 1), "steps": (4,)},
@@ -66,7 +66,7 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT)
 def test_decoding_is_the_inverse_of_encoding(case):
     model = flow(**EXACT[case])
-    y = pictures(4, model)
+    y = images(4, model)
     z, logdet = model.encode(y)
     assert z.shape == (4, model.dimensions) and logdet.shape == (4,)
     assert (model.decode(z) - y).abs().max() < 1e-5
@@ -78,7 +78,7 @@ def test_decoding_is_the_inverse_of_encoding(case):
 def test_the_determinant_is_that_of_the_jacobian(case):
     changes = {"event_shape": (1, 4, 4), **EXACT[case]}
     model = flow(**changes).double()
-    y = pictures(1, model).double()
+    y = images(1, model).double()
     planes = model._planes(None, 1)
     run = lambda y: model._encode(y, planes)[0]  # noqa: E731
     jacobian = torch.autograd.functional.jacobian(run, y).view(model.dimensions, -1)
@@ -107,7 +107,7 @@ def test_the_density_of_points_integrates_to_one(cond):
     assert abs(density.sum() * 0.1**2 - 1) < 1e-3
 
 
-def test_the_noise_of_pictures_and_its_bound():
+def test_the_noise_of_images_and_its_bound():
     """(v + u) / 2 - 1 of four values, and log P(v) >= E log p - D log 2."""
     model = flow(levels=4)
     v = torch.arange(96).view(1, 1, 8, 12) % 4
@@ -129,7 +129,7 @@ def test_the_noise_of_pictures_and_its_bound():
 
 def test_the_noise_of_real_numbers():
     model = flow(levels=0, noise=0.5)
-    y, index = 3 * pictures(2, model), torch.tensor([4, 2**40])
+    y, index = 3 * images(2, model), torch.tensor([4, 2**40])
     z = normal(tuple(y.shape), seed=3, index=index, stream=3)
     expected = -model.log_prob(y + 0.5 * z) / 96
     torch.testing.assert_close(model.loss(y, seed=3, index=index)["total"], expected)
@@ -138,7 +138,7 @@ def test_the_noise_of_real_numbers():
 
 
 # Maps of channels ---------------------------------------------------------------------------------
-def test_the_first_batch_normalises():
+def test_the_first_batch_normalizes():
     torch.manual_seed(0)
     channel_map = ChannelMap(3)
     x = 5 + 2 * torch.randn(16, 3, 4, 4)
@@ -156,7 +156,7 @@ def test_the_first_batch_normalises():
 def test_half_precision_does_not_reach_what_is_inverted(additive):
     """Under autocast the networks round; the maps around them do not, and stay exact."""
     model = flow(additive=additive)
-    y = pictures(3, model)
+    y = images(3, model)
     with torch.autocast("cpu", torch.bfloat16):
         z, _ = model.encode(y)
         assert z.dtype == torch.float32
@@ -203,7 +203,7 @@ def test_samples_are_decoded_noise():
 @kinds
 def test_losses_of_a_row_do_not_depend_on_its_batch(kind):
     model, cond = flow(kind), conditions(kind, 4)
-    y, rows = pictures(4, model), torch.tensor([2, 0])
+    y, rows = images(4, model), torch.tensor([2, 0])
     whole = model.loss(y, cond=cond, seed=3)["total"]
     some = model.loss(y[rows], cond=taken(cond, rows), seed=3, index=rows)["total"]
     torch.testing.assert_close(some, whole[rows])
@@ -216,7 +216,7 @@ def test_losses_of_a_row_do_not_depend_on_its_batch(kind):
 @kinds
 def test_plain_pytorch_agrees(kind):
     model, cond = flow(kind), conditions(kind, 3)
-    y, n = pictures(3, model), 3 if cond is None else None
+    y, n = images(3, model), 3 if cond is None else None
     drawn, found = model.sample(n, cond=cond), model.log_prob(y, cond=cond)
     with cgkernels.reference():
         torch.testing.assert_close(model.sample(n, cond=cond), drawn)
@@ -241,7 +241,7 @@ def test_a_graph_equals_eager_bitwise(kind):
 
 # Training -----------------------------------------------------------------------------------------
 def blocks(rows: int, kinds_of_them: int = 4) -> Dataset:
-    """One quarter of a picture is light: the class says which."""
+    """One quarter of an image is light: the class says which."""
     labels = torch.arange(rows) % kinds_of_them
     y = torch.full((rows, 1, 8, 8), -0.6)
     for row, label in enumerate(labels.tolist()):
@@ -260,7 +260,7 @@ def trained(folder, steps=100, resume=False, **changes) -> ConditionalFlow:
     return train(model, blocks(4), training, folder, resume=resume)
 
 
-def test_learns_four_pictures_and_their_classes(tmp_path):
+def test_learns_four_images_and_their_classes(tmp_path):
     model = trained(tmp_path / "run")
     y, cond = blocks(4).y, blocks(4).cond
     drawn = model.sample(8, cond=cond, seed=2)
@@ -276,7 +276,7 @@ def test_learns_four_pictures_and_their_classes(tmp_path):
 
 
 def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path):
-    """The normalisation is that of the first batch of the first run."""
+    """The normalization is that of the first batch of the first run."""
     whole = trained(tmp_path / "whole", 6)
     first = trained(tmp_path / "parts", 3)
     parts = trained(tmp_path / "parts", 6, resume=True)

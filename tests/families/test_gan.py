@@ -39,37 +39,37 @@ def small_cyclegan(**changes) -> CycleGAN:
     return make_model(CycleGAN, CycleGANConfig(**{**SAME, "pool": 3, **changes}), seed=1)
 
 
-def pictures(rows: int, channels: int = 1, side: int = 16, seed: int = 0) -> Tensor:
+def images(rows: int, channels: int = 1, side: int = 16, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, channels, side, side, generator=generator) * 2 - 1
 
 
 FAMILIES = {
-    "pix2pix": (small_pix2pix, lambda n: (pictures(n), pictures(n, 2, seed=1))),
-    "gan": (small_gan, lambda n: (pictures(n, side=8), torch.arange(n) % 3)),
-    "gan of pictures": (
+    "pix2pix": (small_pix2pix, lambda n: (images(n), images(n, 2, seed=1))),
+    "gan": (small_gan, lambda n: (images(n, side=8), torch.arange(n) % 3)),
+    "gan of images": (
         lambda: small_gan(cond_kind="image", num_classes=0, cond_shape=(2, 8, 8), depth=2),
-        lambda n: (pictures(n, side=8), pictures(n, 2, 8, seed=1)),
+        lambda n: (images(n, side=8), images(n, 2, 8, seed=1)),
     ),
-    "cyclegan": (small_cyclegan, lambda n: (pictures(n), pictures(n, seed=1))),
+    "cyclegan": (small_cyclegan, lambda n: (images(n), images(n, seed=1))),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
 # Objectives ---------------------------------------------------------------------------------------
 class Fixed(nn.Module):
-    """Gives what it is told for pictures whose first value is this."""
+    """Gives what it is told for images whose first value is this."""
 
     def __init__(self, answers: dict[float, Tensor]) -> None:
         super().__init__()
         self.answers = answers
 
-    def forward(self, *pictures: Tensor, **noise: object) -> Tensor:
-        firsts = pictures[-1][:, 0, 0, 0].tolist()
+    def forward(self, *images: Tensor, **noise: object) -> Tensor:
+        firsts = images[-1][:, 0, 0, 0].tolist()
         return torch.stack([self.answers[round(first, 4)] for first in firsts])
 
-    def row_losses(self, *pictures: Tensor, loss: str, target: str) -> Tensor:
-        return cgkernels.patch_loss(self(*pictures), loss, target).flatten(1).mean(1)
+    def row_losses(self, *images: Tensor, loss: str, target: str) -> Tensor:
+        return cgkernels.patch_loss(self(*images), loss, target).flatten(1).mean(1)
 
 
 def softplus(x: float) -> float:
@@ -110,7 +110,7 @@ def test_the_losses_of_a_discriminator_are_those_of_its_map(patch, spectral_norm
     torch.manual_seed(0)
     config = PatchDiscriminatorConfig(3, patch, 4, "instance", spectral_norm)
     discriminator = PatchDiscriminator(config).eval()
-    x, y = pictures(3, 2), pictures(3, 1, seed=1)
+    x, y = images(3, 2), images(3, 1, seed=1)
     for loss, target in MEANS:
         expected = cgkernels.patch_loss(discriminator(x, y), loss, target).flatten(1).mean(1)
         torch.testing.assert_close(row_loss(discriminator, x, y, loss, target), expected)
@@ -170,7 +170,7 @@ def test_penalties_of_a_linear_discriminator():
     """Its gradient is w / patches wherever one looks."""
     w = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     linear = lambda y: (y * w).sum((1, 2, 3), keepdim=True) * torch.ones(1, 1, 3, 3)  # noqa: E731
-    y, fake = pictures(5, 2, 4), pictures(5, 2, 4, seed=1)
+    y, fake = images(5, 2, 4), images(5, 2, 4, seed=1)
     square = gradient_square(linear, y)
     torch.testing.assert_close(square, w.square().sum().expand(5))
     penalty = gradient_penalty(linear, y, fake, share=torch.rand(5))
@@ -178,7 +178,7 @@ def test_penalties_of_a_linear_discriminator():
 
 
 def test_a_wgan_trains_with_the_gradient_penalty():
-    y, cond = pictures(3, 1, 8), torch.tensor([0, 1, 2])
+    y, cond = images(3, 1, 8), torch.tensor([0, 1, 2])
     loss = {"cond": cond, "phase": "discriminator", "index": torch.arange(3)}
     with_penalty = small_gan(loss="wgan", r1_weight=0.0, penalty_weight=10.0)
     values = with_penalty.loss(y, seed=0, **loss)
@@ -190,9 +190,9 @@ def test_a_wgan_trains_with_the_gradient_penalty():
     assert all(p.grad is not None for p in with_penalty.discriminator.parameters())
 
 
-def test_the_penalty_is_taken_between_the_pictures():
+def test_the_penalty_is_taken_between_the_images():
     quadratic = lambda y: y.square().flatten(1).sum(1).view(-1, 1, 1, 1) / 2  # noqa: E731
-    real, fake = pictures(3, 1, 4), pictures(3, 1, 4, seed=1)
+    real, fake = images(3, 1, 4), images(3, 1, 4, seed=1)
     share = torch.tensor([0.0, 0.25, 1.0])
     place = fake + share.view(-1, 1, 1, 1) * (real - fake)
     expected = (place.flatten(1).norm(dim=1) - 1).square()
@@ -280,7 +280,7 @@ def test_a_sample_depends_on_seed_and_index_alone(family):
 
 
 def test_without_dropout_all_draws_are_one():
-    cond = pictures(2, 2)
+    cond = images(2, 2)
     model = small_pix2pix().eval()
     drawn = model.sample(3, cond=cond, dropout=False)
     assert_equal(drawn[0], drawn[2])
@@ -296,7 +296,7 @@ def test_a_gan_without_a_condition():
     torch.testing.assert_close(model.sample(6, seed=1)[:4], drawn)
     still = model.sample(2, truncation=0.0)
     torch.testing.assert_close(still[0], still[1])
-    assert model.loss(pictures(2, side=8), phase="generator", seed=0)["total"].shape == (2,)
+    assert model.loss(images(2, side=8), phase="generator", seed=0)["total"].shape == (2,)
 
 
 def test_the_class_has_an_effect():
@@ -307,7 +307,7 @@ def test_the_class_has_an_effect():
 
 def test_cyclegan_goes_both_ways():
     model = small_cyclegan(cond_shape=(2, 16, 16), identity_weight=0.0).eval()
-    a, b = pictures(2, 2), pictures(2, 1)
+    a, b = images(2, 2), images(2, 1)
     assert_equal(model.sample(cond=a), model.generator_a(a).detach())
     assert_equal(model.sample(cond=b, way="back"), model.generator_b(b).detach())
     assert model.sample(3, cond=a).shape == (3, 2, 1, 16, 16)
@@ -383,7 +383,7 @@ def test_wrong_arguments(family):
 
 def test_wrong_options():
     with pytest.raises(ValueError, match="way must be one of forward, back"):
-        small_cyclegan().sample(cond=pictures(1), way="BtoA")
+        small_cyclegan().sample(cond=images(1), way="BtoA")
     with pytest.raises(ValueError, match="truncation must not be negative"):
         small_gan().sample(cond=torch.tensor([0]), truncation=-1.0)
 
@@ -399,10 +399,10 @@ def test_the_pool_fills_first_and_then_gives_back_about_half():
     old = (out[10:] != numbers[10:]).float().mean()
     assert 0.45 < old < 0.55
     assert (out <= numbers).all() and len(out.unique()) > 1500
-    # What is kept was never given away: each picture of before comes back at most once.
+    # What is kept was never given away: each image of before comes back at most once.
     back = out[out != numbers]
     assert len(back.unique()) == len(back)
-    # Places are drawn evenly: a picture stays for 20 others on the average.
+    # Places are drawn evenly: an image stays for 20 others on the average.
     age = (numbers[out != numbers] - back).mean()
     assert 15 < age < 25
 
@@ -419,7 +419,7 @@ def test_the_pool_depends_on_seed_and_index_alone():
 
 
 def test_no_pool():
-    fake = pictures(2)
+    fake = images(2)
     assert ImagePool(0, (1, 16, 16)).exchange(fake, seed=0, index=torch.arange(2)) is fake
 
 
@@ -460,8 +460,8 @@ def test_pix2pix_learns_to_fill_squares(tmp_path, loss):
     assert 0.01 * undecided < judged < 1.5 * undecided
 
 
-def test_the_gan_learns_four_pictures_and_their_classes(tmp_path):
-    y, cond = pictures(4, side=8).sign(), torch.arange(4)
+def test_the_gan_learns_four_images_and_their_classes(tmp_path):
+    y, cond = images(4, side=8).sign(), torch.arange(4)
     model = small_gan(num_classes=4, width=16, discriminator_width=16, r1_weight=0.1)
     data = Dataset("four", y.repeat(4, 1, 1, 1), cond.repeat(4), "class", num_classes=4)
     training = TrainingConfig(

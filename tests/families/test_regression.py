@@ -79,10 +79,10 @@ def small(*args, **kwargs) -> Regression:
 def conditions(kind: str, rows: int) -> Tensor | None:
     if kind == "none":
         return None
-    return torch.arange(rows) % 3 if kind == "class" else pictures(rows, (1, 4, 6), seed=7)
+    return torch.arange(rows) % 3 if kind == "class" else images(rows, (1, 4, 6), seed=7)
 
 
-def pictures(rows: int, shape=SHAPE, seed: int = 0) -> Tensor:
+def images(rows: int, shape=SHAPE, seed: int = 0) -> Tensor:
     return 2 * uniform((rows, *shape), seed=seed, stream=6) - 1
 
 
@@ -98,7 +98,7 @@ def set_table(model: Regression, *parameters: Tensor) -> Regression:
 @families
 @kinds
 def test_shapes(family, kind):
-    model, y, cond = small(family, kind), pictures(4), conditions(kind, 4)
+    model, y, cond = small(family, kind), images(4), conditions(kind, 4)
     values = model.loss(y, cond=cond, seed=0)
     assert all(value.shape == (4,) and value.isfinite().all() for value in values.values())
     assert model.predict(cond=cond).shape == (4 if cond is not None else 1, *SHAPE)
@@ -114,7 +114,7 @@ def test_shapes(family, kind):
 @densities
 @kinds
 def test_the_loss_is_the_log_prob_of_each_dimension(family, kind):
-    model, y, cond = small(family, kind), pictures(4), conditions(kind, 4)
+    model, y, cond = small(family, kind), images(4), conditions(kind, 4)
     log_prob = model.log_prob(y, cond=cond)
     values = model.loss(y, cond=cond, seed=0)
     if isinstance(model, LeastSquares):  # up to the scale and a constant
@@ -159,10 +159,10 @@ def test_a_sample_depends_on_seed_and_index_alone(family, kind):
 def test_plain_pytorch_agrees(family):
     model, cond = small(family, "image"), conditions("image", 3)
     drawn = model.sample(2, cond=cond, seed=3)
-    values = model.loss(pictures(3), cond=cond, seed=0)
+    values = model.loss(images(3), cond=cond, seed=0)
     with cgkernels.reference():
         torch.testing.assert_close(model.sample(2, cond=cond, seed=3), drawn)
-        torch.testing.assert_close(model.loss(pictures(3), cond=cond, seed=0), values)
+        torch.testing.assert_close(model.loss(images(3), cond=cond, seed=0), values)
 
 
 @families
@@ -180,7 +180,7 @@ def test_a_point_of_the_plane(family):
     for kind in ("none", "class"):
         model, cond = small(family, kind, event_shape=(2, 1, 1)), conditions(kind, 3)
         assert model.sample(3, cond=cond)[0].shape == (2, 1, 1) if cond is None else (3, 2, 1, 1)
-        assert model.loss(pictures(3, (2, 1, 1)), cond=cond, seed=0)["total"].shape == (3,)
+        assert model.loss(images(3, (2, 1, 1)), cond=cond, seed=0)["total"].shape == (3,)
 
 
 def test_without_a_sigma_all_samples_are_one_and_it_says_so_once():
@@ -194,7 +194,7 @@ def test_without_a_sigma_all_samples_are_one_and_it_says_so_once():
         warnings.simplefilter("error")
         model.sample(cond=cond)
     with pytest.raises(NotImplementedError, match="log_prob only with a sigma; it has predict"):
-        model.log_prob(pictures(2), cond=cond)
+        model.log_prob(images(2), cond=cond)
 
 
 # Densities ----------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def exact(model: Regression) -> dist.Distribution:
 
 @densities
 def test_log_prob_is_that_of_torch_distributions(family):
-    model, y = small(family).double(), 1.5 * pictures(5).double()
+    model, y = small(family).double(), 1.5 * images(5).double()
     value = y
     if isinstance(model, QuantizedClassifier):
         value = model._classes(y)
@@ -232,7 +232,7 @@ def test_log_prob_is_that_of_torch_distributions(family):
 @pytest.mark.peers("scipy")
 def test_the_mixture_is_that_of_scipy():
     scipy_stats, special = Peer("scipy.stats"), Peer("scipy.special")
-    model, y = small("mixture").double(), 3 * pictures(5).double()
+    model, y = small("mixture").double(), 3 * images(5).double()
     logits, mean, width = model.table.detach()[0].chunk(3)
     sigma = model.config.min_sigma + special.softplus(width.numpy())
     terms = special.log_softmax(logits.numpy(), 0)[:, None] + scipy_stats.norm.logpdf(
@@ -388,7 +388,7 @@ def test_the_fit_of_a_gaussian_is_mean_and_variance():
 
 @pytest.mark.parametrize("family", ["bins", "palette"])
 def test_the_fit_of_a_classifier_is_the_share_of_each_class(family):
-    y = pictures(60).double()
+    y = images(60).double()
     model = small(family).double()
     model.fit(y)
     classes = model._classes(y)
@@ -408,7 +408,7 @@ def test_the_fit_of_a_classifier_is_the_share_of_each_class(family):
 
 @pytest.mark.parametrize("family", ["Gaussian", "bins", "palette"])
 def test_a_fit_takes_batches_of_any_size(family):
-    y = pictures(2500)
+    y = images(2500)
     tables = []
     for data in (y, Dataset("some", y), iter(y.split(7)), (y[2000:], y[:0], y[:2000])):
         model = small(family).double()
@@ -420,7 +420,7 @@ def test_a_fit_takes_batches_of_any_size(family):
 
 @pytest.mark.parametrize("family", ["Gaussian", "bins"])
 def test_training_tends_to_the_fit(family, tmp_path):
-    y = (pictures(64, (1, 1, 2)) + torch.tensor([-0.1, 0.2])).clamp(-1, 1)
+    y = (images(64, (1, 1, 2)) + torch.tensor([-0.1, 0.2])).clamp(-1, 1)
     fitted, trained = (small(family, event_shape=(1, 1, 2)) for _ in range(2))
     fitted.fit(y)
     training = TrainingConfig(
@@ -435,12 +435,12 @@ def test_training_tends_to_the_fit(family, tmp_path):
 
 # Two dimensions -----------------------------------------------------------------------------------
 ANGLES = torch.arange(8) * (math.pi / 4)
-CENTRES = 0.7 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
+CENTERS = 0.7 * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 
 
 def eight_gaussians(n: int, seed: int) -> Tensor:
     which = (8 * uniform((n,), seed=seed, stream=6)).long()
-    return (CENTRES[which] + 0.05 * normal((n, 2), seed=seed, step=1, stream=6)).view(n, 2, 1, 1)
+    return (CENTERS[which] + 0.05 * normal((n, 2), seed=seed, step=1, stream=6)).view(n, 2, 1, 1)
 
 
 def energy_p_value(a: Tensor, b: Tensor) -> float:
@@ -468,16 +468,16 @@ def test_a_palette_draws_eight_gaussians_and_values_one_by_one_cannot():
         assert (energy_p_value(drawn, unseen) > 0.05) == (name != "each")
         for channel in range(2):  # one alone is right all the same
             assert energy_p_value(drawn[:, channel], unseen[:, channel]) > 0.05
-        to_centres = torch.cdist(drawn.flatten(1), CENTRES)
-        near[name] = (to_centres.amin(1) < 0.15).double().mean().item()
+        to_centers = torch.cdist(drawn.flatten(1), CENTERS)
+        near[name] = (to_centers.amin(1) < 0.15).double().mean().item()
     assert near["joint"] > near["truth"] - 0.02
     assert near["each"] < 0.5
 
 
-def test_the_colours_of_a_palette():
+def test_the_colors_of_a_palette():
     found = palette_of(Dataset("some", load_task("colorize").y[::100].contiguous()), 0.1)
     torch.testing.assert_close(torch.tensor(found), torch.tensor([TEAL, (0.0, 0.0), PINK]))
-    y, palette = pictures(3), torch.tensor(PALETTE)
+    y, palette = images(3), torch.tensor(PALETTE)
     distances = (y[:, None] - palette[:, :, None, None]).square().sum(2)
     assert_equal(to_palette(y, palette), distances.argmin(1))
     exactly = palette.T[None, :, None]  # (1, 2, 1, K)
@@ -487,7 +487,7 @@ def test_the_colours_of_a_palette():
     with pytest.raises(ValueError, match="data must be finite and spacing not too small"):
         palette_of(y, 1e-12)
     with pytest.raises(ValueError, match=r"data must be \(N, 2, H, W\)"):
-        palette_of(pictures(2, (3, 4, 4)), 0.1)
+        palette_of(images(2, (3, 4, 4)), 0.1)
 
 
 def test_bins_of_any_shape():
@@ -513,7 +513,7 @@ def trained(model: Regression, y: Tensor, cond: Tensor, steps: int, batch: int) 
 
 
 @densities
-def test_learns_four_pictures_by_their_classes(family):
+def test_learns_four_images_by_their_classes(family):
     values = torch.tensor(PALETTE)[(3 * uniform((4, 4, 6), seed=2, stream=6)).long()]
     y, cond = values.movedim(3, 1).contiguous(), torch.arange(4)
     changes = {"sigma": 0.1} if family in ("normal", "Laplace") else {}
@@ -528,14 +528,14 @@ def test_learns_four_pictures_by_their_classes(family):
 
 
 def shirts(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """y in one of two colours, +-0.8 on a square and 0 around it; the luminance; the square."""
+    """y in one of two colors, +-0.8 on a square and 0 around it; the luminance; the square."""
     u = uniform((rows, 3), seed=seed, stream=6)
     corner = (3 * u[:, :2]).long()
     places = torch.arange(8)
     down, across = ((places >= c[:, None]) & (places < c[:, None] + 6) for c in corner.T)
     mask = down[:, None, :, None] & across[:, None, None, :]
-    colour = torch.where(u[:, 2] < 0.5, -0.8, 0.8).view(-1, 1, 1, 1)
-    return mask * colour, mask * 1.4 - 0.7, mask
+    color = torch.where(u[:, 2] < 0.5, -0.8, 0.8).view(-1, 1, 1, 1)
+    return mask * color, mask * 1.4 - 0.7, mask
 
 
 @pytest.mark.parametrize("family", ["least squares", "Gaussian", "mixture", "bins"])
@@ -549,9 +549,9 @@ def test_of_two_answers_it_gives_a_mean_or_speckles(family):
     def over_shirt(values: Tensor) -> float:
         return ((values * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).abs().mean().item()
 
-    grey = model.predict(cond=cond) / 0.8
-    assert over_shirt(grey.abs()) < 0.05
-    assert grey[~mask].abs().mean() < 0.05
+    gray = model.predict(cond=cond) / 0.8
+    assert over_shirt(gray.abs()) < 0.05
+    assert gray[~mask].abs().mean() < 0.05
     if family == "least squares":
         return
     drawn = model.sample(cond=cond, seed=2) / 0.8
@@ -587,7 +587,7 @@ def test_of_two_answers_it_gives_a_mean_or_speckles(family):
         (
             QuantizedClassifierConfig,
             {"event_shape": SHAPE, "palette": ((0.0, 0.0), (0.0, 0.0))},
-            "palette must have two colours or more, all different",
+            "palette must have two colors or more, all different",
         ),
     ],
 )
@@ -598,7 +598,7 @@ def test_wrong_configs(make, changes, message):
 
 @families
 def test_wrong_arguments(family):
-    model, y, cond = small(family, "class"), pictures(2), torch.tensor([0, 2])
+    model, y, cond = small(family, "class"), images(2), torch.tensor([0, 2])
     with pytest.raises(ValueError, match="phase must be one of"):
         model.loss(y, cond=cond, phase="generator", seed=0)
     with pytest.raises(ValueError, match="y must have shape"):
@@ -609,9 +609,9 @@ def test_wrong_arguments(family):
     with pytest.raises(ValueError, match="y must be finite"):
         model.loss(y, cond=cond, seed=0)
     with pytest.raises(ValueError, match="cond must be given"):
-        model.loss(pictures(2), seed=0)
+        model.loss(images(2), seed=0)
     with pytest.raises(ValueError, match=r"cond must be in \[0, 2\]"):
-        model.loss(pictures(2), cond=cond + 1, seed=0)
+        model.loss(images(2), cond=cond + 1, seed=0)
     with pytest.raises(ValueError, match="cond must be given"):
         model.sample(2)
     with pytest.raises(ValueError, match="cond must be given"):
@@ -627,16 +627,16 @@ def test_wrong_arguments(family):
 @pytest.mark.parametrize("family", ["Gaussian", "bins"])
 def test_wrong_fits(family):
     with pytest.raises(ValueError, match="cond_kind must be none for a fit, got class"):
-        small(family, "class").fit(pictures(2))
+        small(family, "class").fit(images(2))
     with pytest.raises(ValueError, match="data must have a row"):
         small(family).fit([])
     with pytest.raises(ValueError, match="y must be finite"):
-        small(family).fit(pictures(2) * math.nan)
+        small(family).fit(images(2) * math.nan)
     with pytest.raises(ValueError, match="y must have shape"):
-        small(family).fit([pictures(2, (1, 4, 6))])
+        small(family).fit([images(2, (1, 4, 6))])
     if family == "bins":
         with pytest.raises(ValueError, match="smoothing must not be negative"):
-            small(family).fit(pictures(2), smoothing=-1.0)
+            small(family).fit(images(2), smoothing=-1.0)
         with pytest.raises(ValueError, match="temperature must not be negative"):
             small(family).predict(temperature=math.inf)
 
@@ -645,7 +645,7 @@ def test_wrong_fits(family):
 @pytest.mark.cuda
 @families
 @kinds
-def test_gpu_gives_the_picture_of_the_cpu(family, kind):
+def test_gpu_gives_the_image_of_the_cpu(family, kind):
     model, cond = small(family, kind), conditions(kind, 3)
     on_cpu = model.sample(2, cond=cond, seed=3)
     on_gpu = model.cuda().sample(2, cond=None if cond is None else cond.cuda(), seed=3)
@@ -654,7 +654,7 @@ def test_gpu_gives_the_picture_of_the_cpu(family, kind):
     assert near.double().mean() > (0.99 if family in ("mixture", "bins", "palette") else 0.9999)
 
 
-def test_bits_are_those_of_pictures_of_256_values():
+def test_bits_are_those_of_images_of_256_values():
     """The probabilities of all values of a pixel sum to 1, by a density as by bins."""
     values = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     gaussian = GaussianRegression(GaussianConfig((1, 1, 1)))

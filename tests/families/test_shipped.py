@@ -1,4 +1,4 @@
-"""The shipped checkpoint draws the pictures that it drew when it was made: everywhere the same."""
+"""The shipped checkpoint draws the images that it drew when it was made: everywhere the same."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def drawn(device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_same_pictures_as_ever(device):
+def test_same_images_as_ever(device):
     expected = torch.from_numpy(np.array(Image.open(EXPECTED))).float()
     difference = (drawn(device) - expected).abs()
     # Round-off of the network may move a pixel across the border between two of 256 levels.

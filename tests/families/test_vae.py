@@ -36,7 +36,7 @@ def autoencoder(kind="image", **changes) -> Autoencoder:
     return make_model(Autoencoder, config, seed=1).eval()
 
 
-def pictures(rows: int, channels: int = 2, seed: int = 0) -> Tensor:
+def images(rows: int, channels: int = 2, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, channels, 6, 7, generator=generator) * 2 - 1
 
@@ -45,7 +45,7 @@ def conditions(kind: str, rows: int) -> Tensor | None:
     return {
         "none": None,
         "class": torch.arange(rows) % 3,
-        "image": pictures(rows, 1, seed=1),
+        "image": images(rows, 1, seed=1),
     }[kind]
 
 
@@ -54,14 +54,14 @@ SIGMA = 0.7
 
 
 class Linear(nn.Module):
-    """mean = matrix y + offset of the first channels of a picture, and a log variance."""
+    """mean = matrix y + offset of the first channels of an image, and a log variance."""
 
     def __init__(self, matrix: Tensor, offset: Tensor, variance: Tensor) -> None:
         super().__init__()
         self.matrix, self.offset, self.variance = matrix, offset, variance
 
-    def forward(self, picture: Tensor) -> Tensor:
-        y = picture[:, : self.matrix.shape[1], 0, 0]
+    def forward(self, image: Tensor) -> Tensor:
+        y = image[:, : self.matrix.shape[1], 0, 0]
         mean = y @ self.matrix.T + self.offset
         return torch.cat([mean, self.variance.log().expand_as(mean)], 1)
 
@@ -131,7 +131,7 @@ def test_the_bound_is_below_the_density_and_rises_with_the_draws(learned):
 
 def test_the_loss_is_the_bound():
     model, cond = vae(), conditions("image", 3)
-    y = pictures(3)
+    y = images(3)
     values = model.loss(y, cond=cond, seed=4)
     assert values.keys() == {"total", "reconstruction", "kl"}
     assert all(v.shape == (3,) for v in values.values())
@@ -149,7 +149,7 @@ def test_the_loss_is_the_bound():
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_a_bound_depends_on_seed_and_index_alone(draws):
-    model, y, cond = vae(prior="learned"), pictures(4), conditions("image", 4)
+    model, y, cond = vae(prior="learned"), images(4), conditions("image", 4)
     assert cond is not None
     index = torch.tensor([5, 2**33, 0, 1])
     whole = model.elbo(y, cond=cond, seed=3, index=index, draws=draws)
@@ -168,14 +168,14 @@ def likelihood(name: str, **changes) -> Any:
 
 
 def test_the_gaussian_is_that_of_torch_distributions():
-    out, y = pictures(2).double(), pictures(2, seed=1).double()
+    out, y = images(2).double(), images(2, seed=1).double()
     expected = Normal(out, 0.3).log_prob(y).sum((1, 2, 3))
     torch.testing.assert_close(likelihood("gaussian", scale=0.3).log_prob(out, y), expected)
 
 
 @pytest.mark.parametrize("values", [2, 5, 256])
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 20.0])
-def test_the_discretised_logistic_is_a_distribution(values, scale):
+def test_the_discretized_logistic_is_a_distribution(values, scale):
     """However narrow, and wherever it is; and nowhere does it lose its gradient."""
     judge = likelihood("discretized_logistic", levels=values, scale=scale)
     y = torch.linspace(-1, 1, values, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -219,7 +219,7 @@ def test_draws_are_of_the_likelihood(name):
 
 @pytest.mark.parametrize("name", ["gaussian", "discretized_logistic"])
 def test_the_scale_is_learned_if_asked_for(name):
-    y = pictures(2)
+    y = images(2)
     fixed, learned = (vae("none", likelihood=name, learn_scale=b) for b in (False, True))
     assert len(list(learned.parameters())) == len(list(fixed.parameters())) + 1
     total = learned.loss(y, seed=0)["total"]
@@ -281,14 +281,14 @@ def test_points_of_the_plane(kind):
 
 
 def test_a_pooled_code_does_not_know_where():
-    """What moves in condition and picture alike keeps its z, and z moves with it when decoded."""
+    """What moves in condition and image alike keeps its z, and z moves with it when decoded."""
     sizes: Any = {"event_shape": (1, 16, 16), "cond_shape": (1, 16, 16), "depth": 1}
-    blob = pictures(2, 1)[:, :, :3, :3]
+    blob = images(2, 1)[:, :, :3, :3]
 
     def placed(what: Tensor, row: int, column: int) -> Tensor:
-        picture = torch.full((1, 1, 16, 16), -1.0)
-        picture[0, 0, row : row + 3, column : column + 3] = what
-        return picture
+        image = torch.full((1, 1, 16, 16), -1.0)
+        image[0, 0, row : row + 3, column : column + 3] = what
+        return image
 
     model = vae(**sizes, pooled=True)
     cond, y = placed(blob[0], 5, 5), placed(blob[1], 6, 7)
@@ -326,7 +326,7 @@ def test_wrong_configs(changes, message):
 
 @pytest.mark.parametrize("make", [vae, autoencoder])
 def test_wrong_arguments(make):
-    model, y = make("class"), pictures(2)
+    model, y = make("class"), images(2)
     cond = torch.tensor([0, 2])
     bad = y.clone()
     bad[1, 0, 0, 0] = math.nan
@@ -346,7 +346,7 @@ def test_wrong_arguments(make):
 
 
 def test_what_there_is_not():
-    model, y, cond = vae(), pictures(2), conditions("image", 2)
+    model, y, cond = vae(), images(2), conditions("image", 2)
     with pytest.raises(NotImplementedError, match="it has elbo"):
         model.log_prob(y, cond=cond)
     with pytest.raises(ValueError, match="draws must be an int of at least 1, got 0"):
@@ -370,15 +370,15 @@ def fit(model, dataset: Dataset, folder, steps=100, rate=1e-2) -> Any:
     return train(model, dataset, config, folder)
 
 
-def test_it_overfits_four_pictures(tmp_path):
+def test_it_overfits_four_images(tmp_path):
     """Of two classes: each is drawn as one of its own."""
-    y, cond = pictures(4), torch.tensor([0, 0, 1, 1])
+    y, cond = images(4), torch.tensor([0, 0, 1, 1])
     data = Dataset("four", y, cond, "class", 3)
     model = fit(vae("class", width=8, scale=0.05).train(), data, tmp_path / "run")
     drawn = model.sample(20, cond=torch.tensor([0, 1]), seed=3)
     distances = (drawn[:, :, None] - y).square().mean((3, 4, 5)).sqrt()  # (20, 2, 4)
     nearest, which = distances.min(2)
-    assert nearest.median() < 0.25  # two pictures are 0.8 apart
+    assert nearest.median() < 0.25  # two images are 0.8 apart
     assert {n.item() for n in which[:, 0].unique()} == {0, 1}
     assert {n.item() for n in which[:, 1].unique()} == {2, 3}
     mean, _ = model.encode(y, cond=cond)
@@ -390,8 +390,8 @@ def test_it_overfits_four_pictures(tmp_path):
     assert_equal(loaded.sample(3, cond=cond, seed=1), model.sample(3, cond=cond, seed=1))
 
 
-def test_the_autoencoder_overfits_four_pictures(tmp_path):
-    y, cond = pictures(4), conditions("image", 4)
+def test_the_autoencoder_overfits_four_images(tmp_path):
+    y, cond = images(4), conditions("image", 4)
     model = autoencoder(width=8).train()
     model = fit(model, Dataset("four", y, cond, "image"), tmp_path / "run")
     assert (model.reconstruct(y, cond=cond) - y).square().mean().sqrt() < 0.1
@@ -403,7 +403,7 @@ def test_the_autoencoder_overfits_four_pictures(tmp_path):
 @pytest.mark.parametrize("prior", ["standard", "learned"])
 def test_fused_and_plain_agree(prior):
     """Some steps of training, the bound and samples, by the ops and in plain PyTorch."""
-    y, cond = pictures(4), conditions("image", 4)
+    y, cond = images(4), conditions("image", 4)
     found = []
     for plain in (False, True):
         model = vae(prior=prior, free_bits=0.1).train()
@@ -422,7 +422,7 @@ def test_fused_and_plain_agree(prior):
 
 
 def test_autocast_learns_alike():
-    y, cond = pictures(4), conditions("image", 4)
+    y, cond = images(4), conditions("image", 4)
     totals = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

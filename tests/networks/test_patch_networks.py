@@ -25,7 +25,7 @@ NORMS = ("batch", "instance", "none")
 LAST = torch.channels_last
 
 
-def pictures(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+def images(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=dtype).clamp(-1, 1)
 
@@ -66,7 +66,7 @@ def on_meta(make) -> nn.Module:
 
 
 # Ours and plain modules ---------------------------------------------------------------------------
-# name: ours, plain, shape of a picture
+# name: ours, plain, shape of an image
 PAIRS = {
     "pixel": (lambda kind: discriminator(patch=1, norm=kind), lambda k: PlainPixel(k, 4), (9, 7)),
     **{
@@ -105,7 +105,7 @@ def test_names_and_values_are_the_published_ones(pair, kind):
     for module in plain.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # its noise is another
-    x = pictures(2, 3, *size)
+    x = images(2, 3, *size)
     for train in (False, True):
         out, expected = network.train(train)(x), plain.train(train)(x.clone())
         if out.shape[1] == 3:  # what tanh saturates would hide differences
@@ -196,7 +196,7 @@ def test_patch_is_what_one_score_sees(patch):
     network = discriminator(patch=patch, width=1, norm="none").double()
     side = 2 * patch + 98
     for height, width in ((side, 97), (97, side)):
-        x = pictures(1, 3, height, width, dtype=torch.float64).requires_grad_()
+        x = images(1, 3, height, width, dtype=torch.float64).requires_grad_()
         out = network(x)
         (gradient,) = torch.autograd.grad(out[0, 0, out.shape[2] // 2, out.shape[3] // 2], x)
         along = 3 if height == 97 else 2
@@ -210,29 +210,29 @@ def test_patch_is_what_one_score_sees(patch):
 )
 def test_size_of_the_map(patch, side):
     network = discriminator(patch=patch, width=1)
-    assert network(pictures(1, 3, 256, 256)).shape == (1, 1, side, side)
+    assert network(images(1, 3, 256, 256)).shape == (1, 1, side, side)
 
 
 @pytest.mark.parametrize("patch, least", [(1, 1), (16, 6), (34, 12), (70, 24), (286, 96)])
-def test_smallest_picture(patch, least):
+def test_smallest_image(patch, least):
     network = discriminator(patch=patch, norm="instance" if patch > 1 else "none")
-    assert network(pictures(1, 3, least, least)).shape == (1, 1, 1, 1)
+    assert network(images(1, 3, least, least)).shape == (1, 1, 1, 1)
     with pytest.raises(ValueError, match=f"x must .* of at least {least}"):
-        network(pictures(1, 3, least, least - 1))
+        network(images(1, 3, least, least - 1))
 
 
 # Pairs, features ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("patch", (1, 34))
-def test_a_pair_is_one_picture_of_both(patch):
+def test_a_pair_is_one_image_of_both(patch):
     network = discriminator(patch=patch, in_channels=5)
-    x, y = pictures(2, 2, 20, 17), pictures(2, 3, 20, 17, seed=2)
+    x, y = images(2, 2, 20, 17), images(2, 3, 20, 17, seed=2)
     assert torch.equal(network(x, y), network(torch.cat([x, y], 1)))
 
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_features(patch):
     network = discriminator(patch=patch, in_channels=5, norm="instance")
-    x, y = pictures(2, 2, 100, 97), pictures(2, 3, 100, 97, seed=2)
+    x, y = images(2, 2, 100, 97), images(2, 3, 100, 97, seed=2)
     *features, scores = network.features(x, y)
     assert torch.equal(scores, network(x, y))
     assert len(features) == (2 if patch == 1 else PATCHES[patch] + 1)
@@ -246,7 +246,7 @@ def test_features(patch):
 @pytest.mark.parametrize("activation", (None, "relu", "leaky_relu"))
 @pytest.mark.parametrize("last", (False, True))
 def test_norm_act(kind, activation, last):
-    x, residual = pictures(2, 3, 5, 4), pictures(2, 3, 7, 6, seed=2)[:, :, 1:-1, 1:-1]
+    x, residual = images(2, 3, 5, 4), images(2, 3, 7, 6, seed=2)[:, :, 1:-1, 1:-1]
     x = x.contiguous(memory_format=LAST) if last else x
     norm = layers.new_norm(kind, 3)
     same = layers.new_norm(kind, 3)
@@ -282,12 +282,12 @@ def test_a_skip_written_in_place_is_that_of_cat(kind, training, plain):
     """Values, running statistics, gradients and second derivatives; twice through one graph."""
     found = []
     for make in (skip_in_place, skip_by_cat):
-        x, up = (pictures(2, c, 5, 4, seed=c, dtype=torch.float64) for c in (3, 2))
+        x, up = (images(2, c, 5, 4, seed=c, dtype=torch.float64) for c in (3, 2))
         norms = [layers.new_norm(kind, c).double().train(training) for c in (3, 2)]
         inputs = [t.requires_grad_() for t in (x, up, *norms[0].parameters())]
         with cgkernels.reference() if plain else contextlib.nullcontext():
             outputs = make(x, up, *norms)
-            dys = [pictures(*y.shape, seed=9, dtype=y.dtype) for y in outputs]
+            dys = [images(*y.shape, seed=9, dtype=y.dtype) for y in outputs]
             first = torch.autograd.grad(outputs, inputs, dys, retain_graph=True)
             again = torch.autograd.grad(outputs, inputs, dys, create_graph=True)
             penalty = sum(g.square().sum() for g in again)
@@ -299,7 +299,7 @@ def test_a_skip_written_in_place_is_that_of_cat(kind, training, plain):
 
 @norms
 def test_a_unet_joins_without_copies(kind, monkeypatch):
-    network, x = unet(downs=6, norm=kind), pictures(2, 3, 64, 64)
+    network, x = unet(downs=6, norm=kind), images(2, 3, 64, 64)
     monkeypatch.setattr(torch, "cat", lambda *_: pytest.fail("copies"))
     network(x, seed=1).square().sum().backward()
 
@@ -308,7 +308,7 @@ def test_spectral_norm():
     network = discriminator(patch=34, norm="instance", spectral_norm=True)
     names = {re.sub(r".*\.", "", name) for name in network.state_dict()}
     assert names == {"weight_orig", "weight_u", "weight_v", "bias"}
-    x = pictures(2, 3, 20, 17)
+    x = images(2, 3, 20, 17)
     for _ in range(100):
         network(x)
     network.eval()
@@ -322,7 +322,7 @@ def test_spectral_norm():
 
 def test_actnorm_takes_the_first_batch_of_training():
     norm = layers.ActNorm(3)
-    x = pictures(4, 3, 6, 5) * torch.tensor([1.0, 3.0, 0.1])[:, None, None] + 2
+    x = images(4, 3, 6, 5) * torch.tensor([1.0, 3.0, 0.1])[:, None, None] + 2
     assert torch.equal(norm.eval()(x), x) and not norm.initialized
     out = norm.train()(x)
     std, mean = torch.std_mean(out, dim=(0, 2, 3))
@@ -331,7 +331,7 @@ def test_actnorm_takes_the_first_batch_of_training():
     before = norm.loc.clone(), norm.scale.clone()
     norm(x + 5)
     assert torch.equal(norm.loc, before[0]) and torch.equal(norm.scale, before[1])
-    # Weights that are loaded say themselves whether they are initialised.
+    # Weights that are loaded say themselves whether they are initialized.
     fresh = layers.ActNorm(3)
     fresh.load_state_dict(norm.state_dict())
     assert torch.equal(fresh(x + 5), norm(x + 5))
@@ -342,7 +342,7 @@ def test_actnorm_takes_the_first_batch_of_training():
 
 
 def test_actnorm_waits_for_the_device_once(monkeypatch):
-    norm, x = layers.ActNorm(3), pictures(2, 3, 4, 4)
+    norm, x = layers.ActNorm(3), images(2, 3, 4, 4)
     norm(x)
     monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("waits"))
     norm(x)
@@ -354,11 +354,11 @@ def test_actnorm_in_a_discriminator():
     assert [name for name in network.state_dict() if name.startswith(("model.2.", "model.3."))] == [
         "model.2.weight", "model.2.bias", "model.3.loc", "model.3.scale", "model.3.initialized",
     ]  # fmt: skip
-    network(pictures(2, 3, 40, 40))
+    network(images(2, 3, 40, 40))
     assert all(network.model[place].initialized for place in ("3", "6", "9"))
 
 
-# Any picture --------------------------------------------------------------------------------------
+# Any image --------------------------------------------------------------------------------------
 NETWORKS = {
     "pixel": lambda kind: discriminator(patch=1, norm=kind),
     "patch": lambda kind: discriminator(patch=34, norm=kind),
@@ -379,7 +379,7 @@ def seed_of(network) -> dict[str, int]:
 @norms
 def test_channels_last_stays(make, kind):
     network = make(kind)
-    x = pictures(2, 3, 64, 64)
+    x = images(2, 3, 64, 64)
     out = network(x, **seed_of(network))
     last = network(x.contiguous(memory_format=LAST), **seed_of(network))
     assert out.is_contiguous()
@@ -394,7 +394,7 @@ def test_channels_last_stays(make, kind):
 @norms
 def test_every_parameter_acts(make, kind):
     network = make(kind)
-    x = pictures(2, 3, 64, 64)
+    x = images(2, 3, 64, 64)
     network(x, **seed_of(network)).square().sum().backward()
     idle = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     # A bias before an instance norm is taken off again.
@@ -404,9 +404,9 @@ def test_every_parameter_acts(make, kind):
 
 @networks
 @norms
-def test_without_gradients_the_picture_is_the_same(make, kind):
+def test_without_gradients_the_image_is_the_same(make, kind):
     """Though both halves of a skip are then written into one buffer."""
-    network, x = make(kind).eval(), pictures(2, 3, 64, 64)
+    network, x = make(kind).eval(), images(2, 3, 64, 64)
     for given in (x, x.contiguous(memory_format=LAST)):
         with torch.no_grad():
             drawn = network(given, **seed_of(network))
@@ -416,12 +416,12 @@ def test_without_gradients_the_picture_is_the_same(make, kind):
 
 def test_empty_batches_pass():
     for network in (discriminator(patch=34), unet(), resnet()):
-        assert network(pictures(0, 3, 24, 16)).shape[0] == 0
+        assert network(images(0, 3, 24, 16)).shape[0] == 0
 
 
 def test_a_penalty_on_gradients():
     network = discriminator(patch=34, norm="instance")
-    x = pictures(2, 3, 24, 16).requires_grad_()
+    x = images(2, 3, 24, 16).requires_grad_()
     (gradient,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
     gradient.square().sum().backward()
     assert all(p.grad is not None for n, p in network.named_parameters() if n.endswith("weight"))
@@ -429,15 +429,15 @@ def test_a_penalty_on_gradients():
 
 @pytest.mark.parametrize("size, out", [((5, 6), (8, 8)), ((16, 9), (16, 12)), ((20, 24), (20, 24))])
 def test_resnet_rounds_sides_up(size, out):
-    assert resnet()(pictures(1, 3, *size)).shape == (1, 3, *out)
+    assert resnet()(images(1, 3, *size)).shape == (1, 3, *out)
 
 
 @pytest.mark.parametrize("downs", (2, 5, 7))
 def test_unet_takes_multiples(downs):
     network, side = unet(downs=downs, width=1, out_channels=2), 2**downs
-    assert network(pictures(2, 3, side, 2 * side)).shape == (2, 2, side, 2 * side)
+    assert network(images(2, 3, side, 2 * side)).shape == (2, 2, side, 2 * side)
     with pytest.raises(ValueError, match=f"x must have sides of multiples of {side}"):
-        network(pictures(2, 3, side, side + 1))
+        network(images(2, 3, side, side + 1))
 
 
 # Dropout ------------------------------------------------------------------------------------------
@@ -464,9 +464,9 @@ def test_dropout_depends_on_seed_and_index_alone():
 
 
 @pytest.mark.parametrize("network", [unet(downs=7, width=2), resnet(dropout=True)])
-def test_pictures_depend_on_seed_and_index_alone(network):
+def test_images_depend_on_seed_and_index_alone(network):
     network = network.double().eval()
-    x = pictures(3, 3, 128, 128, dtype=torch.float64)
+    x = images(3, 3, 128, 128, dtype=torch.float64)
     if isinstance(network, ResnetGenerator):
         x = x[:, :, :20, :13]
     index = torch.tensor([5, 2**33 + 1, 0])
@@ -493,16 +493,16 @@ def test_every_layer_drops_others(monkeypatch):
     monkeypatch.setattr("cgm.networks.unet_generator.dropout", record)
     monkeypatch.setattr("cgm.networks.resnet_generator.dropout", record)
     # Published: the three innermost but one of eight levels, all of eight times the width.
-    unet(downs=8, width=1)(pictures(1, 3, 256, 256), seed=1)
+    unet(downs=8, width=1)(images(1, 3, 256, 256), seed=1)
     assert dropped == [(6, (1, 8, 4, 4)), (5, (1, 8, 8, 8)), (4, (1, 8, 16, 16))]
     dropped.clear()
-    network, x = resnet(dropout=True), pictures(1, 3, 8, 8)
+    network, x = resnet(dropout=True), images(1, 3, 8, 8)
     torch.testing.assert_close(network(x, seed=1), network(x))  # record drops nothing
     assert dropped == [(0, (1, 16, 2, 2)), (1, (1, 16, 2, 2))]
     dropped.clear()
     for network in (unet(downs=6, dropout=False), resnet()):
-        network(pictures(1, 3, 64, 64), seed=1)
-    unet(downs=6)(pictures(1, 3, 64, 64))
+        network(images(1, 3, 64, 64), seed=1)
+    unet(downs=6)(images(1, 3, 64, 64))
     assert dropped == []
 
 
@@ -543,7 +543,7 @@ def test_published_files(name, old, tmp_path):
     loaded = network_of(load_published(file))
     assert type(loaded) is type(network) and loaded.config == network.config
     assert not loaded.training
-    x = pictures(2, 3, *size)
+    x = images(2, 3, *size)
     assert torch.equal(loaded(x), network.eval()(x))
 
 
@@ -558,7 +558,7 @@ def test_names_of_vqgan(tmp_path):
     state = {
         name.replace("model.", "main.", 1): tensor for name, tensor in network.state_dict().items()
     }
-    x = pictures(2, 3, 40, 30)
+    x = images(2, 3, 40, 30)
     file = tmp_path / "discriminator.pt"
     torch.save(state, file)
     assert torch.equal(network_of(load_published(file))(x), network.eval()(x))
@@ -681,7 +681,7 @@ def test_impossible_configs(make, name):
 
 def test_impossible_inputs():
     network = discriminator(in_channels=5, patch=16)
-    x, y = pictures(2, 2, 9, 8), pictures(2, 3, 9, 8)
+    x, y = images(2, 2, 9, 8), images(2, 3, 9, 8)
     for arguments, words in [
         ((x,), r"x must have shape \(B, 5, H, W\)"),
         ((x, x), "x and y must have 5 channels together, got 2 and 2"),
@@ -698,4 +698,4 @@ def test_impossible_inputs():
         with pytest.raises(TypeError, match=r"^x must be a floating tensor, got torch\.uint8"):
             generator(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"^x must .* H and W of at least 5"):
-        resnet()(pictures(1, 3, 4, 8))
+        resnet()(images(1, 3, 4, 8))

@@ -27,7 +27,7 @@ def inputs(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [(8, 8), (14, 28), (7, 5), (1, 1)])
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 3)])
-def test_any_picture_size(size, multipliers):
+def test_any_image_size(size, multipliers):
     net = network(width_multipliers=multipliers, blocks=2)
     out = net(inputs(2, 3, *size), net.time_film(torch.tensor([3, 900])))
     assert out.shape == (2, 2, *size)
@@ -42,7 +42,7 @@ def test_patches():
 def test_starts_as_zero():
     with torch.random.fork_rng(devices=[]):
         net = UNet(
-            in_channels=1, out_channels=1, channels=8, multipliers=(1,), blocks=1,
+            in_channels=1, out_channels=1, width=8, width_multipliers=(1,), blocks=1,
             attention_depth=0, heads=1, patch=1,
         )  # fmt: skip
     assert not net(inputs(1, 1, 4, 4), net.time_film(torch.tensor([5]))).any()

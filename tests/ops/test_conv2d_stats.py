@@ -12,7 +12,7 @@ from benchmarks.ops import LAUNCHES
 from cgkernels.library import OPS
 from cgkernels.ops import conv2d_stats as op
 from cgkernels.ops.conv2d_stats import conv2d_stats
-from cgkernels.testing import assert_within_budget, compile_launch, plain_and_modelled, values
+from cgkernels.testing import assert_within_budget, compile_launch, plain_and_modeled, values
 from tests.support import (
     FLOATS,
     HALVES,
@@ -92,8 +92,8 @@ def widened(inputs):
 def assert_accurate(inputs, run=conv2d_stats):
     """y, mean and var, each judged alone."""
     ours, exact = run(**inputs), by_modules(**widened(inputs))
-    plain, modelled = plain_and_modelled(lambda: by_modules(**inputs))
-    for one, same, true, model in zip(ours, plain, exact, modelled, strict=True):
+    plain, modeled = plain_and_modeled(lambda: by_modules(**inputs))
+    for one, same, true, model in zip(ours, plain, exact, modeled, strict=True):
         assert_within_budget(one, same, true, model)
     return ours
 
@@ -135,8 +135,8 @@ def test_gradients_are_those_of_the_modules(case, dtype, of):
     ]
     ours = gradients_of(conv2d_stats, inputs, weights)
     exact = gradients_of(by_modules, widened(inputs), weights)
-    plain, modelled = plain_and_modelled(lambda: gradients_of(by_modules, inputs, weights))
-    for one, same, true, model in zip(ours, plain, exact, modelled, strict=True):
+    plain, modeled = plain_and_modeled(lambda: gradients_of(by_modules, inputs, weights))
+    for one, same, true, model in zip(ours, plain, exact, modeled, strict=True):
         assert_within_budget(one, same, true, model)
 
 
@@ -329,8 +329,8 @@ def test_kernels_keep_the_digits_beside_a_large_mean(device):
     inputs = offset_inputs(torch.float32, (3, 16, 13, 11), 90)
     y, *stats = (t.cpu() for t in kernel_results(call_of(inputs, device)))
     assert (y.abs() > 1).all()  # there is one
-    plain, modelled = plain_and_modelled(lambda: stats_of(y))
-    for one, same, true, model in zip(stats, plain, stats_of(y.double()), modelled, strict=True):
+    plain, modeled = plain_and_modeled(lambda: stats_of(y))
+    for one, same, true, model in zip(stats, plain, stats_of(y.double()), modeled, strict=True):
         assert_within_budget(one, same, true, model)
 
 
@@ -386,9 +386,9 @@ def test_gradients_on_a_gpu(dtype, of):
     cuda_weights = [None if w is None else w.cuda() for w in weights]
     with torch.backends.cudnn.flags(allow_tf32=False):
         ours = gradients_of(conv2d_stats, on_gpu, cuda_weights)
-    plain, modelled = plain_and_modelled(lambda: gradients_of(by_modules, inputs, weights))
+    plain, modeled = plain_and_modeled(lambda: gradients_of(by_modules, inputs, weights))
     exact = gradients_of(by_modules, widened(inputs), weights)
-    for one, same, true, model in zip(ours, plain, exact, modelled, strict=True):
+    for one, same, true, model in zip(ours, plain, exact, modeled, strict=True):
         assert_within_budget(one, same, true, model)
 
 

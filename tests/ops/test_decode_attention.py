@@ -15,7 +15,7 @@ from cgkernels.device import tanh
 from cgkernels.library import OPS
 from cgkernels.ops.decode_attention import decode_attention, launch
 from cgkernels.ops.decode_attention.reference import rotary_ref
-from cgkernels.testing import assert_within_budget, plain_and_modelled
+from cgkernels.testing import assert_within_budget, plain_and_modeled
 from tests.support import (
     FLOATS,
     KERNEL_DEVICES,
@@ -312,7 +312,7 @@ def test_the_cpu_path_reads_the_live_slots_only_and_copies_none(attended):
         ([0, 1, 2, 0, 1, 2], (3, 3, 3, 3, 4, 4), {"window": 8}, [(3, 4), (1, 4), (2, 3)]),
     ],
 )  # fmt: skip
-def test_the_cpu_path_takes_neighbouring_prefixes_at_once(
+def test_the_cpu_path_takes_neighboring_prefixes_at_once(
     which, lengths, options, runs, attended, several_threads
 ):
     """One for all, or one after another, by views; the rows have the bits that they have alone."""
@@ -431,19 +431,19 @@ def test_defaults_of_a_single_prefix():
 # Kernels ------------------------------------------------------------------------------------------
 def assert_kernel_is_accurate(device, *calls, order_seed=0):
     """Within the error budget; several calls are judged as one population."""
-    ours, plain, exact, modelled = [], [], [], []
+    ours, plain, exact, modeled = [], [], [], []
     for inputs in calls:
         with kernels(device, order_seed=order_seed):
             ours.append(run(on(inputs, device)))
         wide = {n: _wide(t) for n, t in inputs.items()}
         with cgkernels.reference():
-            here, derived = plain_and_modelled(lambda inputs=inputs: run(inputs))
+            here, derived = plain_and_modeled(lambda inputs=inputs: run(inputs))
             plain.append(here)
-            modelled.append(derived)
+            modeled.append(derived)
             exact.append(run(wide))
     for i in range(4):  # out, lse, k_cache, v_cache
         got, same, true, model = (
-            [results[i] for results in each] for each in (ours, plain, exact, modelled)
+            [results[i] for results in each] for each in (ours, plain, exact, modeled)
         )
         if sum(t.isfinite().sum() for t in true) >= 256:
             assert_within_budget(got, same, true, model)

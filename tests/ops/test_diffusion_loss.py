@@ -10,7 +10,7 @@ from cgkernels.library import OPS
 from cgkernels.ops import diffusion_loss as op
 from cgkernels.random import normal
 from cgkernels.targets import TARGETS
-from cgkernels.testing import float32_normals, plain_and_modelled
+from cgkernels.testing import float32_normals, plain_and_modeled
 from tests.ops.test_add_noise import TARGETS_BY_DEFINITION, make_table
 from tests.support import (
     FLOATS,
@@ -201,9 +201,9 @@ def test_sizes_around_a_block(numel, dtype, device):
     with kernels(device):
         actual = run(lambda t: t.to(device))
     with float32_normals():
-        plain, modelled = plain_and_modelled(lambda: run(lambda t: t))
+        plain, modeled = plain_and_modeled(lambda: run(lambda t: t))
     exact = run(lambda t: t.double() if t.is_floating_point() else t)
-    assert_accurate(actual, plain, exact, modelled)
+    assert_accurate(actual, plain, exact, modeled)
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

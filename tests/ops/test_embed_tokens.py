@@ -8,7 +8,7 @@ import torch
 from cgkernels.library import OPS
 from cgkernels.ops import embed_tokens as op
 from cgkernels.ops.embed_tokens import embed_tokens
-from cgkernels.testing import assert_within_budget, plain_and_modelled
+from cgkernels.testing import assert_within_budget, plain_and_modeled
 from tests.support import (
     FLOATS,
     KERNEL_DEVICES,
@@ -92,9 +92,9 @@ def test_tokens_that_repeat_add_their_gradients():
         return torch.autograd.grad(out, [*leaves.values()], dout.to(dtype))
 
     exact = gradients(expected, torch.float64)
-    plain, modelled = plain_and_modelled(lambda: gradients(expected, torch.bfloat16))
+    plain, modeled = plain_and_modeled(lambda: gradients(expected, torch.bfloat16))
     for ours, same, true, model in zip(
-        gradients(embed_tokens, torch.bfloat16), plain, exact, modelled, strict=True
+        gradients(embed_tokens, torch.bfloat16), plain, exact, modeled, strict=True
     ):  # fmt: skip
         assert_within_budget(ours, same, true, model)
 

@@ -17,7 +17,7 @@ from cgkernels.ops.instance_norm_act.launch import (
     _launch_inplace,
 )
 from cgkernels.ops.instance_norm_act.reference import ACTIVATIONS
-from cgkernels.testing import assert_within_budget, layouts, plain_and_modelled
+from cgkernels.testing import assert_within_budget, layouts, plain_and_modeled
 from tests.support import (
     KERNEL_DEVICES,
     Sample,
@@ -243,9 +243,9 @@ def test_values_and_gradients(dtype, offset, size, format, over_batch, device):
     options = {"pad": 1, "over_batch": over_batch}
     with kernels(device):
         actual = results_and_gradients({n: t.to(device) for n, t in inputs.items()}, options)
-    plain, modelled = plain_and_modelled(lambda: results_and_gradients(inputs, options))
+    plain, modeled = plain_and_modeled(lambda: results_and_gradients(inputs, options))
     exact = results_and_gradients({n: t.double() for n, t in inputs.items()}, options)
-    assert_accurate(actual, plain, exact, modelled)
+    assert_accurate(actual, plain, exact, modeled)
 
 
 @pytest.mark.parametrize("device", ["cpu", *KERNEL_DEVICES])
@@ -351,10 +351,10 @@ def test_sizes_around_a_tile_and_a_part(size, over_batch, format, device):
         options = {"activation": "leaky_relu", "over_batch": over_batch}
         with kernels(device):
             actual = instance_norm_act(x.to(device), **options)
-        plain, modelled = plain_and_modelled(
+        plain, modeled = plain_and_modeled(
             lambda x=x, options=options: instance_norm_act(x, **options)
         )
-        results.append([actual, plain, instance_norm_act(x.double(), **options), modelled])
+        results.append([actual, plain, instance_norm_act(x.double(), **options), modeled])
     assert_within_budget(*zip(*results, strict=True))
 
 

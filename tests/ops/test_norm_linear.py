@@ -12,7 +12,7 @@ from benchmarks.ops import LAUNCHES
 from cgkernels.library import OPS, reference
 from cgkernels.ops.norm_linear import cpu, norm_linear, pack_weight
 from cgkernels.ops.norm_linear.launch import _launch, _launch_config
-from cgkernels.testing import assert_within_budget, compile_launch, plain_and_modelled, values
+from cgkernels.testing import assert_within_budget, compile_launch, plain_and_modeled, values
 from tests.support import (
     FLOATS,
     HALVES,
@@ -151,8 +151,8 @@ def test_it_is_what_the_modules_compute(rows, dtype, variant):
     inputs = make_inputs((rows, 130), 67, dtype, **VARIANTS[variant])
     with torch.no_grad():
         exact = by_modules(**widened(inputs))
-    plain, modelled = plain_and_modelled(lambda: by_modules(**inputs))
-    assert_within_budget(norm_linear(**inputs), plain, exact, modelled)
+    plain, modeled = plain_and_modeled(lambda: by_modules(**inputs))
+    assert_within_budget(norm_linear(**inputs), plain, exact, modeled)
 
 
 @variants
@@ -169,8 +169,8 @@ def test_gradients_are_those_of_the_modules(dtype, variant):
 
     exact = gradients(by_modules, widened(inputs))
     ours = gradients(norm_linear, inputs)
-    plain, modelled = plain_and_modelled(lambda: gradients(by_modules, inputs))
-    for one, same, true, model in zip(ours, plain, exact, modelled, strict=True):
+    plain, modeled = plain_and_modeled(lambda: gradients(by_modules, inputs))
+    for one, same, true, model in zip(ours, plain, exact, modeled, strict=True):
         assert_within_budget(one, same, true, model)
 
 
@@ -191,8 +191,8 @@ def test_a_large_mean_costs_no_digits():
     x = 100 + normals(16, 300)
     inputs = {"weight": normals(40, 300, seed=1), "norm": "layer"}
     exact = by_modules(x.double(), **widened(inputs))
-    plain, modelled = plain_and_modelled(lambda: by_modules(x, **inputs))
-    assert_within_budget(norm_linear(x, **inputs), plain, exact, modelled)
+    plain, modeled = plain_and_modeled(lambda: by_modules(x, **inputs))
+    assert_within_budget(norm_linear(x, **inputs), plain, exact, modeled)
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "by rows"])
@@ -219,7 +219,7 @@ def threads(count) -> Iterator[None]:
 def test_on_the_cpu_a_row_has_the_same_bits_in_any_batch(
     features, channels, activation, int8, dtype, product
 ):
-    """In spite of MKL, whose sums follow sizes and alignment, and of vectorised loops."""
+    """In spite of MKL, whose sums follow sizes and alignment, and of vectorized loops."""
     norm = "rms" if features == 65 else "layer"
     options = EVERYTHING if norm == "layer" else ("norm_weight", "bias", "residual")
     options = {"norm": norm, "options": options, "activation": activation}
@@ -244,11 +244,11 @@ def test_a_packed_weight_is_as_accurate_as_products_row_by_row(rows, features, v
             [by_modules(**{**inputs, "x": x[None]}, residual=r[None]) for x, r in rows]
         )
 
-    plain, modelled = plain_and_modelled(alone)
+    plain, modeled = plain_and_modeled(alone)
     packed = {**inputs, "weight": pack_weight(inputs["weight"]), "residual": residual}
-    assert_within_budget(norm_linear(**packed), plain, exact, modelled)
+    assert_within_budget(norm_linear(**packed), plain, exact, modeled)
     with reference():
-        assert_within_budget(norm_linear(**packed), plain, exact, modelled)
+        assert_within_budget(norm_linear(**packed), plain, exact, modeled)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -320,8 +320,8 @@ def test_on_the_cpu_batches_of_many_sizes_agree(
 def test_long_sums_on_the_cpu_are_as_accurate_as_those_of_pytorch(rows, features, product):
     inputs = make_inputs((rows, features), 1536, torch.float32)
     exact = by_modules(**widened(inputs))
-    plain, modelled = plain_and_modelled(lambda: by_modules(**inputs))
-    assert_within_budget(norm_linear(**inputs), plain, exact, modelled)
+    plain, modeled = plain_and_modeled(lambda: by_modules(**inputs))
+    assert_within_budget(norm_linear(**inputs), plain, exact, modeled)
 
 
 @pytest.mark.parametrize("strides", ["transposed", "every other", "expanded", "shifted"])

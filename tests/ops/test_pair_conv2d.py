@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import cgkernels
 from cgkernels import pair_conv2d
 from cgkernels.ops import pair_conv2d as op
-from cgkernels.testing import assert_within_budget, layouts, plain_and_modelled, values
+from cgkernels.testing import assert_within_budget, layouts, plain_and_modeled, values
 from tests.support import (
     FLOATS,
     KERNEL_DEVICES,
@@ -110,9 +110,9 @@ def test_values_and_gradients_are_accurate(pair, kernel, stride, slope, dtype):
 
     actual = run(inputs)
     with cgkernels.reference():
-        plain, modelled = plain_and_modelled(lambda: run(inputs))
+        plain, modeled = plain_and_modeled(lambda: run(inputs))
         exact = run([t.double() for t in inputs])
-    for got, same, true, model in zip(actual, plain, exact, modelled, strict=True):
+    for got, same, true, model in zip(actual, plain, exact, modeled, strict=True):
         assert_within_budget(got, same, true, model)
 
 
@@ -239,12 +239,12 @@ def test_kinds_of_values(kind, device):
     if kind == "integers":
         weight = weight.sign()
     with cgkernels.reference():
-        plain, modelled = plain_and_modelled(lambda: pair_conv2d(x, y, weight))
+        plain, modeled = plain_and_modeled(lambda: pair_conv2d(x, y, weight))
         exact = pair_conv2d(x.double(), y.double(), weight.double())
     for given in zip(layouts(x).values(), list(layouts(y).values())[::-1], strict=True):
         with kernels(device):
             out = pair_conv2d(*(t.to(device) for t in (*given, weight)))
-        assert_accurate([out], [plain], [exact], [modelled])
+        assert_accurate([out], [plain], [exact], [modeled])
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

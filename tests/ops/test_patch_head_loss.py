@@ -12,7 +12,7 @@ import cgkernels
 from cgkernels import patch_head_loss, patch_loss
 from cgkernels.ops import patch_head_loss as op
 from cgkernels.ops.patch_head_loss import LOSSES, PATCH_TARGETS
-from cgkernels.testing import assert_within_budget, plain_and_modelled, values
+from cgkernels.testing import assert_within_budget, plain_and_modeled, values
 from tests.support import (
     FLOATS,
     KERNEL_DEVICES,
@@ -194,9 +194,9 @@ def test_values_and_gradients_are_accurate(loss, target, dtype):
 
     actual = run(inputs)
     with cgkernels.reference():
-        plain, modelled = plain_and_modelled(lambda: run(inputs))
+        plain, modeled = plain_and_modeled(lambda: run(inputs))
         exact = run({name: t.double() for name, t in inputs.items()})
-    for got, same, true, model in zip(actual, plain, exact, modelled, strict=True):
+    for got, same, true, model in zip(actual, plain, exact, modeled, strict=True):
         if true.numel() >= 256:
             assert_within_budget(got, same, true, model)
         else:
@@ -325,13 +325,13 @@ def test_sizes_around_a_tile(channels, height, width, kernel, dtype, device):
         options = {"loss": loss, "target": target, "padding": min(1, kernel - 1)}
         with kernels(device):
             actual = results_and_gradients(*(t.to(device) for t in inputs), **options)
-        plain, modelled = plain_and_modelled(
+        plain, modeled = plain_and_modeled(
             lambda options=options: results_and_gradients(*inputs, **options)
         )
         exact = results_and_gradients(*(t.double() for t in inputs), **options)
-        assert_accurate(actual[:1], plain[:1], exact[:1], modelled[:1])
+        assert_accurate(actual[:1], plain[:1], exact[:1], modeled[:1])
         if device == "cpu":
-            assert_accurate(actual[1:], plain[1:], exact[1:], modelled[1:])
+            assert_accurate(actual[1:], plain[1:], exact[1:], modeled[1:])
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
@@ -346,11 +346,11 @@ def test_kinds_of_values(kind, device):
         with kernels(device):
             actual = patch_head_loss(x.to(device), weight.to(device), **options)
         with cgkernels.reference():
-            plain, modelled = plain_and_modelled(
+            plain, modeled = plain_and_modeled(
                 lambda options=options: patch_head_loss(x, weight, **options)
             )
             exact = patch_head_loss(x.double(), weight.double(), **options)
-        assert_accurate([actual], [plain], [exact], [modelled])
+        assert_accurate([actual], [plain], [exact], [modeled])
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

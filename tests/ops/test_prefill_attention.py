@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cgkernels
 from cgkernels import decode_attention, prefill_attention
-from cgkernels.testing import assert_within_budget, plain_and_modelled
+from cgkernels.testing import assert_within_budget, plain_and_modeled
 from tests.support import FLOATS, Sample, assert_refused, compiled, diverse, normals
 
 LAUNCHERS: dict = {}
@@ -99,9 +99,9 @@ def test_values_and_gradients(case, dtype, device):
     ours = values_and_gradients(inputs)
     on_cpu = {n: t.cpu() if isinstance(t, torch.Tensor) else t for n, t in inputs.items()}
     with cgkernels.reference():
-        plain, modelled = plain_and_modelled(lambda: values_and_gradients(inputs))
+        plain, modeled = plain_and_modeled(lambda: values_and_gradients(inputs))
         exact = values_and_gradients(on_cpu, torch.float64)
-    for got, same, true, model in zip(ours, plain, exact, modelled, strict=True):
+    for got, same, true, model in zip(ours, plain, exact, modeled, strict=True):
         assert got.dtype == dtype
         assert_within_budget(got, same, true, model)
 

@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from cgkernels import rows, sample_and_kl
 from cgkernels.ops import sample_and_kl as op
 from cgkernels.random import normal
-from cgkernels.testing import float32_normals, plain_and_modelled
+from cgkernels.testing import float32_normals, plain_and_modeled
 from tests.support import (
     FLOATS,
     KERNEL_DEVICES,
@@ -213,8 +213,8 @@ def test_sizes_around_a_block(numel, dtype, device):
     with kernels(device):
         actual = run(lambda t: t.to(device))
     with float32_normals():
-        plain, modelled = plain_and_modelled(lambda: run(lambda t: t))
-    assert_accurate(actual, plain, run(torch.Tensor.double), modelled)
+        plain, modeled = plain_and_modeled(lambda: run(lambda t: t))
+    assert_accurate(actual, plain, run(torch.Tensor.double), modeled)
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

@@ -13,7 +13,7 @@ import cgkernels
 from cgkernels import random, sample_logits, sample_logits_
 from cgkernels.library import OPS
 from cgkernels.ops.sample_logits import TOP_P_RULES, launch
-from cgkernels.testing import plain_and_modelled
+from cgkernels.testing import plain_and_modeled
 from tests.support import (
     KERNEL_DEVICES,
     OpCall,
@@ -427,8 +427,8 @@ def test_log_probabilities_and_gradients(rows, options, where):
         return log_prob.detach(), *torch.autograd.grad(log_prob, logits, dlog_prob.to(dtype))
 
     actual = (log_prob.detach(), gradient)
-    plain, modelled = plain_and_modelled(lambda: expected(torch.float32))
-    assert_accurate(actual, plain, expected(torch.float64), modelled)
+    plain, modeled = plain_and_modeled(lambda: expected(torch.float32))
+    assert_accurate(actual, plain, expected(torch.float64), modeled)
 
 
 @pytest.mark.parametrize("where", PLACES)

@@ -1,4 +1,4 @@
-"""Scores of pictures: outputs, one graph for pictures of one shape."""
+"""Scores of images: outputs, one graph for images of one shape."""
 
 import copy
 from unittest import mock
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cgkernels
-from cgkernels.testing import assert_within_budget, plain_and_modelled
+from cgkernels.testing import assert_within_budget, plain_and_modeled
 from cgm.networks import patch_discriminator
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.sampling.patch_scorer import PatchScorer, patch_scores
@@ -89,10 +89,8 @@ def test_frozen_networks_compute_the_same_with_other_weights(kind, patch, device
     expected = wide.features(x.double(), y.double())
     torch.testing.assert_close(wide_folded.features(x.double(), y.double()), expected)
     plain = judge.features(x, y)
-    _, modelled = plain_and_modelled(lambda: folded.features(x, y))
-    for got, same, want, model in zip(
-        frozen.features(x, y), plain, expected, modelled, strict=True
-    ):
+    _, modeled = plain_and_modeled(lambda: folded.features(x, y))
+    for got, same, want, model in zip(frozen.features(x, y), plain, expected, modeled, strict=True):
         assert not got.requires_grad
         assert_within_budget(got, same.detach(), want.detach(), model.detach())
     half = judge.half() if device == "cuda" else None

@@ -79,8 +79,8 @@ def row_plan(
     prefixes, prefix_capacity = prefix_k.shape[:2]
     known = [n if 0 <= n <= prefix_capacity else -1 for n in prefix_length.tolist()]
     which = prefix_id.tolist()
-    befores = [known[p] if 0 <= p < prefixes else -1 for p in which]
-    rows = zip(ends, pads, befores, which, strict=True)
+    prefix_lengths = [known[p] if 0 <= p < prefixes else -1 for p in which]
+    rows = zip(ends, pads, prefix_lengths, which, strict=True)
     return [row if row[0] >= 0 and row[2] >= 0 else (-1, 0, 0, 0) for row in rows]
 
 
