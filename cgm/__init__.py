@@ -1,27 +1,12 @@
 """Conditional generators over cgkernels: models, training, sampling and measurement.
 
 The names below are imported when they are first used: `import cgm` alone loads neither PyTorch nor
-any model. Everything else is imported from the module that has it, such as `cgm.families.flow`.
+any model; `__init__.pyi` has them for type checkers. Everything else is imported from the module
+that has it, such as `cgm.families.flow`.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cgkernels import __version__
-    from cgm.checkpoints import load_model, sampling_preset, save_model, shipped, shipped_names
-    from cgm.data import load_folder, load_task
-    from cgm.families.autoregressive import ConditionalTransformer
-    from cgm.families.cyclegan import CycleGAN
-    from cgm.families.diffusion import ConditionalDiffusion
-    from cgm.families.energy import ConditionalEBM
-    from cgm.families.flow import ConditionalFlow
-    from cgm.families.gan import ConditionalGAN, Pix2Pix
-    from cgm.families.quantized_classifier import QuantizedClassifier
-    from cgm.families.regression import GaussianRegression, LeastSquares, MixtureDensity
-    from cgm.families.vae import Autoencoder, ConditionalVAE
-    from cgm.model import make_model
-    from cgm.training import TrainingConfig, train
+from typing import Any
 
 __all__ = [
     "Autoencoder",

@@ -66,11 +66,10 @@ def test_the_names_of_cgm_are_those_of_its_modules():
 
 
 def test_type_checkers_see_the_same_names():
-    tree = ast.parse(Path(cgm.__file__).read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    tree = ast.parse(Path(cgm.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
     seen = {
-        alias.name: node.module
-        for node in block.body
+        alias.asname: node.module
+        for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

@@ -5,7 +5,6 @@ drawn with and with those that change a launch, in a training step, prompts that
 continues, and the image-to-image networks. `python -m benchmarks.offline` compiles them.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -57,7 +56,7 @@ def _shipped(name: str) -> Runs:
     model_class = family_class(info["family"])
     config = config_from_dict(config_class(model_class), info["config"])
     model = make_model(model_class, config).to(_META)
-    options = {f.name for f in dataclasses.fields(model_class.sampling_config)}
+    options = set(model.sampling_options())
     preset = sampling_preset(shipped(name))
     preset |= {n: v for n, v in (("steps", _STEPS), ("graph", False)) if n in options}
     for batch in BATCHES.values():

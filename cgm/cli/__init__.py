@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import cgm
 from cgm.cli.arguments import first_argument
 
 
@@ -43,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(f"cgm.cli.{argv[0]}").run(argv[1:])
             return 0
         if argv and argv[0] == "--version":
-            print(f"cgm {cgm.__version__}")
+            from cgkernels import __version__
+
+            print(f"cgm {__version__}")
             return 0
         first_argument(argv, _usage())
         raise ValueError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {argv[0]!r}")
