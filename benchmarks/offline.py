@@ -1,7 +1,10 @@
 """Compile every launch of every op for NVIDIA GPUs, on a machine without one, and judge the code.
 
-    python -m benchmarks.offline                            all ops, sm_80, sm_90, sm_100, sm_120
-    python -m benchmarks.offline guided_step --arch 90 --csv offline.csv
+    python -m benchmarks.offline                            all, for sm_80, sm_90, sm_100, sm_120
+    python -m benchmarks.offline guided_step_fwd --arch 90 --csv offline.csv
+    python -m benchmarks.offline gpt2_12x768                what a model launches, for all four
+
+What ops list (`benchmarks.ops`), and what models are recorded to launch (`benchmarks.models`).
 
 One line per kernel; the exit status is 1 if anything must not land, 2 for a wrong call. Registers
 differ between Triton versions: compare within one. Compiled kernels stay in Triton's cache.
@@ -11,13 +14,15 @@ import argparse
 import csv
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from benchmarks.harness.records import version_of
+from benchmarks.models.launches import RUNS, recorded_launches
 from benchmarks.ops import LAUNCHES, source_of
 from cgkernels._triton import HAS_TRITON, triton
-from cgkernels.testing import KernelReport, compile_launch, problems
+from cgkernels.testing import KernelReport, Launch, compile_launch, problems
 
 ARCHITECTURES = (80, 90, 100, 120)
 
@@ -26,19 +31,25 @@ _HEAD = "op|launch|kernel|arch|warps|regs|stack|spills|shared / limit|load|store
 
 
 def compile_all(
-    ops: list[str], architectures: list[int], every: int = 1
+    launches: Iterable[tuple[str, Launch]], architectures: Sequence[int]
 ) -> Iterator[tuple[str, str, int, list[KernelReport], list[str]]]:
-    """(op, label of the launch, architecture, reports, problems) of each, or every n-th, launch."""
+    """(op, label of the launch, architecture, reports, problems) of each launch (op, launch)."""
+    for op, launch in launches:
+        for arch in architectures:
+            try:
+                reports = compile_launch(launch, arch)
+            except Exception as error:  # of the compiler: the next launch may be sound
+                found = [f"does not compile: {type(error).__name__}: {error}"]
+                yield op, launch.label, arch, [], found
+            else:
+                yield op, launch.label, arch, reports, problems(reports, launch)
+
+
+def listed(ops: Iterable[str], every: int = 1) -> Iterator[tuple[str, Launch]]:
+    """(op, launch) of what ops list, each or every n-th."""
     for op in ops:
         for launch in list(LAUNCHES[op]())[::every]:
-            for arch in architectures:
-                try:
-                    reports = compile_launch(launch, arch)
-                except Exception as error:  # of the compiler: the next launch may be sound
-                    found = [f"does not compile: {type(error).__name__}: {error}"]
-                    yield op, launch.label, arch, [], found
-                else:
-                    yield op, launch.label, arch, reports, problems(reports, launch)
+            yield op, launch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.offline",
         description="Compile the launches of the ops without a GPU, and judge the code.",
     )
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(sorted(LAUNCHES))}")
+    known = f"of {', '.join(sorted(LAUNCHES))}, or a model: {', '.join(RUNS)}"
+    parser.add_argument("names", nargs="*", metavar="OP", help=f"{known} (default: all)")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--csv", metavar="FILE", help="write the table there too")
     options = parser.parse_args(arguments)
@@ -54,14 +66,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("Triton is not installed")
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    for op in options.ops:
-        if op not in LAUNCHES:
-            parser.error(f"no op {op!r}; there are {', '.join(sorted(LAUNCHES))}")
+    for name in options.names:
+        if name not in LAUNCHES and name not in RUNS:
+            parser.error(f"no op {name!r}; there are {known.removeprefix('of ')}")
+    ops = [name for name in options.names or LAUNCHES if name in LAUNCHES]
+    models = [name for name in options.names or RUNS if name in RUNS]
 
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     print(_LINE.format(*_HEAD.split("|")))
-    for op, label, arch, reports, found in compile_all(options.ops or list(LAUNCHES), options.arch):
+    launches = chain(listed(ops), recorded_launches(models) if models else ())
+    for op, label, arch, reports, found in compile_all(launches, options.arch):
         for r in reports:
             rows.append(
                 {

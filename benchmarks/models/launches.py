@@ -5,7 +5,8 @@ drawn with and with those that change a launch, in a training step, prompts that
 continues, and the image-to-image networks. `python -m benchmarks.offline` compiles them.
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ _TRAINED = 64  # rows of a training step
 _STEPS = 3
 
 
-def recorded_launches(names: tuple[str, ...] = ()) -> Iterator[tuple[str, Launch]]:
+def recorded_launches(names: Iterable[str] = ()) -> Iterator[tuple[str, Launch]]:
     """(op, launch), each once, under the label of the model that makes it first.
 
     names: of `RUNS`; default all.
@@ -109,16 +110,23 @@ def _cyclegan() -> Runs:
 
 # Prompts ------------------------------------------------------------------------------------------
 def _decode(name: str) -> Runs:
-    for of in DECODES:
-        if of.name == name:
-            yield f"b{of.rows}", partial(_continue, of)
+    """A prompt each, and with the most rows one prompt that all share, rotary positions, int8."""
+    decodes = [of for of in DECODES if of.name == name]
+    for of in decodes:
+        yield f"b{of.rows}", partial(_continue, of)
+    most = max(decodes, key=lambda of: of.rows)
+    rotary = dataclasses.replace(most.config, positions="rotary")
+    yield f"one prompt b{most.rows}", partial(_continue, most, shared=True)
+    yield f"rotary b{most.rows}", partial(_continue, dataclasses.replace(most, config=rotary))
+    yield f"int8 b{most.rows}", partial(_continue, most, shared=True, int8=True)
 
 
-def _continue(of: Decode) -> Tensor:
+def _continue(of: Decode, shared: bool = False, **options: Any) -> Tensor:
+    rows, n = (1, of.rows) if shared else (of.rows, None)
     with torch.device(_META):
         network = Transformer(of.config).to(torch.bfloat16).eval()
-        prompt = torch.zeros(of.rows, of.prompt, dtype=torch.int64)
-    return generate(network, prompt, of.length, temperature=0, graph=False)
+        prompt = torch.zeros(rows, of.prompt, dtype=torch.int64)
+    return generate(network, prompt, of.length, n=n, temperature=0, graph=False, **options)
 
 
 # Image-to-image networks --------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.offline import ARCHITECTURES, compile_all, main
+from benchmarks.models.launches import RUNS, recorded_launches
+from benchmarks.offline import ARCHITECTURES, compile_all, listed, main
 from benchmarks.ops import LAUNCHES
 from cgkernels._offline import _compiling
 from cgkernels._triton import HAS_TRITON, tl, triton
@@ -238,5 +239,24 @@ def test_a_launch_that_starts_early_waits_before_it_touches_memory(module, label
 def test_launches_of_an_op_compile_well(op, arch):
     """Some two for sm_90, one for the others; `python -m benchmarks.offline` tries them all."""
     every = max(1, len(list(LAUNCHES[op]())) // (2 if arch == 90 else 1))
-    found = [f"{label}: {p}" for _, label, _, _, ps in compile_all([op], [arch], every) for p in ps]
-    assert not found, "\n".join(found)
+    assert not problems_of(listed([op], every), arch)
+
+
+def problems_of(launches, arch):
+    found = compile_all(launches, [arch])
+    return [f"{op}, {label}: {p}" for op, label, _, _, ps in found for p in ps]
+
+
+@pytest.mark.offline
+@pytest.mark.parametrize("name", RUNS)
+def test_launches_that_models_make_compile_well(name):
+    """For sm_90 the first of each op, and all of attention, whose kernel has the most registers.
+
+    `python -m benchmarks.offline` tries them all, for the other architectures too.
+    """
+    chosen, ops = [], set()
+    for op, launch in recorded_launches([name]):
+        if op not in ops or op.startswith("decode_attention"):
+            chosen.append((op, launch))
+        ops.add(op)
+    assert not problems_of(chosen, 90)

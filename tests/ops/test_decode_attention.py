@@ -453,7 +453,9 @@ def assert_kernel_is_accurate(device, *calls, order_seed=0):
             g, there = g.cpu(), x.isfinite()
             assert_equal(g[~there].double(), x[~there], equal_nan=True)
             if there.any():
-                error, *budgets = ((t[there].double() - x[there]).abs().max() for t in (g, s, m))
+                error, *budgets = (
+                    (t[..., there].double() - x[there]).abs().max() for t in (g, s, m)
+                )
                 assert (
                     error <= 2 * max(budgets) + 2 * torch.finfo(g.dtype).eps * x[there].abs().max()
                 )

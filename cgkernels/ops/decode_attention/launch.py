@@ -50,8 +50,8 @@ def _partition(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, split: int) 
     capacity, kv_heads = k_cache.shape[1:3]
     items = queries * (q_heads // kv_heads)
     # 64 lanes would spill; float32 has no tensor cores, which more lanes than needed slow down.
-    prefix_lanes = 16 if q.dtype == torch.float32 else 32
-    lanes = min(prefix_lanes, triton.next_power_of_2(items))
+    lanes = min(16 if q.dtype == torch.float32 else 32, triton.next_power_of_2(items))
+    prefix_lanes = max(16, lanes)  # 32 beside the tiles of single queries would spill on sm_90
     tiles_per_row = triton.cdiv(items, lanes)
     q_tiles = rows * tiles_per_row
     slots = splits = max(1, triton.cdiv(capacity, split))
