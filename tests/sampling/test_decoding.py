@@ -207,7 +207,7 @@ class Launches(TorchDispatchMode):
         return out
 
     def note(self, kernel, grid):
-        module = kernel.fn.__module__.removeprefix("cgkernels.ops.")
+        module = kernel.fn.__module__.removeprefix("cgkernels.ops.").partition(".")[0]
         return lambda *args, **kwargs: self.found.append(module)
 
     def of(self, call):
