@@ -244,7 +244,7 @@ class ModelChecks:
         from cgm.checkpoints import load_model, sampling_preset, shipped
         from cgm.evaluation.execution import conditions
 
-        self.model: Any = load_model(shipped(name), device)
+        self.model = load_model(shipped(name), device)
         self.solver = sampling_preset(shipped(name))
         self.options = set(self.model.sampling_options())
         self.cond = conditions(self.model, _ROWS)

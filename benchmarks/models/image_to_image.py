@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
 from cgm.sampling.patch_scorer import PatchScorer
 
 _LAST = torch.channels_last
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _gate(ours: Callable, plain: Callable, sets: Sequence[Inputs]) -> None:
     assert_within_budget(got, same, plain(wide["x"])(**wide), modeled)
 
 
-def _like(network: nn.Module, x: Tensor, last: bool = True) -> nn.Module:
+def _like(network: _Network, x: Tensor, last: bool = True) -> _Network:
     """A copy on the device and in the dtype of x."""
     network = copy.deepcopy(network).to(x.device, x.dtype)
     return network.to(memory_format=_LAST if last else torch.contiguous_format)  # type: ignore[call-overload]
@@ -168,7 +169,7 @@ def _plain_scores(x: Tensor, last: bool = True, mode: str = "") -> Callable:
 # Training -----------------------------------------------------------------------------------------
 def _our_step(x: Tensor) -> Callable:
     """Both phases, forward and backward, without the optimizer, which is the same for all."""
-    model: Any = _like(_model(x.shape[-1]), x).train()
+    model = _like(_model(x.shape[-1]), x).train()
     parameters = {phase: model.phase_parameters(phase) for phase in model.phases}
 
     def step(x: Tensor, y: Tensor) -> Tensor:

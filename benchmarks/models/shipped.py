@@ -84,7 +84,7 @@ def _shipped_model(name: str, device: torch.device) -> Any:
     return load_model(shipped(name), device)
 
 
-def _model_cost(model: Any, rows: int, solver: dict[str, Any]) -> tuple[int, int]:
+def _model_cost(model: Model, rows: int, solver: dict[str, Any]) -> tuple[int, int]:
     """Bytes that must be moved and operations that must be done to draw so many samples."""
     values = math.prod(model.config.event_shape)
     if isinstance(model, ConditionalTransformer):
@@ -96,7 +96,7 @@ def _model_cost(model: Any, rows: int, solver: dict[str, Any]) -> tuple[int, int
 
 
 @cache
-def _flops_of_a_sample(model: Any, solver: tuple[tuple[str, Any], ...]) -> int:
+def _flops_of_a_sample(model: Model, solver: tuple[tuple[str, Any], ...]) -> int:
     """Operations of the matrix products and convolutions, counted by drawing a sample.
 
     Of a sampler in steps they are linear in these: two short runs tell.
@@ -108,15 +108,16 @@ def _flops_of_a_sample(model: Any, solver: tuple[tuple[str, Any], ...]) -> int:
             draw()
         return counter.get_total_flops()
 
-    chosen = model.sampling_config(**dict(solver))
-    if not hasattr(chosen, "steps"):
+    if "steps" not in model.sampling_options():
         return counted()
+    assert model.sampling_config is not None  # it has options
+    chosen = model.sampling_config(**dict(solver))
     few, more = counted(steps=2), counted(steps=3)
     return few + (chosen.steps - 2) * (more - few)
 
 
 def _judge_model(
-    model: Any, cond: Tensor | None, rows: int, seed: int, solver: dict[str, Any]
+    model: Model, cond: Tensor | None, rows: int, seed: int, solver: dict[str, Any]
 ) -> None:
     """The first samples of ours against the same model in float64: a sample is alone in its row."""
     judged = min(rows, _ROWS_JUDGED)
