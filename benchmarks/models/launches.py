@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.recording import Key, launch_of, recording
 from benchmarks.models.generation import DECODES, Decode
 from benchmarks.models.image_to_image import TASKS, our_call
+from benchmarks.models.recording import Key, launch_of, recording
 from benchmarks.models.shipped import BATCHES
 from cgkernels.testing import Launch
 from cgm.checkpoints import drawable_names, read_config, sampling_preset, shipped
@@ -87,11 +87,10 @@ def _draw(model: Model, rows: int, options: dict[str, Any], given: bool = True) 
     return model.eval().sample(n, cond=cond, index=index, **options)
 
 
-def _train(model: Model, rows: int, dtype: torch.dtype = torch.float32) -> None:
+def _train(model: Model, rows: int) -> None:
     """The phases of one step, forward and backward."""
-    y = torch.zeros(rows, *model.config.event_shape, dtype=dtype, device=_META)
+    y = torch.zeros(rows, *model.config.event_shape, device=_META)
     cond = conditions(model.train(), rows)
-    cond = cond.to(dtype) if cond is not None and cond.is_floating_point() else cond
     shared: dict[str, Any] = {"shared": {}} if len(model.phases) > 1 else {}
     seed, index = (torch.zeros(shape, dtype=torch.int64, device=_META) for shape in ((), rows))
     for module in model.modules():

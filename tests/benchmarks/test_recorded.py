@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.harness import recording as harness
-from benchmarks.harness.recording import launch_of, recording
+from benchmarks.models import recording as recorder
 from benchmarks.models.launches import RUNS, recorded_launches
+from benchmarks.models.recording import launch_of, recording
 from benchmarks.ops import LAUNCHES
 from cgkernels import add_noise, philox_normal
 from cgkernels.library import OPS
@@ -48,7 +48,7 @@ def test_calls_that_a_launcher_can_tell_apart_are_kept():
 
 
 def test_a_loop_that_repeats_itself_is_left(monkeypatch):
-    monkeypatch.setattr(harness, "_REPEATS", 5)
+    monkeypatch.setattr(recorder, "_REPEATS", 5)
     steps = []
     with recording() as calls:
         for step in range(100):
