@@ -190,7 +190,7 @@ def plain_and_modeled(run: Callable[[], _T]) -> tuple[_T, _T]:
     plain = run()
     size = sum(t.numel() for t in tree_leaves(plain) if isinstance(t, Tensor))
     drawn = []
-    for seed in range(8 if size < 16 * _MANY else 1):
+    for seed in range(min(8, max(1, 16 * _MANY // max(1, size)))):
         with modeled_rounding(seed):
             drawn.append(run())
     return plain, tree_map(lambda *each: torch.stack(each), *drawn)
