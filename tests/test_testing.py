@@ -337,7 +337,8 @@ def test_sums_and_their_gradients_are_modeled(function, dtype):
     """Values near those of plain PyTorch, and in float32 other ones in each draw."""
 
     def run():
-        x = (1 + torch.randn(4, 10, 33, generator=torch.Generator().manual_seed(1))).to(dtype)
+        # So small that there are several draws.
+        x = (1 + torch.randn(2, 10, 33, generator=torch.Generator().manual_seed(1))).to(dtype)
         out = function(x.requires_grad_())
         seed = torch.linspace(-1, 1, out.numel()).to(out.dtype).view(out.shape)
         return out.detach(), *torch.autograd.grad(out, x, seed)
