@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ops import LAUNCHES
 from cgkernels.library import OPS
+from cgkernels.rows import memory_format
 from cgkernels.testing import Launch
 
 _NAMES = {op: name for name, op in OPS.items()}
@@ -48,7 +49,16 @@ class _Recorder(TorchDispatchMode):
             if self.repeats > _REPEATS:
                 raise _Repeats
             self.calls.setdefault(key, tuple(map(_detached, args)))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            # As cuDNN lays it out; on meta tensors, which have no backend, it is contiguous.
+            return result.contiguous(memory_format=_format_of_convolution(*args[:2]))
+        return result
+
+
+def _format_of_convolution(x: Tensor, weight: Tensor) -> torch.memory_format:
+    last = any(t.dim() == 4 and memory_format(t) == torch.channels_last for t in (x, weight))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _seen(value: Any) -> Any:

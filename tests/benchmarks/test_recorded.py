@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.models import recording as recorder
 from benchmarks.models.launches import RUNS, recorded_launches
@@ -55,6 +56,16 @@ def test_a_loop_that_repeats_itself_is_left(monkeypatch):
             steps.append(step)
             philox_normal((2, 3) if step < 50 else (2, 4), seed=0, device=META)
     assert len(steps) == 7 and len(calls) == 1
+
+
+def test_convolutions_are_laid_out_as_on_a_gpu():
+    x, weight = torch.empty(2, 8, 6, 6, device=META), torch.empty(4, 8, 3, 3, device=META)
+    last = {"memory_format": torch.channels_last}
+    with recording():
+        for given in ((x.to(**last), weight), (x, weight.to(**last))):
+            assert F.conv2d(*given).is_contiguous(**last)
+        assert F.conv2d(x, weight).is_contiguous()
+        assert F.conv_transpose2d(x.to(**last), weight.transpose(0, 1)).is_contiguous(**last)
 
 
 def test_autocast_is_as_it_was():
