@@ -10,14 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cgkernels.rows import compute_dtype
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise unless value is one of these names."""
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise unless value is one of these."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -203,7 +205,7 @@ def check_writable(**tensors: Tensor) -> None:
 
 def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> Tensor:
     """A number or a tensor () or (B,) as a tensor (B,) of at least float32, without NaN."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = compute_dtype(like)
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_same_device, check_shape
+from cgkernels.checks import check_choice, check_float, check_same_device, check_shape
 from cgkernels.device import (
     block_of_row,
     element_of,
@@ -464,8 +464,7 @@ def affine_coupling(
         >>> affine_coupling(y, params, mask="last")
         (tensor([[1., 8.]]), tensor([0.]))
     """
-    if mask not in MASKS:
-        raise ValueError(f"mask must be one of {', '.join(MASKS)}, got {mask!r}")
+    check_choice("mask", mask, MASKS)
     number = isinstance(limit, int | float) and not isinstance(limit, bool)
     if not number or not 0 < limit <= 80:  # e^80 is a float32
         raise ValueError(f"limit must be a number above 0 and at most 80, got {limit!r}")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_same_device, check_shape
+from cgkernels.checks import check_choice, check_float, check_same_device, check_shape
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import compute_dtype, row_strides, with_row_strides
 
@@ -464,7 +464,5 @@ def patch_loss(logits: Tensor, loss: str, target: str) -> Tensor:
 
 
 def _check_names(loss: str, target: str | None) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    if target not in PATCH_TARGETS:
-        raise ValueError(f"target must be one of {', '.join(PATCH_TARGETS)}, got {target!r}")
+    check_choice("loss", loss, LOSSES)
+    check_choice("target", target, PATCH_TARGETS)

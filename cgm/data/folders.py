@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cgkernels.checks import check_choice
 from cgm.data.dataset import Dataset
 
 LAYOUTS = ("pairs", "two_folders", "unpaired", "classes")
@@ -57,9 +58,9 @@ def load_folder(
     or of odd width raises ValueError naming it.
     """
     path = Path(path)
-    _check_choice("layout", layout, LAYOUTS)
-    _check_choice("direction", direction, DIRECTIONS)
-    _check_choice("channels", channels, (1, 3))
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("channels", channels, (1, 3))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size must be a positive whole number of pixels, got {size!r}")
     if not isinstance(crop, int) or isinstance(crop, bool) or not 0 <= crop <= size:
@@ -206,8 +207,3 @@ def _planes(image: Image.Image, size: int) -> np.ndarray:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
-
-
-def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

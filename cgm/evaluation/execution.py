@@ -6,7 +6,6 @@ compiled   plain, with the networks under `torch.compile`
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +40,7 @@ def model_call(
     n = rows if cond is None else None
     if way == "fused":
         return lambda: model.sample(n, cond=cond, seed=seed, **solver)
-    assert model.sampling_config is not None, "it is drawn from"
-    if "graph" in {field.name for field in dataclasses.fields(model.sampling_config)}:
+    if "graph" in model.sampling_options():
         solver["graph"] = False
 
     def draw() -> Tensor:

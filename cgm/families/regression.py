@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import cgkernels
 from cgkernels.random import STREAM_INITIAL, uniform
+from cgkernels.rows import compute_dtype
 from cgm.data import Dataset
 from cgm.model import Density, Draws, Model, Step, check_not_negative, check_positive
 from cgm.networks.residual import ConditionPlanes, ResidualConfig, ResidualUNet
@@ -186,7 +187,7 @@ class Regression(Model):
         if cond is None:
             return self.table.expand(rows, -1, -1, -1, -1)
         out = self.unet(self.planes(cond, rows)).view(rows, *self.parameter_shape)
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        return out.to(compute_dtype(out))
 
     # Closed forms ---------------------------------------------------------------------------------
     def _to_fit(self, data: Dataset | Tensor | Iterable[Tensor]) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import cgkernels
 from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_LATENTS, STREAM_SAMPLER, uniform
+from cgkernels.rows import compute_dtype
 from cgm.model import Density, Draws, Model, Step, check_not_negative, check_positive
 from cgm.networks.residual import (
     ConditionPlanes,
@@ -366,7 +367,7 @@ class ConditionalVAE(LatentModel):
 
 def _at_least_float32(t: Tensor) -> Tensor:
     """At least float32: under autocast networks give less, and a likelihood is a large sum."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(compute_dtype(t))
 
 
 def _log_normal(z: Tensor, mean: Tensor | None, log_variance: Tensor | None) -> Tensor:

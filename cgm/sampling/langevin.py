@@ -15,6 +15,7 @@ from torch import Tensor
 import cgkernels
 from cgkernels.checks import as_index, as_seed
 from cgkernels.random import STREAM_INITIAL, STREAM_LANGEVIN, normal, uniform
+from cgkernels.rows import compute_dtype
 from cgm.sampling.cuda_graph import capture
 
 Energy = Callable[[Tensor], Tensor]  # (B, *event) -> (B,)
@@ -60,7 +61,7 @@ def langevin(
     if steps == 0 or y.numel() == 0:
         return y
     table = langevin_table(steps, step_size, temperature, bound)
-    table = table.to(y.device, torch.promote_types(y.dtype, torch.float32))
+    table = table.to(y.device, compute_dtype(y))
     noise: dict[str, Any] = {"seed": None, "index": None}
     if temperature:
         noise["seed"] = as_seed(seed, y.device)[0]
