@@ -2,6 +2,7 @@
 
 pytest                                   what this machine can run in minutes, on all cores
 pytest --slow                            the long tests too
+pytest tests/fuzz --fuzz 100000          so many made-up calls in place of 2,000
 TRITON_INTERPRET=1 pytest -m kernel      kernels, in Triton's interpreter
 pytest -m offline                        every launch compiled for every architecture
 pytest -m peers                          comparisons with other libraries
@@ -50,6 +51,13 @@ LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="how many calls the tests of tests/fuzz make up, all together (default 2000)",
+    )
     parser.addoption(
         "--ghost",
         action="store_true",
