@@ -23,7 +23,7 @@ def parse(options: Any, *configs: type, prog: str, args: Sequence[str]) -> Any:
 
 def with_defaults(config: type, defaults: Mapping[str, Any]) -> type:
     """The config with other defaults."""
-    hints = typing.get_type_hints(config)
+    hints = typing.get_type_hints(config, include_extras=True)
 
     # A class statement: of a class without source tyro finds no comments, its parents' neither.
     class Options(config):  # type: ignore[valid-type, misc]

@@ -12,7 +12,7 @@ Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GP
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,17 @@ from torch import Tensor
 
 from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
-from cgm.model import Density, Draws, GuidedConfig, Model, Step
+from cgm.model import (
+    Count,
+    Density,
+    Draws,
+    GuidedConfig,
+    Interval,
+    Model,
+    Natural,
+    Positive,
+    Step,
+)
 from cgm.networks.transformer import Transformer, TransformerConfig
 from cgm.sampling.decoding import Decoder, SamplingConfig
 
@@ -31,20 +41,20 @@ class AutoregressiveConfig(GuidedConfig):
     """What is generated from what, and the network."""
 
     # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit image.
-    levels: int = 16
+    levels: Annotated[int, Interval(2, 256)] = 16
     # Colors of two channels that a pixel of what is generated can have, in place of levels: both
     # channels are one choice.
     palette: Palette = ()
     # Blocks of the transformer.
-    depth: int = 4
+    depth: Count = 4
     # Channels of its residual stream.
-    width: int = 96
+    width: Count = 96
     # Query heads.
-    heads: int = 4
+    heads: Count = 4
     # Key and value heads, a divisor of `heads`; 0: as many as query heads.
-    kv_heads: int = 0
+    kv_heads: Natural = 0
     # Width of the MLP.
-    hidden: int = 256
+    hidden: Count = 256
     # Normalization.
     norm: Literal["rms", "layer"] = "rms"
     # Activation of the MLP.
@@ -54,12 +64,10 @@ class AutoregressiveConfig(GuidedConfig):
     positions: Literal["rotary", "rotary_2d", "learned"] = "rotary_2d"
     # Base of the wavelengths of rotary positions: they are up to 2 pi times it, in positions or
     # rows.
-    rope_base: float = 10000.0
+    rope_base: Positive = 10000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"levels must be from 2 to 256, got {self.levels}")
         check_palette(self.palette, self.event_shape)
         if self.positions == "rotary_2d" and self.width // self.heads % 4:
             raise ValueError(
@@ -69,7 +77,7 @@ class AutoregressiveConfig(GuidedConfig):
 
     def _check_image_cond(self) -> None:
         """The sides of a condition can be others than those of what is generated."""
-        if len(self.cond_shape) != 3 or min(self.cond_shape) < 1:
+        if len(self.cond_shape) != 3:
             raise ValueError(f"cond_shape must be (C, H, W) for images, got {self.cond_shape}")
 
     @property

@@ -10,7 +10,7 @@ Source   DDPM arXiv:2006.11239; v prediction arXiv:2202.00512; classifier-free g
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,17 @@ from cgkernels.random import (
     uniform,
 )
 from cgkernels.samplers import make_schedule, make_table, x0_coefficients
-from cgm.model import Draws, GuidedConfig, Model, Step, check_not_negative, check_positive
+from cgm.model import (
+    Config,
+    Count,
+    Draws,
+    GuidedConfig,
+    Interval,
+    Model,
+    Natural,
+    NotNegative,
+    Step,
+)
 from cgm.networks.unet import KeysValues, UNet
 from cgm.sampling.cuda_graph import capture
 
@@ -35,20 +45,20 @@ class DiffusionConfig(GuidedConfig):
     """What is generated from what, the network, and what it learns."""
 
     # Channels of the U-Net at full resolution.
-    width: int = 32
+    width: Count = 32
     # Channels at each resolution as a multiple of `width`; each is half of the one above.
-    width_multipliers: tuple[int, ...] = (1, 2)
+    width_multipliers: tuple[Count, ...] = (1, 2)
     # Residual blocks of a resolution.
-    blocks: int = 2
+    blocks: Count = 2
     # Self-attention (and cross-attention to tokens) in this many of the lowest resolutions.
-    attention_depth: int = 1
+    attention_depth: Natural = 1
     # Attention heads.
-    heads: int = 4
+    heads: Count = 4
     # Side of the squares of pixels that enter the U-Net as one.
-    patch: int = 2
+    patch: Count = 2
 
     # Timesteps of the noise schedule.
-    timesteps: int = 1000
+    timesteps: Count = 1000
     # Noise schedule.
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "cosine"
     # Shift the schedule so that its last timestep is noise alone.
@@ -60,15 +70,13 @@ class DiffusionConfig(GuidedConfig):
     # Predict the variance of the steps too, for the sampler ddpm.
     learned_variance: bool = False
     # Weight of the variational bound, from which the variance is learned.
-    bound_weight: float = 0.001
+    bound_weight: NotNegative = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "width", "blocks", "heads", "patch", "timesteps")
-        check_not_negative(self, "bound_weight")
-        if not self.width_multipliers or min(self.width_multipliers) < 1:
-            raise ValueError(f"width_multipliers must be positive, got {self.width_multipliers}")
-        if not 0 <= self.attention_depth <= len(self.width_multipliers):
+        if not self.width_multipliers:
+            raise ValueError("width_multipliers must have a number for each resolution, got ()")
+        if self.attention_depth > len(self.width_multipliers):
             raise ValueError(
                 f"attention_depth must be from 0 to {len(self.width_multipliers)}, the number of "
                 f"width_multipliers, got {self.attention_depth}"
@@ -82,29 +90,25 @@ class DiffusionConfig(GuidedConfig):
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Config):
     """How `ConditionalDiffusion.sample` solves."""
 
     # Solver.
     sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m"] = "ddim"
     # Number of steps, each one call of the network.
-    steps: int = 50
+    steps: Count = 50
     # Guidance scale s of u + s (c - u); 1 is the plain conditional model and half the work.
     guidance: float = 1.0
     # Which of the training timesteps are used.
     spacing: Literal["leading", "linspace", "trailing"] = "trailing"
     # Noise of ddim: 0 is deterministic, 1 as much as ddpm.
-    eta: float = 0.0
+    eta: Annotated[float, Interval(0, 1)] = 0.0
     # Variance of ddpm; a model with a learned variance uses that one.
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     # Clip each prediction of y to the range of the data, [-1, 1].
     clip: bool = True
     # On a GPU, replay one captured step instead of launching every kernel.
     graph: bool = True
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be finite, got {self.guidance}")
 
 
 # Model --------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from cgm.families.gan_losses import (
     image_generator,
     row_loss,
 )
-from cgm.model import Draws, ImageConfig, Step, check_not_negative, check_positive
+from cgm.model import Config, Count, Draws, ImageConfig, NotNegative, Step
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 
@@ -45,19 +45,18 @@ class Pix2PixConfig(ImageToImageConfig):
     # it from depth 6 on.
     dropout: bool = True
     # Weight lambda of the distance to the true image.
-    l1_weight: float = 100.0
+    l1_weight: NotNegative = 100.0
     # Weight of the R1 penalty on the discriminator, which excludes batch norm; 0: none.
-    r1_weight: float = 0.0
+    r1_weight: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(self, "l1_weight", "r1_weight")
         if self.r1_weight and self.norm == "batch":
             raise ValueError("norm must not be batch with r1_weight: rows would depend on another")
 
 
 @dataclass(frozen=True)
-class Pix2PixSampling:
+class Pix2PixSampling(Config):
     """How an image is drawn."""
 
     # Keep the dropout on: without it all draws of a condition are one.
@@ -130,37 +129,29 @@ class GANConfig(ImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
     # Numbers of the latent vector z.
-    latents: int = 64
+    latents: Count = 64
     # Channels of the last hidden layer of the generator.
-    width: int = 32
+    width: Count = 32
     # Resolutions of a generator from images, or of sides that are no multiples of 4.
-    depth: int = 3
+    depth: Count = 3
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 34
     # Channels of its first layer.
-    discriminator_width: int = 32
+    discriminator_width: Count = 32
     # Loss of a patch.
     loss: Loss = "nonsaturating"
     # Weight of the R1 penalty on the discriminator; 0: none.
-    r1_weight: float = 1.0
+    r1_weight: NotNegative = 1.0
     # Weight of the WGAN-GP penalty on the discriminator, 10 as published with loss wgan; 0: none.
-    penalty_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "latents", "width", "depth", "discriminator_width")
-        check_not_negative(self, "r1_weight", "penalty_weight")
+    penalty_weight: NotNegative = 0.0
 
 
 @dataclass(frozen=True)
-class GANSampling:
+class GANSampling(Config):
     """How an image is drawn."""
 
     # Factor of the latent vector; less than 1 is nearer to the usual image, and less varied.
-    truncation: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "truncation")
+    truncation: NotNegative = 1.0
 
 
 class LatentGenerator(nn.Module):

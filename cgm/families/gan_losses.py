@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cgkernels.random import STREAM_POOL, uniform
-from cgm.model import ImageConfig, Model, check_positive
+from cgm.model import Count, ImageConfig, Model, Natural
 from cgm.networks.patch_discriminator import PatchDiscriminator
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
 from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
@@ -33,33 +33,30 @@ class ImageToImageConfig(ImageConfig):
     """What models from images to images share: what is made of what, and the networks."""
 
     # Shape (C, H, W) of what is generated.
-    event_shape: tuple[int, int, int] = (3, 256, 256)
+    event_shape: tuple[Count, Count, Count] = (3, 256, 256)
     # Kind of condition: images.
     cond_kind: Literal["image"] = "image"
     # Shape (C, H, W) of one condition, with the sides of event_shape.
-    cond_shape: tuple[int, int, int] = (3, 256, 256)
+    cond_shape: tuple[Count, Count, Count] = (3, 256, 256)
 
     # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
     generator: Literal["unet", "resnet"] = "unet"
     # Resolutions of the U-Net, or residual blocks; 0: as many as the sides allow, up to 8 for 256
     # pixels, or 9 blocks for 256 pixels and 6 for fewer.
-    depth: int = 0
+    depth: Natural = 0
     # Channels of the first layer of a generator.
-    width: int = 64
+    width: Count = 64
     # Normalization in all networks.
     norm: Literal["batch", "instance", "none"] = "batch"
     # Side of the patches that a discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
     # Channels of the first layer of a discriminator.
-    discriminator_width: int = 64
+    discriminator_width: Count = 64
     # Loss of a patch.
     loss: Loss = "vanilla"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "width", "discriminator_width")
-        if self.depth < 0:
-            raise ValueError(f"depth must not be negative, got {self.depth}")
         sides = self.event_shape[1:]
         unit = 2 ** max(self.depth, 2) if self.generator == "unet" else 4
         if any(side % unit for side in sides):

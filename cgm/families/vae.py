@@ -16,7 +16,7 @@ Source   Kingma, Welling, arXiv:1312.6114; conditions and learned priors: Sohn e
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,17 @@ import cgkernels
 from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_LATENTS, STREAM_SAMPLER, uniform
 from cgkernels.rows import compute_dtype
-from cgm.model import Density, Draws, Model, Step, check_not_negative, check_positive
+from cgm.model import (
+    Config,
+    Count,
+    Density,
+    Draws,
+    Interval,
+    Model,
+    NotNegative,
+    Positive,
+    Step,
+)
 from cgm.networks.residual import (
     ConditionPlanes,
     ResidualConfig,
@@ -45,13 +55,9 @@ class LatentConfig(ResidualConfig):
     """What is generated from what, and the two networks."""
 
     # Numbers of the latent vector z.
-    latents: int = 16
+    latents: Count = 16
     # Make z of means over all places of the image: where something is does not get into it.
     pooled: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "latents")
 
 
 @dataclass(frozen=True)
@@ -64,40 +70,33 @@ class VAEConfig(LatentConfig):
     # discretized_logistic takes it for one of `levels`.
     likelihood: Literal["gaussian", "bernoulli", "discretized_logistic"] = "gaussian"
     # Standard deviation of the Gaussian, scale of the logistic; y is in [-1, 1].
-    scale: float = 0.1
+    scale: Positive = 0.1
     # Learn that number, one for all pixels; `scale` is where it starts.
     learn_scale: bool = False
     # Values that y can have, evenly spaced from -1 to 1.
-    levels: int = 256
+    levels: Annotated[int, Interval(2, ends="[)")] = 256
     # Weight of the divergence in the loss; with 1 the loss is the bound.
-    beta: float = 1.0
+    beta: NotNegative = 1.0
     # Nats of divergence that each number of z has for nothing, so that it does not fall silent.
-    free_bits: float = 0.0
+    free_bits: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prior == "learned" and self.cond_kind == "none":
             raise ValueError("prior must be standard without a condition, got learned")
-        check_positive(self, "scale")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("learn_scale must be False for bernoulli, which has no scale")
-        if self.levels < 2:
-            raise ValueError(f"levels must be at least 2, got {self.levels}")
-        check_not_negative(self, "beta", "free_bits")
 
 
 @dataclass(frozen=True)
-class VAESampling:
+class VAESampling(Config):
     """How an image is drawn."""
 
     # Factor of the spread of z around the middle of its prior; less than 1 is less varied.
-    truncation: float = 1.0
+    truncation: NotNegative = 1.0
     # Draw from p(y | z) instead of taking its mean: the samples of the model itself, but of a
     # image they are noisy.
     noise: bool = False
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "truncation")
 
 
 # Likelihoods --------------------------------------------------------------------------------------

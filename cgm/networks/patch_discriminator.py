@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import cgkernels
-from cgm.model import check_choices, check_positive
+from cgm.model import Config, Count
 from cgm.networks.layers import (
     check_image,
     conv_before_norm,
@@ -36,23 +36,19 @@ PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
 
 
 @dataclass(frozen=True)
-class PatchDiscriminatorConfig:
+class PatchDiscriminatorConfig(Config):
     """Sizes and kinds of the parts."""
 
     # Channels of x and y together.
-    in_channels: int = 6
+    in_channels: Count = 6
     # Side of the square of pixels that one score sees.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
     # Channels of the first block; they double with each further one, up to eight times as many.
-    width: int = 64
+    width: Count = 64
     # Normalization; actnorm is an affine map that the first batch initializes.
     norm: Literal["batch", "instance", "none", "actnorm"] = "batch"
     # Weights divided by their largest singular value.
     spectral_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(self, "in_channels", "width")
-        check_choices(self)
 
 
 class PatchDiscriminator(nn.Module):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgm.model import check_choices, check_positive
+from cgm.model import Config, Count
 from cgm.networks.layers import (
     check_image,
     conv_before_norm,
@@ -32,25 +32,21 @@ from cgm.networks.layers import (
 
 
 @dataclass(frozen=True)
-class ResnetGeneratorConfig:
+class ResnetGeneratorConfig(Config):
     """Sizes and kinds of the parts."""
 
     # Channels of the image that comes in.
-    in_channels: int = 3
+    in_channels: Count = 3
     # Channels of the image that goes out.
-    out_channels: int = 3
+    out_channels: Count = 3
     # Residual blocks: 9 for 256 pixels, 6 for 128.
-    blocks: int = 9
+    blocks: Count = 9
     # Channels at full resolution; the blocks have four times as many.
-    width: int = 64
+    width: Count = 64
     # Normalization.
     norm: Literal["batch", "instance", "none"] = "instance"
     # Dropout in every block.
     dropout: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(self, "in_channels", "out_channels", "blocks", "width")
-        check_choices(self)
 
 
 class ResnetBlock(nn.Module):

@@ -20,36 +20,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgm.model import check_choices, check_positive
+from cgm.model import Config, Count, Natural, NotNegative, Positive
 
 Rope = tuple[Tensor, Tensor]  # cos, sin, each (positions, D / 2)
 _ROWS = 64  # of one launch of norm_linear
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Config):
     """Sizes and kinds of the parts."""
 
     # Different tokens that come in.
-    vocabulary: int
+    vocabulary: Count
     # Most tokens of a sequence.
-    length: int
+    length: Count
     # Different tokens that go out; 0: those that come in.
-    outputs: int = 0
+    outputs: Natural = 0
     # Blocks.
-    layers: int = 4
+    layers: Count = 4
     # Width of the residual stream.
-    width: int = 128
+    width: Count = 128
     # Query heads.
-    heads: int = 4
+    heads: Count = 4
     # Key and value heads, a divisor of `heads`; 0: as many as query heads.
-    kv_heads: int = 0
+    kv_heads: Natural = 0
     # Width of the MLP.
-    hidden: int = 256
+    hidden: Count = 256
     # Normalization.
     norm: Literal["rms", "layer"] = "rms"
     # Added inside the square root of the normalization.
-    eps: float = 1e-5
+    eps: NotNegative = 1e-5
     # Activation of the MLP; gelu_tanh is GELU by tanh, swiglu has a gate.
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     # How positions enter: rotation of queries and keys, or a learned vector each.
@@ -57,18 +57,17 @@ class TransformerConfig:
     # Rotary: neighboring dimensions are a pair, instead of the two halves.
     interleaved: bool = False
     # Rotary: base of the wavelengths.
-    rope_base: float = 10000.0
+    rope_base: Positive = 10000.0
     # Biases of the linear layers.
     bias: bool = False
     # The output layer is the token embedding.
     tied: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_positive(self, "vocabulary", "length", "layers", "width", "heads", "hidden")
+        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"heads must divide width {self.width}, got {self.heads}")
-        if self.kv_heads < 0 or self.heads % max(1, self.kv_heads):
+        if self.heads % max(1, self.kv_heads):
             raise ValueError(f"kv_heads must divide heads {self.heads}, got {self.kv_heads}")
         if self.tied and self.outputs not in (0, self.vocabulary):
             raise ValueError(f"outputs must be 0 where tied, got {self.outputs}")

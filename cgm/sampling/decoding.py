@@ -7,14 +7,14 @@ nothing on the host.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 import cgkernels
 from cgkernels.checks import as_seed, readable
-from cgm.model import number_samples, solver_options
+from cgm.model import Config, Interval, Natural, NotNegative, number_samples, solver_options
 from cgm.networks.transformer import Rope, Transformer, fused_linear
 from cgm.sampling.cuda_graph import capture
 
@@ -23,19 +23,19 @@ _STEPS_PER_GRAPH = 8
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Config):
     """How each token is drawn."""
 
     # Guidance scale s of u + s (c - u) on logits; 1 is the plain conditional model, half the work.
     guidance: float = 1.0
     # Divides the logits; 0 takes the most likely value.
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     # Keep this many of the most likely values; 0: all.
-    top_k: int = 0
+    top_k: Natural = 0
     # Keep the most likely values up to this mass.
-    top_p: float = 1.0
+    top_p: Annotated[float, Interval(0, 1)] = 1.0
     # Keep values at least this share as likely as the most likely.
-    min_p: float = 0.0
+    min_p: Annotated[float, Interval(0, 1)] = 0.0
     # Round the weights to 8 bits, with a scale for each output: less to read, a little worse.
     int8: bool = False
     # On a GPU, replay captured steps instead of launching every kernel.
