@@ -70,7 +70,7 @@ class FlowConfig(ImageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.steps:
-            raise ValueError("steps must have a number for each scale, got ()")
+            raise ValueError("steps must be positive, one number a scale, got ()")
         if self.levels == 1:
             raise ValueError("levels must be 0 or from 2 to 65536, got 1")
         if self.noise and self.levels:

@@ -59,7 +59,8 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        cls: Any = type(self)
+        for name, hint in _hints(cls).items():
             value = getattr(self, name)
             if (misfit := _misfit(hint, value)) is not None:
                 error, must = misfit
@@ -106,7 +107,8 @@ def _misfit(
         number = math.inf
     if number in interval:
         return None
-    return ValueError, "be finite" if number in (-math.inf, math.inf) else str(interval)
+    endless = number in (-math.inf, math.inf) and interval != _FINITE
+    return ValueError, f"{interval}{' and finite' if endless else ''}"
 
 
 def _kind(hint: Any, many: bool = False) -> str:
