@@ -6,15 +6,16 @@ Files    a bare state_dict as torch.save wrote it, with the names of pix2pix, Cy
 Source   the networks are those of arXiv:1611.07004, arXiv:1703.10593 and arXiv:2012.09841.
 """
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cgm.checkpoints import load_weights
+from cgm.checkpoints import network_with
 from cgm.networks.patch_discriminator import (
     PATCHES,
     PatchDiscriminator,
@@ -87,16 +88,17 @@ def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Modul
     """
     state = dict(state)
     accept_main(state)
-    network: nn.Module
+    make: Callable[[], nn.Module]
+    if "model.model.0.weight" in state:
+        kind, make = "UNetGenerator", functools.partial(UNetGenerator, _unet(state, dropout))
+    elif any(".conv_block." in name for name in state):
+        kind, make = "ResnetGenerator", functools.partial(ResnetGenerator, _resnet(state))
+    else:
+        kind = "PatchDiscriminator"
+        make = functools.partial(PatchDiscriminator, _discriminator(state))
+    where = f"state of a {kind}"
     with torch.random.fork_rng(devices=[]):  # the initial weights are of no interest
-        if "model.model.0.weight" in state:
-            network = UNetGenerator(_unet(state, dropout))
-        elif any(".conv_block." in name for name in state):
-            network = ResnetGenerator(_resnet(state))
-        else:
-            network = PatchDiscriminator(_discriminator(state))
-    load_weights(network, state, f"state of a {type(network).__name__}")
-    return network.eval()
+        return network_with(make, state, where, config=where).eval()
 
 
 def _unet(state: Mapping[str, Tensor], dropout: bool) -> UNetGeneratorConfig:

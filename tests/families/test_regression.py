@@ -582,7 +582,7 @@ def test_of_two_answers_it_gives_a_mean_or_speckles(family):
         (
             QuantizedClassifierConfig,
             {"event_shape": SHAPE, "palette": (*PALETTE, (0.0, math.inf))},
-            "palette must be a tuple of tuples of 2 numbers",
+            "palette must be finite",
         ),
         (
             QuantizedClassifierConfig,
