@@ -282,7 +282,12 @@ def spoiled(tensors: dict[Any, Tensor]) -> Iterator[tuple[str, Any, Tensor]]:
 
 
 def assert_nothing_hidden(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], words: str, *, exact: bool = True
+    actual: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    words: str,
+    *,
+    exact: bool = True,
+    eps: float | None = None,
 ) -> None:
     """Not finite where expected is not; exact: nowhere else, and elsewhere near it."""
     for i, (got, true) in enumerate(zip(actual, expected, strict=True)):
@@ -292,9 +297,10 @@ def assert_nothing_hidden(
         where = f"{words}, result {i}"
         assert not differ.any(), f"{where}: {got[differ][:3]} for {true[differ][:3]}"
         if exact:
-            eps = 100 * torch.finfo(got.dtype).eps if got.is_floating_point() else 0
+            near = 100 * torch.finfo(got.dtype).eps if got.is_floating_point() else 0
+            near = near if eps is None else eps
             torch.testing.assert_close(
-                got[finite], true[finite], rtol=eps, atol=eps, msg=lambda m, w=where: f"{w}: {m}"
+                got[finite], true[finite], rtol=near, atol=near, msg=lambda m, w=where: f"{w}: {m}"
             )
 
 
