@@ -148,7 +148,7 @@ def exp_of(x):
     For x <= 0 in the bits of `random.exp_of`, where it is launched with enable_fp_fusion=False.
     x = n ln 2 + r, and e^r = 1 + r + r^2 P(r).
     """
-    x = tl.maximum(x, -88.0)
+    x = tl.maximum(x, -88.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(x * 1.4426950216293335 + 0.5)
     r = (x - n * 0.693145751953125) - n * 1.4286068203094172e-06
     p = r * 0.0013814539415761828 + 0.00836874544620514

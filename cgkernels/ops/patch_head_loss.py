@@ -116,7 +116,7 @@ def _dlogits_ref(logits: Tensor, loss: str, target: str) -> Tensor:
     elif form == _SOFTPLUS:
         slopes = -sign * torch.sigmoid(-sign * logits)
     elif form == _HINGE:
-        slopes = -sign * (sign * logits < 1).to(logits.dtype)
+        slopes = -sign * (~(sign * logits >= 1)).to(logits.dtype)  # as PyTorch's of NaN
     else:
         slopes = torch.full_like(logits, -sign)
     return slopes / logits[0:1].numel() if len(logits) else slopes
@@ -224,7 +224,8 @@ def _loss_and_slope(logit, sign, FORM: tl.constexpr):  # type: ignore[no-untyped
         return value, -sign * slope
     elif FORM == 3:
         margin = 1.0 - sign * logit
-        return tl.maximum(margin, 0.0), tl.where(sign * logit < 1.0, -sign, 0.0)
+        slope = tl.where(sign * logit >= 1.0, 0.0, -sign)
+        return tl.maximum(margin, 0.0, propagate_nan=tl.PropagateNan.ALL), slope
     else:
         return -sign * logit, tl.zeros_like(logit) - sign
 

@@ -41,9 +41,14 @@ def _load_rotated(
 
 @triton.jit
 def _attend_block(
-    acc, peak, total, q, k, v, index, lo, hi, first, last, scale, softcap, SOFTCAP: tl.constexpr
-):
-    """A step of the online softmax in base 2: keys lo <= index < hi, of each lane first .. last."""
+    acc, peak, total, q, k, v, index, lo, hi, first, last, partial, scale, softcap,
+    SOFTCAP: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
+    """A step of the online softmax in base 2: keys lo <= index < hi, of each lane first .. last.
+
+    partial: some lane sees not all of them. Then what is not finite in a value, which even a weight
+    of 0 would turn into NaN, is kept from the sum, and given to those that see it.
+    """
     score = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, BLOCK)
     if SOFTCAP:
         score = (softcap * 1.4426950408889634) * tanh(score * (scale / softcap))
@@ -58,6 +63,12 @@ def _attend_block(
     shrink = tl.exp2(peak - safe)
     total = total * shrink + tl.sum(weight, 1)
     acc = acc * shrink[:, None]
+    if SELECT:  # noqa: SIM102  (a constexpr and a value)
+        if partial:
+            bad = (v - v) != 0
+            seen = tl.dot(visible.to(v.dtype), bad.to(v.dtype), input_precision="ieee")
+            acc = tl.where(seen > 0, float("nan"), acc)
+            v = tl.where(bad, tl.zeros_like(v), v)
     acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
     return acc, higher, total
 
@@ -173,8 +184,8 @@ def _attend_splits(
     rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity, positions,
     tiles_per_row, slots, width, packs_per_prefix, window, scale, softcap,
     SHARED: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SELECT: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, NEW_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Splits w, w + width, ... of a query tile's own cache, or of a prefix that query tiles share.
@@ -259,6 +270,8 @@ def _attend_splits(
                 NEW_ALIGN,
             ).to(q_ptr.dtype.element_ty)  # (M, D_PAD)  # fmt: skip
             first = last - window + 1
+            all_first = tl.max(tl.where(mask, first, -(2**31)), 0)  # of what all lanes see
+            all_last = tl.min(tl.where(mask, last, 2**31 - 1), 0)
             # What is the same for all splits is computed again: kept in registers, it spills.
             for split in tl.range(first_split + w, end_split, width, disable_licm=True):
                 acc = tl.zeros((M, D_PAD), tl.float32)
@@ -302,8 +315,10 @@ def _attend_splits(
                     k = tl.load(k_head + k_at, mask=inside, other=0.0)  # (BLOCK, D_PAD)
                     v = tl.load(v_head + v_at, mask=inside, other=0.0)
                     acc, peak, total = _attend_block(
-                        acc, peak, total, q, k, v, index, split_lo, split_hi, first, last, scale,
-                        softcap, SOFTCAP,
+                        acc, peak, total, q, k, v, index, split_lo, split_hi, first, last,
+                        (tl.maximum(start, split_lo) < all_first)
+                        | (tl.minimum(start + BLOCK, split_hi) - 1 > all_last),
+                        scale, softcap, SOFTCAP, SELECT,
                     )  # fmt: skip
                 if SHARED:
                     owned = mask & (split >= prefix_first) & (prefix_splits > 0)
@@ -361,8 +376,8 @@ def _kernel(
     rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity, positions,
     tiles_per_row, slots, width, prefix_programs, prefix_width, packs_per_prefix, window, scale,
     softcap, OWN_M: tl.constexpr, PREFIX_M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SELECT: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, NEW_ALIGN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First the programs of the shared prefixes, then those of the rows' own caches."""
@@ -379,8 +394,8 @@ def _kernel(
                 lengths_ptr, left_pad_ptr, prefix_length_ptr, prefix_id_ptr, position_ptr, cos_ptr,
                 sin_ptr, rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity,
                 positions, tiles_per_row, slots, prefix_width, packs_per_prefix, window, scale,
-                softcap, True, PREFIX_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SPLIT, BLOCK,
-                LANES, STAGES, ALIGN, NEW_ALIGN,
+                softcap, True, PREFIX_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SELECT, SPLIT,
+                BLOCK, LANES, STAGES, ALIGN, NEW_ALIGN,
             )  # fmt: skip
         program -= prefix_programs
     if program >= 0:
@@ -391,6 +406,6 @@ def _kernel(
             lengths_ptr, left_pad_ptr, prefix_length_ptr, prefix_id_ptr, position_ptr, cos_ptr,
             sin_ptr, rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity,
             positions, tiles_per_row, slots, width, packs_per_prefix, window, scale, softcap,
-            False, OWN_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SPLIT, BLOCK, LANES,
+            False, OWN_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SELECT, SPLIT, BLOCK, LANES,
             STAGES, ALIGN, NEW_ALIGN,
         )  # fmt: skip
