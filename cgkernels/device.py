@@ -160,6 +160,21 @@ def exp_of(x):
 
 
 @triton.jit
+def expm1_and_minus(x):
+    """e^x - 1 and e^x - 1 - x, which cancel near 0: there by the series x^2 / 2 + x^3 / 6 + .."""
+    p = tl.fma(x, 2.755731922398589e-07, 2.7557319223985893e-06)  # 1 / 10!, 1 / 9!
+    p = tl.fma(x, p, 2.48015873015873e-05)
+    p = tl.fma(x, p, 0.0001984126984126984)
+    p = tl.fma(x, p, 0.001388888888888889)
+    p = tl.fma(x, p, 0.008333333333333333)
+    p = tl.fma(x, p, 0.041666666666666664)
+    p = tl.fma(x, p, 0.16666666666666666)
+    p = tl.fma(x, p, 0.5) * (x * x)
+    near, power = tl.abs(x) < 1, tl.exp(x) - 1
+    return tl.where(near, x + p, power), tl.where(near, p, power - x)
+
+
+@triton.jit
 def block_of_row(blocks, numel, BLOCK: tl.constexpr):
     """Row, first position, positions and mask of this program, one of `blocks` in a row."""
     program = tl.program_id(0)

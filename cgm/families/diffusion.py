@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import cgkernels
+from cgkernels.functions import expm1_minus
 from cgkernels.random import (
     STREAM_CONDITION_DROPOUT,
     STREAM_INITIAL,
@@ -191,15 +192,13 @@ class ConditionalDiffusion(Model):
         arXiv:2102.09672, section 3.1.
         """
         y, x_t, prediction, v = (a.float() for a in (y, x_t, prediction, v))
-        a0, a1, from_y, from_x, log_small, log_large = self.bound_table[t].T[..., None, None, None]
+        a0, a1, from_y, from_x, log_small, log_ratio = self.bound_table[t].T[..., None, None, None]
         y_hat = (a0 * x_t + a1 * prediction).clamp(-1, 1)
-        log_variance = log_small + (v + 1) / 2 * (log_large - log_small)
+        excess = (v + 1) / 2 * log_ratio  # of the logarithm of the variance over the true one
+        log_variance = log_small + excess
         distance = from_y * (y - y_hat)  # between the two means
         mean = from_y * y_hat + from_x * x_t
-        kl = 0.5 * (
-            log_variance - log_small + (log_small - log_variance).exp() - 1
-            + distance.square() * (-log_variance).exp()
-        )  # fmt: skip
+        kl = 0.5 * (expm1_minus(-excess) + distance.square() * (-log_variance).exp())
         nll = -_log_discretized_normal(y, mean, log_variance)
         terms = torch.where((t == 0)[:, None, None, None], nll, kl)
         return terms.flatten(1).mean(1) / math.log(2)
@@ -342,7 +341,7 @@ class _Run:
 def _bound_table(alphas_cumprod: np.ndarray, prediction: str) -> Tensor:
     """(T, 6) float32: y = a0 x_t + a1 prediction; of q(x_{t-1} | x_t, y) factors and logarithms.
 
-    The last four are the factors of y and of x_t in its mean, log beta~ and log beta.
+    The last four are the factors of y and of x_t in its mean, log beta~ and log (beta / beta~).
     """
     before = np.append(1.0, alphas_cumprod[:-1])
     beta = 1 - alphas_cumprod / before
@@ -354,16 +353,29 @@ def _bound_table(alphas_cumprod: np.ndarray, prediction: str) -> Tensor:
         np.sqrt(before) * beta / (1 - alphas_cumprod),
         np.sqrt(alphas_cumprod / before) * (1 - before) / (1 - alphas_cumprod),
         np.log(small),
-        np.log(beta),
+        np.log(beta / small),
     )
     return torch.from_numpy(np.stack(columns, 1)).float()
 
 
 def _log_discretized_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Log probability of the bin of width 2 / 255 around y; the outermost bins are unbounded."""
+    """Log probability of the bin of width 2 / 255 around y; the outermost bins are unbounded.
+
+    In float64, and by logarithms of the tail in which the bin lies: log P = log Phi(b) +
+    log(1 - Phi(a) / Phi(b)) with a, b its borders or, above the mean, -b, -a. A bin that is narrow
+    for the density has that of its middle, (b - a) phi(m) (1 + (b - a)^2 (m^2 - 1) / 24).
+    """
+    out = y.dtype
+    y, mean, log_variance = y.double(), mean.double(), log_variance.double()
     scale = (-0.5 * log_variance).exp()
-    upper = torch.special.ndtr((y + 1 / 255 - mean) * scale)
-    lower = torch.special.ndtr((y - 1 / 255 - mean) * scale)
-    upper = torch.where(y > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(y < -0.999, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp(min=1e-12).log()
+    middle, half = (y - mean) * scale, scale / 255
+    narrow = half < 1e-3
+    wide = torch.where(narrow, 1.0, half)  # no gradient of a difference that may be 0
+    near = torch.special.log_ndtr(wide - middle.abs())
+    far = torch.special.log_ndtr(-wide - middle.abs())
+    inside = near + (-torch.expm1(far - near)).log()
+    width = math.log(2 / 255 / math.sqrt(2 * math.pi)) - 0.5 * log_variance
+    density = width + (half.square() * (middle.square() - 1) / 6) - 0.5 * middle.square()
+    logs = torch.where(narrow, density, inside)
+    logs = torch.where(y > 0.999, torch.special.log_ndtr(half - middle), logs)
+    return torch.where(y < -0.999, torch.special.log_ndtr(half + middle), logs).to(out)
