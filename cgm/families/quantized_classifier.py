@@ -16,6 +16,7 @@ from cgm.data import Dataset
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
 from cgm.families.regression import Regression, anneal, batches, choose
 from cgm.model import Draws
+from cgm.networks.layers import full_precision
 from cgm.networks.residual import ResidualConfig
 
 
@@ -73,8 +74,8 @@ class QuantizedClassifier(Regression):
         self.check_cond(cond)
         parameters = self._distribution(cond)
         if temperature == 0:
-            return self._values(parameters.argmax(1))
-        return self._expectation(anneal(parameters, 1, temperature))
+            return self._values(parameters.argmax(1)).to(self.dtype)
+        return self._expectation(anneal(parameters, 1, temperature)).to(self.dtype)
 
     @torch.no_grad()
     def fit(self, data: Dataset | Tensor | Iterable[Tensor], *, smoothing: float = 0.0) -> None:
@@ -108,7 +109,8 @@ class QuantizedClassifier(Regression):
 
     def _expectation(self, shares: Tensor) -> Tensor:
         """The mean (B, C, H, W) by probabilities of the classes (B, K, outputs, H, W)."""
-        return torch.einsum("bkohw,kc->bochw", shares, self.values).flatten(1, 2)
+        with full_precision(shares):
+            return torch.einsum("bkohw,kc->bochw", shares, self.values).flatten(1, 2)
 
     def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(parameters, self._classes(y), reduction="none")

@@ -170,7 +170,7 @@ class Regression(Model):
         `LeastSquares` with error l1 it is the median instead.
         """
         self.check_cond(cond)
-        return self._mean(self._distribution(cond))
+        return self._mean(self._distribution(cond)).to(self.dtype)
 
     def _draw(self, draws: Draws, options: RegressionSampling) -> Tensor:
         """Every value by itself; densities reach beyond [-1, 1], and so do their samples.
@@ -185,7 +185,7 @@ class Regression(Model):
         if rows is None:
             rows = 1 if cond is None else len(cond)
         if cond is None:
-            return self.table.expand(rows, -1, -1, -1, -1)
+            return self.table.to(compute_dtype(self.table)).expand(rows, -1, -1, -1, -1)
         out = self.unet(self.planes(cond, rows)).view(rows, *self.parameter_shape)
         return out.to(compute_dtype(out))
 
@@ -343,7 +343,7 @@ class GaussianRegression(Regression):
         """Of each value, (B, C, H, W); (1, C, H, W) of no condition."""
         self.check_cond(cond)
         parameters = self._distribution(cond)
-        return self._sigma(parameters).square()
+        return self._sigma(parameters).square().to(self.dtype)
 
     @torch.no_grad()
     def fit(self, data: Dataset | Tensor | Iterable[Tensor]) -> None:

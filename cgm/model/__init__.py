@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cgm.model.base import Density, Draws, Model, Step, number_samples
+from cgm.model.base import Density, Draws, Model, PreciseBuffers, Step, number_samples
 from cgm.model.config import (
     GuidedConfig,
     ImageConfig,
@@ -24,6 +24,7 @@ __all__ = [
     "GuidedConfig",
     "ImageConfig",
     "Model",
+    "PreciseBuffers",
     "Step",
     "check_choices",
     "check_not_negative",
