@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cgm.data import Dataset
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
-from cgm.families.regression import Regression, anneal, batches, choose
+from cgm.families.regression import Regression, anneal, batches, choose, likeliest
 from cgm.model import Draws
 from cgm.networks.layers import full_precision
 from cgm.networks.residual import ResidualConfig
@@ -74,7 +74,7 @@ class QuantizedClassifier(Regression):
         self.check_cond(cond)
         parameters = self._distribution(cond)
         if temperature == 0:
-            return self._values(parameters.argmax(1)).to(self.dtype)
+            return self._values(likeliest(parameters, 1)).to(self.dtype)
         return self._expectation(anneal(parameters, 1, temperature)).to(self.dtype)
 
     @torch.no_grad()
@@ -101,8 +101,9 @@ class QuantizedClassifier(Regression):
         return to_bins(y, self.config.levels)
 
     def _values(self, classes: Tensor) -> Tensor:
-        """What classes (..., outputs, H, W) stand for, (..., C, H, W)."""
-        return self.values[classes].movedim(-1, -3).flatten(-4, -3)
+        """What classes (..., outputs, H, W) stand for, (..., C, H, W); NaN of the class -1."""
+        values = self.values[classes.clamp(min=0)].masked_fill(classes[..., None] < 0, math.nan)
+        return values.movedim(-1, -3).flatten(-4, -3)
 
     def _mean(self, parameters: Tensor) -> Tensor:
         return self._expectation(parameters.softmax(1))

@@ -154,8 +154,9 @@ class BernoulliLikelihood(nn.Module):
 
     def draw(self, out: Tensor, seed: Tensor, index: Tensor) -> Tensor:
         """A sample of each row, by the noise of its number."""
-        u = _uniform(out, seed, index)
-        return torch.where(u < out.sigmoid(), 1.0, -1.0).to(out.dtype)
+        u, share = _uniform(out, seed, index), out.sigmoid()
+        drawn = torch.where(u < share, 1.0, -1.0).to(out.dtype)
+        return torch.where(share.isnan(), share, drawn)  # which compares as false
 
 
 class LogisticLikelihood(PreciseBuffers):

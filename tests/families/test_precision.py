@@ -24,9 +24,12 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS)
 devices = pytest.mark.parametrize("device", DEVICES)
 
 
-def lively(family: str, kind: str) -> Model:
-    """A model whose every layer acts."""
+def lively(family: str, kind: str, **fields) -> Model:
+    """A model with such fields in its config whose every layer acts."""
     model = made(family, kind)
+    if fields:
+        config = dataclasses.replace(model.config, **fields)
+        model = make_model(type(model), config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
