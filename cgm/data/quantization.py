@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cgkernels.rows import compute_dtype
+
 Palette = tuple[tuple[float, float], ...]  # colors of two channels
 
 
@@ -12,7 +14,7 @@ def to_bins(y: Tensor, bins: int) -> Tensor:
     The 256 values of an 8-bit image are shared out evenly; `from_bins` gives the middle of those
     that became one.
     """
-    steps = ((y + 1) * 127.5).round().long().clamp(0, 255)
+    steps = ((y.to(compute_dtype(y)) + 1) * 127.5).round().long().clamp(0, 255)
     return steps * bins // 256
 
 
@@ -27,9 +29,9 @@ def to_palette(y: Tensor, palette: Tensor) -> Tensor:
 
     Of colors equally near, one of them.
     """
-    pixels = y.movedim(1, 3)
+    pixels = y.to(compute_dtype(y, palette)).movedim(1, 3)
     distances = torch.cdist(
-        pixels.flatten(0, 2), palette.to(y), compute_mode="donot_use_mm_for_euclid_dist"
+        pixels.flatten(0, 2), palette.to(pixels), compute_mode="donot_use_mm_for_euclid_dist"
     )
     return distances.argmin(1).view(pixels.shape[:3])
 

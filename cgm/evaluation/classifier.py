@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgkernels.random import STREAM_AUGMENTATION, uniform
+from cgkernels.rows import compute_dtype
 from cgm.checkpoints import load_model, save_model, shipped
 from cgm.data import load_task
 from cgm.data.dataset import to_float
@@ -106,7 +107,10 @@ class Classifier(Model):
         config = self.config
         logits = self(self._augment(y, step.seed, step.index))
         total = F.cross_entropy(
-            logits, cond, label_smoothing=config.label_smoothing, reduction="none"
+            logits.to(compute_dtype(logits)),
+            cond,
+            label_smoothing=config.label_smoothing,
+            reduction="none",
         )
         return {"total": total, "error": (logits.detach().argmax(1) != cond).float()}
 

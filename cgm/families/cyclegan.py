@@ -27,6 +27,7 @@ from cgm.families.gan_losses import (
     channels_last,
     discriminator_loss,
     image_generator,
+    mean_distance,
     row_loss,
 )
 from cgm.model import Config, Draws, Natural, NotNegative, Step
@@ -141,13 +142,15 @@ class CycleGAN(AdversarialModel):
             "adversarial_b": row_loss(
                 self.discriminator_b, None, fake_cond, config.loss, "generator"
             ),
-            "cycle_a": _distance(self.generator_b(fake_y), cond),
-            "cycle_b": _distance(self.generator_a(fake_cond), y),
+            "cycle_a": mean_distance(self.generator_b(fake_y), cond),
+            "cycle_b": mean_distance(self.generator_a(fake_cond), y),
         }
         total = config.adversarial_weight * (parts["adversarial_a"] + parts["adversarial_b"])
         total = total + config.cycle_weight * (parts["cycle_a"] + parts["cycle_b"])
         if config.identity_weight:
-            same = _distance(self.generator_a(y), y) + _distance(self.generator_b(cond), cond)
+            same = mean_distance(self.generator_a(y), y) + mean_distance(
+                self.generator_b(cond), cond
+            )
             parts["identity"] = same
             total = total + config.cycle_weight * config.identity_weight * same
         return {"total": total, **parts}
@@ -169,8 +172,3 @@ class CycleGAN(AdversarialModel):
 
     def _sample_shape(self, options: CycleGANSampling) -> tuple[int, ...]:
         return self.config.cond_shape if options.way == "back" else self.config.event_shape
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of each row."""
-    return (a - b).abs().flatten(1).mean(1)

@@ -218,7 +218,7 @@ class ConditionalDiffusion(Model):
         if config.cond_kind == "none":
             return None
         if config.cond_kind == "image":
-            return torch.zeros(rows, *config.cond_shape, device=device)
+            return torch.zeros(rows, *config.cond_shape, dtype=self.dtype, device=device)
         return torch.full((rows, *config.cond_shape), config.num_classes, device=device)
 
     def _encode(
@@ -259,6 +259,7 @@ class _Run:
             variance="learned_range" if learned else options.variance,
         )
         self.unet, self.options, self.learned = model.unet, options, learned
+        self.dtype = model.dtype
         self.channels = config.event_shape[0]
         self.guided = options.guidance != 1
         # The state of a float64 model is float64, of any other float32.
@@ -320,7 +321,8 @@ class _Run:
 
     def _step(self) -> None:
         film = self.time.index_select(0, self.counter) + self.cond_film
-        out = self.unet(self.input, film.expand(self.input.shape[0], -1), self.context)
+        film = film.expand(self.input.shape[0], -1)
+        out = self.unet(self.input.to(self.dtype), film, self.context)
         rows = self.x.shape[0]
         cgkernels.guided_step_(
             self.x,

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import cgkernels
 from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_INITIAL, STREAM_POOL, STREAM_TRAINING, uniform
+from cgkernels.rows import compute_dtype
 from cgm.model import (
     Config,
     Count,
@@ -44,6 +45,7 @@ from cgm.model import (
     Natural,
     NotNegative,
     Positive,
+    PreciseBuffers,
     Step,
 )
 from cgm.networks.residual import ConditionPlanes
@@ -149,7 +151,7 @@ class EnergyNetwork(nn.Module):
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,) of x (B, in_channels, H, W)."""
+        """(B,) of x (B, in_channels, H, W), float32 at least: it is a large sum."""
         h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
         features = [self.conv_in(h)]
         for level, block in enumerate(self.down):
@@ -157,8 +159,10 @@ class EnergyNetwork(nn.Module):
             features.append(block(F.avg_pool2d(h, 2, ceil_mode=True) if level else h))
         features = [F.silu(h) for h in features]
         total = self.out(F.silu(self.dense(features[-1].flatten(1))))[:, 0]
+        total = total.to(compute_dtype(total))
         for place, h in zip(self.places, features, strict=True):
-            total = total + place(h).flatten(1).sum(1) / math.sqrt(math.prod(h.shape[2:]))
+            parts = place(h).flatten(1).to(total.dtype)
+            total = total + parts.sum(1) / math.sqrt(math.prod(h.shape[2:]))
         return total
 
 
@@ -176,7 +180,7 @@ class _Block(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.conv1(F.silu(x))))
 
 
-class Chains(nn.Module):
+class Chains(PreciseBuffers):
     """Chains that wait for their next training step, each with its condition, in turn.
 
     A training step takes the B that have waited longest. What is kept is state of the training, in
@@ -313,10 +317,11 @@ class ConditionalEBM(Model):
         )
 
     def _network_energy(self, y: Tensor, planes: Tensor) -> Tensor:
-        """f (B,)."""
-        config = self.config
+        """f (B,), float32 at least."""
+        config, y = self.config, y.to(compute_dtype(y))
         reference = y.flatten(1).square().sum(1) * (0.5 * config.temperature / config.start_std**2)
-        return self.network(torch.cat([y, planes.to(y.dtype)], 1)).to(y.dtype) + reference
+        seen = torch.cat([y, planes.to(y.dtype)], 1).to(self.dtype)
+        return self.network(seen).to(y.dtype) + reference
 
     # Loss -----------------------------------------------------------------------------------------
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
@@ -327,7 +332,7 @@ class ConditionalEBM(Model):
         Returns {"total", "real", "drawn"}: "real" is f of y with its noise, "drawn" f of where the
         chain has come to.
         """
-        config, rows = self.config, len(y)
+        config, rows, y = self.config, len(y), y.to(compute_dtype(y))
         seed, index = step.seed, step.index
         draws: dict[str, Any] = {"seed": seed, "index": index, "dtype": y.dtype}
         shape = tuple(y.shape)
@@ -380,13 +385,13 @@ class ConditionalEBM(Model):
         if start is None:
             z = cgkernels.philox_normal(
                 (total, *config.event_shape), seed=draws.seed, index=draws.index,
-                stream=STREAM_INITIAL, dtype=self.dtype,
+                stream=STREAM_INITIAL, dtype=torch.promote_types(self.dtype, torch.float32),
             )  # fmt: skip
             start = config.start_std * z
         else:
             conditions = total if draws.cond is None else draws.rows
             self._check_image("start", start, conditions, config.event_shape)
-            start = start.repeat(total // conditions, 1, 1, 1)
+            start = start.to(compute_dtype(start)).repeat(total // conditions, 1, 1, 1)
         planes = draws.repeat(self.planes(draws.cond, draws.rows))
         return langevin(
             lambda y: self._network_energy(y, planes), start, steps=options.steps,

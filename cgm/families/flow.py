@@ -29,6 +29,7 @@ import cgkernels
 from cgkernels.checks import check_shape
 from cgkernels.library import using_reference
 from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, uniform
+from cgkernels.rows import compute_dtype
 from cgm.model import (
     Config,
     Count,
@@ -40,7 +41,7 @@ from cgm.model import (
     NotNegative,
     Step,
 )
-from cgm.networks.layers import ActNorm
+from cgm.networks.layers import ActNorm, full_precision
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 from cgm.sampling.cuda_graph import capture
 
@@ -96,7 +97,8 @@ class ChannelMap(nn.Module):
     """W (scale (x + loc)) for the channels of each pixel: ActNorm and a 1x1 convolution.
 
     W = P L (U + diag(s)) with a fixed permutation P, L and U triangular with diagonals of 1 and 0:
-    its determinant is the product of s. It begins as a rotation.
+    its determinant is the product of s. It begins as a rotation. It computes in the dtype of x,
+    which is float32 or more whatever that of the parameters: what rounds x is not invertible.
     """
 
     def __init__(self, channels: int) -> None:
@@ -111,28 +113,33 @@ class ChannelMap(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map of x (B, C, H, W), and the logarithm of its determinant, ()."""
-        with _full_precision(x):
-            lower, upper = self._factors()
-            weight = self.permutation @ lower @ upper
+        with full_precision(x):
+            permutation, lower, upper = self._factors(x.dtype)
+            weight = permutation @ lower @ upper
             out = F.conv2d(self.norm(x), weight[:, :, None, None])
-            logdet = self.norm.scale.abs().log().sum() + self.log_diagonal.sum()
+            log_scale, log_diagonal = self.norm.scale.to(x.dtype).abs().log(), self.log_diagonal
+            logdet = log_scale.sum() + log_diagonal.to(x.dtype).sum()
             return out, x.shape[2] * x.shape[3] * logdet
 
     def inverse(self, x: Tensor) -> Tensor:
         """What is mapped to x, by one convolution."""
-        with _full_precision(x):
-            lower, upper = self._factors()
+        with full_precision(x):
+            permutation, lower, upper = self._factors(x.dtype)
             weight = torch.linalg.solve_triangular(
-                lower, self.permutation.T, upper=False, unitriangular=True
+                lower, permutation.T, upper=False, unitriangular=True
             )
             weight = torch.linalg.solve_triangular(upper, weight, upper=True)
-            weight = weight[:, :, None, None] / self.norm.scale.view(-1, 1, 1, 1)
-            return F.conv2d(x, weight, -self.norm.loc.flatten())
+            weight = weight[:, :, None, None] / self.norm.scale.to(x.dtype).view(-1, 1, 1, 1)
+            return F.conv2d(x, weight, -self.norm.loc.to(x.dtype).flatten())
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        eye = torch.eye(len(self.sign), dtype=self.lower.dtype, device=self.lower.device)
-        diagonal = self.sign * self.log_diagonal.exp()
-        return self.lower.tril(-1) + eye, self.upper.triu(1) + diagonal.diag()
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        permutation, sign, lower, upper, log_diagonal = (
+            t.to(dtype)
+            for t in (self.permutation, self.sign, self.lower, self.upper, self.log_diagonal)
+        )
+        eye = torch.eye(len(sign), dtype=dtype, device=sign.device)
+        diagonal = sign * log_diagonal.exp()
+        return permutation, lower.tril(-1) + eye, upper.triu(1) + diagonal.diag()
 
 
 class _FirstBatchNorm(ActNorm):
@@ -145,6 +152,8 @@ class _FirstBatchNorm(ActNorm):
 
 class Coupling(nn.Module):
     """`cgkernels.affine_coupling` by a network of what stays and of the condition.
+
+    x may be of more digits than the condition, which has the dtype of the network.
 
     Args:
         channels, sides: of x.
@@ -182,7 +191,7 @@ class Coupling(nn.Module):
             rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
             stays = (rows[:, None] + columns) % 2 == (1 if self.mask == "even" else 0)
             seen = seen * stays
-        params = self.network(torch.cat([seen, planes], 1))
+        params = self.network(torch.cat([seen.to(planes.dtype), planes], 1))
         return cgkernels.affine_coupling(
             x, params, mask=self.mask, limit=self.limit, additive=self.additive, inverse=inverse
         )
@@ -250,11 +259,6 @@ class Scale(nn.Module):
 
     def _steps(self) -> list[tuple[ChannelMap, Coupling]]:
         return cast(list, list(zip(self.maps, self.couplings, strict=True)))
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: what rounds x is not invertible."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -345,7 +349,7 @@ class ConditionalFlow(Model):
         self, y: Tensor, cond: Tensor | None, seed: int | Tensor, index: Tensor | None
     ) -> Tensor:
         """Of y with its noise: the bound of an image, the density of real numbers."""
-        config = self.config
+        config, y = self.config, y.to(compute_dtype(y))
         draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
         constant = 0.0
         if config.levels:
@@ -365,7 +369,10 @@ class ConditionalFlow(Model):
     # Both ways ------------------------------------------------------------------------------------
     @torch.no_grad()
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The latent numbers z (B, C H W) of y (B, C, H, W), and log |det dz/dy| (B,)."""
+        """The latent numbers z (B, C H W) of y (B, C, H, W), and log |det dz/dy| (B,).
+
+        Both are float32 at least.
+        """
         self.check_inputs(y, cond)
         return self._encode(y, self._planes(cond, len(y)))
 
@@ -374,9 +381,10 @@ class ConditionalFlow(Model):
         """The y (B, C, H, W) that has these latent numbers, (B, C H W)."""
         check_shape("z", z, (len(z), self.dimensions))
         self.check_cond(cond, len(z))
-        return self._decode(z, self._planes(cond, len(z)))
+        return self._decode(z.to(compute_dtype(z)), self._planes(cond, len(z))).to(self.dtype)
 
     def _encode(self, y: Tensor, planes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        y = y.to(compute_dtype(y))
         parts, total = [], y.new_zeros(len(y))
         for scale, seen in zip(self._scales(), planes, strict=True):
             y, ended, logdet = scale(y, seen)
@@ -408,7 +416,8 @@ class ConditionalFlow(Model):
     # Sampling -------------------------------------------------------------------------------------
     def _draw(self, draws: Draws, options: FlowSampling) -> Tensor:
         """Of images within [-1, 1]; of real numbers with their noise."""
-        temperature = torch.full((), options.temperature, dtype=self.dtype, device=self.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        temperature = torch.full((), options.temperature, dtype=dtype, device=self.device)
         inputs = [draws.seed, draws.index, temperature]
         inputs += [] if draws.cond is None else [draws.cond]
         replaying = options.graph and self.device.type == "cuda"

@@ -29,6 +29,7 @@ from cgm.families.gan_losses import (
     channels_last,
     discriminator_loss,
     image_generator,
+    mean_distance,
     row_loss,
 )
 from cgm.model import Config, Count, Draws, ImageConfig, NotNegative, Step
@@ -104,7 +105,7 @@ class Pix2Pix(AdversarialModel):
         fake = step.draw_once("fake", draw)
         if step.phase == "generator":
             adversarial = row_loss(self.discriminator, cond, fake, config.loss, "generator")
-            l1 = (fake - y).abs().flatten(1).mean(1)
+            l1 = mean_distance(fake, y)
             total = adversarial + config.l1_weight * l1
             return {"total": total, "adversarial": adversarial, "l1": l1}
         return discriminator_loss(
@@ -269,7 +270,7 @@ class ConditionalGAN(AdversarialModel):
         config = self.config
         z = truncation * normal(
             (len(index), config.latents), seed=seed, index=index, stream=STREAM_LATENTS,
-            device=index.device,
+            dtype=self.dtype, device=index.device,
         )  # fmt: skip
         if isinstance(self.generator, TranslatingGenerator):
             return self.generator(z, cond)
@@ -281,5 +282,5 @@ class ConditionalGAN(AdversarialModel):
         """An image itself; a class as images, one of ones and the others of zeros."""
         if cond is None or self.config.cond_kind == "image":
             return cond
-        hot = F.one_hot(cond, self.config.num_classes).float()
+        hot = F.one_hot(cond, self.config.num_classes).to(self.dtype)
         return hot[:, :, None, None].expand(-1, -1, *self.config.event_shape[1:])

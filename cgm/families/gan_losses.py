@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cgkernels.random import STREAM_POOL, uniform
+from cgkernels.rows import compute_dtype
 from cgm.model import Count, ImageConfig, Model, Natural
 from cgm.networks.patch_discriminator import PatchDiscriminator
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
@@ -115,6 +116,12 @@ def row_loss(
     return discriminator.row_losses(*_pair(x, y), loss=loss, target=target)
 
 
+def mean_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of each row, (B,), in float32 at least."""
+    difference = a - b
+    return difference.to(compute_dtype(difference)).abs().flatten(1).mean(1)
+
+
 def _pair(x: Tensor | None, y: Tensor) -> tuple[Tensor, ...]:
     return (y,) if x is None else (x, y)
 
@@ -153,9 +160,10 @@ def gradient_square(discriminator: Callable[[Tensor], Tensor], y: Tensor) -> Ten
     """
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        score = discriminator(y).flatten(1).mean(1).sum()
+        score = discriminator(y).flatten(1)
+        score = score.to(compute_dtype(score)).mean(1).sum()
         (gradient,) = torch.autograd.grad(score, y, create_graph=True)
-    return gradient.square().flatten(1).sum(1)
+    return gradient.to(compute_dtype(gradient)).square().flatten(1).sum(1)
 
 
 def gradient_penalty(

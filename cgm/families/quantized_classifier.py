@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cgm.data import Dataset
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
-from cgm.families.regression import Regression, anneal, batches, choose
+from cgm.families.regression import Regression, anneal, batches, choose, likeliest
 from cgm.model import Draws, Interval
+from cgm.networks.layers import full_precision
 from cgm.networks.residual import ResidualConfig
 
 
@@ -71,8 +72,8 @@ class QuantizedClassifier(Regression):
         self.check_cond(cond)
         parameters = self._distribution(cond)
         if temperature == 0:
-            return self._values(parameters.argmax(1))
-        return self._expectation(anneal(parameters, 1, temperature))
+            return self._values(likeliest(parameters, 1)).to(self.dtype)
+        return self._expectation(anneal(parameters, 1, temperature)).to(self.dtype)
 
     @torch.no_grad()
     def fit(self, data: Dataset | Tensor | Iterable[Tensor], *, smoothing: float = 0.0) -> None:
@@ -98,15 +99,17 @@ class QuantizedClassifier(Regression):
         return to_bins(y, self.config.levels)
 
     def _values(self, classes: Tensor) -> Tensor:
-        """What classes (..., outputs, H, W) stand for, (..., C, H, W)."""
-        return self.values[classes].movedim(-1, -3).flatten(-4, -3)
+        """What classes (..., outputs, H, W) stand for, (..., C, H, W); NaN of the class -1."""
+        values = self.values[classes.clamp(min=0)].masked_fill(classes[..., None] < 0, math.nan)
+        return values.movedim(-1, -3).flatten(-4, -3)
 
     def _mean(self, parameters: Tensor) -> Tensor:
         return self._expectation(parameters.softmax(1))
 
     def _expectation(self, shares: Tensor) -> Tensor:
         """The mean (B, C, H, W) by probabilities of the classes (B, K, outputs, H, W)."""
-        return torch.einsum("bkohw,kc->bochw", shares, self.values).flatten(1, 2)
+        with full_precision(shares):
+            return torch.einsum("bkohw,kc->bochw", shares, self.values).flatten(1, 2)
 
     def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(parameters, self._classes(y), reduction="none")

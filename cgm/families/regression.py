@@ -167,7 +167,7 @@ class Regression(Model):
         `LeastSquares` with error l1 it is the median instead.
         """
         self.check_cond(cond)
-        return self._mean(self._distribution(cond))
+        return self._mean(self._distribution(cond)).to(self.dtype)
 
     def _draw(self, draws: Draws, options: RegressionSampling) -> Tensor:
         """Every value by itself; densities reach beyond [-1, 1], and so do their samples.
@@ -182,7 +182,7 @@ class Regression(Model):
         if rows is None:
             rows = 1 if cond is None else len(cond)
         if cond is None:
-            return self.table.expand(rows, -1, -1, -1, -1)
+            return self.table.to(compute_dtype(self.table)).expand(rows, -1, -1, -1, -1)
         out = self.unet(self.planes(cond, rows)).view(rows, *self.parameter_shape)
         return out.to(compute_dtype(out))
 
@@ -230,15 +230,23 @@ def anneal(logits: Tensor, dim: int, temperature: float) -> Tensor:
 def choose(logits: Tensor, draws: Draws, temperature: float) -> Tensor:
     """A class of each of logits (B, K, *event), (B, *event, draws), by the inverse of the CDF.
 
-    One uniform each, so that probabilities are right within a few 2^-24.
+    One uniform each, so that probabilities are right within a few 2^-24. -1 where logits are no
+    distribution, as NaN are.
     """
     logits = logits.movedim(1, -1)
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True).expand(*logits.shape[:-1], draws.draws)
+        return likeliest(logits, -1)[..., None].expand(*logits.shape[:-1], draws.draws)
     cdf = anneal(logits, -1, temperature).cumsum(-1)
     u = _uniform(draws, logits.shape[1:-1], logits.dtype, _STEP_CHOICE).movedim(0, -1)
     # The last entry need not be 1, and u < 1 stays below it.
-    return torch.searchsorted(cdf, (u * cdf[..., -1:]).contiguous(), right=True)
+    chosen = torch.searchsorted(cdf, (u * cdf[..., -1:]).contiguous(), right=True)
+    return torch.where(cdf[..., -1:].isfinite(), chosen, -1)
+
+
+def likeliest(logits: Tensor, dim: int) -> Tensor:
+    """The class of the largest logit along dim; -1 where they are no distribution."""
+    largest, chosen = logits.max(dim)
+    return torch.where(largest.isfinite(), chosen, -1)
 
 
 # Least squares ------------------------------------------------------------------------------------
@@ -332,7 +340,7 @@ class GaussianRegression(Regression):
         """Of each value, (B, C, H, W); (1, C, H, W) of no condition."""
         self.check_cond(cond)
         parameters = self._distribution(cond)
-        return self._sigma(parameters).square()
+        return self._sigma(parameters).square().to(self.dtype)
 
     @torch.no_grad()
     def fit(self, data: Dataset | Tensor | Iterable[Tensor]) -> None:
@@ -408,5 +416,8 @@ class MixtureDensity(Regression):
     def _draw_values(self, parameters: Tensor, draws: Draws, temperature: float) -> Tensor:
         logits, *parts = self._parts(parameters)
         chosen = choose(logits, draws, temperature)
-        mean, sigma = (t.movedim(1, -1).gather(-1, chosen).movedim(-1, 0) for t in parts)
+        mean, sigma = (
+            t.movedim(1, -1).gather(-1, chosen.clamp(min=0)).movedim(-1, 0) for t in parts
+        )
+        mean = mean.masked_fill(chosen.movedim(-1, 0) < 0, math.nan)
         return mean + math.sqrt(temperature) * sigma * _normal(draws, mean[0])

@@ -35,6 +35,7 @@ from cgm.model import (
     Model,
     NotNegative,
     Positive,
+    PreciseBuffers,
     Step,
 )
 from cgm.networks.residual import (
@@ -100,8 +101,9 @@ class VAESampling(Config):
 
 
 # Likelihoods --------------------------------------------------------------------------------------
-# Each: log_prob(out, y) -> (B,) nats of what the decoder says, mean(out), and draw(out, ...).
-class GaussianLikelihood(nn.Module):
+# Each: log_prob(out, y) -> (B,) nats of what the decoder says, mean(out), and draw(out, ...); but
+# for mean in float32 at least.
+class GaussianLikelihood(PreciseBuffers):
     """N(out, scale^2) for each value."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -110,8 +112,9 @@ class GaussianLikelihood(nn.Module):
 
     def log_prob(self, out: Tensor, y: Tensor) -> Tensor:
         """A density with respect to y."""
-        error = (y - out) * (-self.log_scale).exp()
-        return -(0.5 * (error.square() + _LOG_2PI) + self.log_scale).flatten(1).sum(1)
+        log_scale = self.log_scale.to(out.dtype)
+        error = (y - out) * (-log_scale).exp()
+        return -(0.5 * (error.square() + _LOG_2PI) + log_scale).flatten(1).sum(1)
 
     def mean(self, out: Tensor) -> Tensor:
         """Of y."""
@@ -122,7 +125,7 @@ class GaussianLikelihood(nn.Module):
         noise = cgkernels.philox_normal(
             tuple(out.shape), seed=seed, index=index, stream=STREAM_SAMPLER, dtype=out.dtype
         )
-        return out + self.log_scale.exp() * noise
+        return out + self.log_scale.to(out.dtype).exp() * noise
 
 
 class BernoulliLikelihood(nn.Module):
@@ -143,11 +146,12 @@ class BernoulliLikelihood(nn.Module):
 
     def draw(self, out: Tensor, seed: Tensor, index: Tensor) -> Tensor:
         """A sample of each row, by the noise of its number."""
-        u = _uniform(out, seed, index)
-        return torch.where(u < out.sigmoid(), 1.0, -1.0).to(out.dtype)
+        u, share = _uniform(out, seed, index), out.sigmoid()
+        drawn = torch.where(u < share, 1.0, -1.0).to(out.dtype)
+        return torch.where(share.isnan(), share, drawn)  # which compares as false
 
 
-class LogisticLikelihood(nn.Module):
+class LogisticLikelihood(PreciseBuffers):
     """The share of a logistic density around out that is nearest to a value, for each value.
 
     Values v_0 = -1 .. v_n = 1 have the borders between them in the middle, and the outermost none
@@ -165,7 +169,7 @@ class LogisticLikelihood(nn.Module):
         S(b) - S(a) = S(b) S(-a) (1 - exp(a - b)), which loses no digits wherever y is.
         """
         number = ((y + 1) / 2 * self.gaps).round().clamp(0, self.gaps)
-        per_scale = (-self.log_scale).exp()
+        per_scale = (-self.log_scale.to(out.dtype)).exp()
         middle = (2 * number / self.gaps - 1 - out) * per_scale
         half = per_scale / self.gaps
         below, above = F.logsigmoid(middle + half), F.logsigmoid(half - middle)
@@ -180,7 +184,7 @@ class LogisticLikelihood(nn.Module):
 
     def draw(self, out: Tensor, seed: Tensor, index: Tensor) -> Tensor:
         """A sample of each row, by the noise of its number."""
-        y = out + self.log_scale.exp() * _uniform(out, seed, index).logit()
+        y = out + self.log_scale.to(out.dtype).exp() * _uniform(out, seed, index).logit()
         number = ((y + 1) / 2 * self.gaps).round().clamp(0, self.gaps)
         return 2 * number / self.gaps - 1
 
@@ -332,13 +336,13 @@ class ConditionalVAE(LatentModel):
         """Mean and log variance of q(z | x, y), both (B, latents)."""
         self.check_inputs(y, cond)
         mean, log_variance = self._encode_image(y, self.planes(cond, len(y))).chunk(2, 1)
-        return mean, log_variance
+        return mean.to(self.dtype), log_variance.to(self.dtype)
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """The mean of p(y | z, x), (B, C, H, W), of z (B, latents)."""
         self._check_latents(z, cond)
-        return self.likelihood.mean(self.decoder(self.planes(cond, len(z)), z))
+        return self.likelihood.mean(self.decoder(self.planes(cond, len(z)), z)).to(self.dtype)
 
     def _prior(self, planes: Tensor) -> Prior:
         if self.prior is None:
@@ -359,9 +363,9 @@ class ConditionalVAE(LatentModel):
             assert log_variance is not None
             z = draws.repeat(mean) + draws.repeat((0.5 * log_variance).exp()) * z
         out, likelihood = self.decoder(draws.repeat(planes), z), self.likelihood
-        return (
-            likelihood.draw(out, draws.seed, draws.index) if options.noise else likelihood.mean(out)
-        )
+        if options.noise:
+            return likelihood.draw(_at_least_float32(out), draws.seed, draws.index)
+        return likelihood.mean(out)
 
 
 def _at_least_float32(t: Tensor) -> Tensor:
@@ -403,13 +407,13 @@ class Autoencoder(LatentModel):
     def encode(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """z (B, latents) of y (B, C, H, W)."""
         self.check_inputs(y, cond)
-        return self._encode_image(y, self.planes(cond, len(y)))
+        return self._encode_image(y, self.planes(cond, len(y))).to(self.dtype)
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """y (B, C, H, W) of z (B, latents)."""
         self._check_latents(z, cond)
-        return self.decoder(self.planes(cond, len(z)), z)
+        return self.decoder(self.planes(cond, len(z)), z).to(self.dtype)
 
     def reconstruct(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """What is left of y (B, C, H, W) after it was z."""

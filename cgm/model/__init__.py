@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cgm.model.base import Density, Draws, Model, Step, number_samples
+from cgm.model.base import Density, Draws, Model, PreciseBuffers, Step, number_samples
 from cgm.model.config import (
     Config,
     Count,
@@ -34,6 +34,7 @@ __all__ = [
     "Natural",
     "NotNegative",
     "Positive",
+    "PreciseBuffers",
     "Share",
     "Step",
     "config_class",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cgkernels.checks import as_seed, check_shape, readable
+from cgkernels.rows import compute_dtype
 from cgm.model.config import solver_options
 
 # What a model says of how likely a y is: its logarithm, a bound below that, or minus an energy.
@@ -59,11 +60,31 @@ class Draws:
         return of_conditions.repeat(self.draws, *[1] * (of_conditions.dim() - 1))
 
 
-class Model(nn.Module):
+class PreciseBuffers(nn.Module):
+    """A module whose own floating buffers stay float32 where its parameters are cast to 16 bits.
+
+    Tables of constants, and state that many small steps add up in.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PreciseBuffers":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            kept = before[name]
+            if buffer is None or kept is None or not buffer.is_floating_point():
+                continue
+            if buffer.dtype != compute_dtype(buffer):
+                self._buffers[name] = kept.to(buffer.device, compute_dtype(buffer))
+        return self
+
+
+class Model(PreciseBuffers):
     """Base of all families; constructed as `Model(config)`, which draws the initial weights.
 
-    A model owns no optimizer, device or log; `cgm.training.train` trains any of them. A family
-    writes `_loss` and `_draw`, and of `log_prob`, `elbo` and `energy` what it has.
+    A model owns no optimizer, device or log; `cgm.training.train` trains any of them. Its dtype may
+    be float64, float32, bfloat16 or float16: networks compute in it, or as autocast says; tables,
+    the states of samplers and sums of likelihoods are float32 at least. A family writes `_loss` and
+    `_draw`, and of `log_prob`, `elbo` and `energy` what it has.
     """
 
     family: ClassVar[str]  # its name in FAMILIES
@@ -140,7 +161,7 @@ class Model(nn.Module):
                 common; None: each phase draws for itself.
 
         Returns:
-            {"total": (B,), and its parts, (B,) each}.
+            {"total": (B,), and its parts, (B,) each}, float32 at least.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
@@ -162,7 +183,10 @@ class Model(nn.Module):
         return None
 
     def log_prob(self, y: Tensor, *, cond: Tensor | None = None) -> Tensor:
-        """Exact log p(y | cond) in nats, (B,); NotImplementedError of families that have none."""
+        """Exact log p(y | cond) in nats, (B,); NotImplementedError of families that have none.
+
+        It is float32 at least, as are all likelihoods, bounds and energies.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no exact log_prob; it has a loss")
 
     def elbo(
@@ -225,7 +249,8 @@ class Model(nn.Module):
 
         Returns:
             (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else.
+            (seed, number of its condition, draw) and on nothing else. It has the dtype of the
+            model, under autocast too.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
@@ -251,12 +276,13 @@ class Model(nn.Module):
         shape, index = number_samples(n, rows, index, self.device)
         event_shape = self._sample_shape(options)
         if index.numel() == 0:
-            return torch.empty((*shape, *event_shape), device=self.device)
+            return torch.empty((*shape, *event_shape), dtype=self.dtype, device=self.device)
         draws = Draws(cond, as_seed(seed, self.device)[0], index)
-        return self._draw(draws, options, **inputs).contiguous().view(*shape, *event_shape)
+        drawn = self._draw(draws, options, **inputs).to(self.dtype)
+        return drawn.contiguous().view(*shape, *event_shape)
 
     def _draw(self, draws: Draws, options: Any) -> Tensor:
-        """(N, *event): `sample` of arguments that were checked."""
+        """(N, *event) of any dtype: `sample` of arguments that were checked."""
         raise NotImplementedError
 
     def _guidance(self, options: Any) -> float:

@@ -269,6 +269,11 @@ def init_normal(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off where x is: for what must not be rounded to 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last for a (B, C, H, W) that is, and is not contiguous as well."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

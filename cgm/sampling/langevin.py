@@ -144,7 +144,7 @@ def annealed_weights(
 
     y = std * normal(shape, stream=STREAM_INITIAL, **draws)
     log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
-    weights = torch.full((shape[0],), log_start, device=device)
+    weights = torch.full((shape[0],), log_start, dtype=y.dtype, device=device)
     for number in range(1, temperatures + 1):
         b = number / temperatures
         with torch.no_grad():
