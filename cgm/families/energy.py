@@ -85,7 +85,8 @@ class EnergyConfig(ImageConfig):
         check_positive(self, "width", "depth", "hidden", "patch", "chain_steps")
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
-                f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
+                f"patch must divide height and width {self.event_shape[1:]}, as 1 does, "
+                f"got {self.patch}"
             )
         check_positive(self, "temperature", "step_size", "start_std", "bound")
         check_not_negative(self, "data_noise", "square_weight", "chains")

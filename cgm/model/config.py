@@ -6,6 +6,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from cgkernels.checks import did_you_mean
+
 _Options = TypeVar("_Options")
 
 
@@ -95,6 +97,7 @@ def check_choices(config: object) -> None:
             one_of = "one of " if len(choices) > 1 else ""
             raise ValueError(
                 f"{name} must be {one_of}{', '.join(map(str, choices))}, got {value!r}"
+                f"{did_you_mean(value, choices)}"
             )
 
 
