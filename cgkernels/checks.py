@@ -4,8 +4,9 @@ The checks of shapes, dtypes and devices never touch data. Values are checked on
 for no device: Python numbers, and tensors on the CPU outside a trace.
 """
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,20 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise unless value is one of these."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}"
+            f"{did_you_mean(value, choices)}"
+        )
+
+
+def did_you_mean(value: object, choices: Iterable[object]) -> str:
+    """The end of an error message: the choice that looks like the value, if there is one."""
+    by_lower = {str(choice).lower(): str(choice) for choice in choices}
+    close = difflib.get_close_matches(str(value).lower(), by_lower, 1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else ""
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from cgm.cli.options import parse
+from cgm.cli.options import flags_of, naming_flags, parse
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ def run(argv: Sequence[str]) -> None:
     options = parse(ConvertOptions, prog="cgm convert", args=argv)
     from cgm.checkpoints import save_model
     from cgm.families.convert import convert_published
+    from cgm.studies.targets import make_folder
 
     out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"OUT must be an empty folder, or a new one, got {out}")
-    model, sources = convert_published(options.file, size=options.size, dropout=options.dropout)
+    with naming_flags(flags_of(options)):
+        model, sources = convert_published(options.file, size=options.size, dropout=options.dropout)
+    make_folder("OUT", out)
     save_model(out, model, {"converted": sources})
     for network, source in sources.items():
         print(f"{network}: {source}")

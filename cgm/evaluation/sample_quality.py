@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cgkernels.checks import check_choice
 from cgm.data import Dataset
 from cgm.evaluation.features import Extractor, Pixels
 from cgm.evaluation.likelihood import Measure, mean_measure
@@ -181,8 +182,7 @@ def check_measures(
     if measures is None:
         return tuple(name for name in MEASURES if name not in needs)
     for name in measures:
-        if name not in MEASURES:
-            raise ValueError(f"measures must be of {', '.join(MEASURES)}, got {name!r}")
+        check_choice("measures", name, MEASURES)
         if name in needs:
             raise ValueError(f"measures must not have {name}: it needs {needs[name]}")
     return measures

@@ -84,7 +84,8 @@ class DiffusionConfig(GuidedConfig):
             )
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
-                f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
+                f"patch must divide height and width {self.event_shape[1:]}, as 1 does, "
+                f"got {self.patch}"
             )
         if self.prediction == "epsilon" and self.zero_terminal_snr:
             raise ValueError("prediction must be x0 or v with zero_terminal_snr, got epsilon")

@@ -90,7 +90,8 @@ class EnergyConfig(ImageConfig):
         super().__post_init__()
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
-                f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
+                f"patch must divide height and width {self.event_shape[1:]}, as 1 does, "
+                f"got {self.patch}"
             )
 
 

@@ -12,6 +12,8 @@ Source   Goodfellow et al., arXiv:1406.2661; Mirza, Osindero, arXiv:1411.1784; p
          al., arXiv:1704.00028; hinge: Lim, Ye, arXiv:1705.02894.
 """
 
+import dataclasses
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -31,10 +33,13 @@ from cgm.families.gan_losses import (
     image_generator,
     mean_distance,
     row_loss,
+    usual_depth,
 )
 from cgm.model import Config, Count, Draws, ImageConfig, NotNegative, Step
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
+
+DROPOUT_DEPTH = 6  # of a U-Net: below there are no blocks that have it
 
 
 # pix2pix ------------------------------------------------------------------------------------------
@@ -43,7 +48,7 @@ class Pix2PixConfig(ImageToImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
     # Dropout in the generator, its only noise: without it a condition has one image. A U-Net has
-    # it from depth 6 on.
+    # it from depth 6 on, for sides that are multiples of 64; the config of a model says if it has.
     dropout: bool = True
     # Weight lambda of the distance to the true image.
     l1_weight: NotNegative = 100.0
@@ -74,6 +79,17 @@ class Pix2Pix(AdversarialModel):
 
     def __init__(self, config: Pix2PixConfig) -> None:
         super().__init__()
+        depth = usual_depth(config)
+        if config.dropout and config.generator == "unet" and depth < DROPOUT_DEPTH:
+            height, width = config.event_shape[1:]
+            warnings.warn(
+                f"this model of {height} x {width} pixels has no dropout, so all draws of a "
+                f"condition are one: its U-Net has depth {depth}, and dropout needs {DROPOUT_DEPTH}, "
+                f"with sides that are multiples of {2**DROPOUT_DEPTH}; generator resnet has it for "
+                "others",
+                stacklevel=2,
+            )
+            config = dataclasses.replace(config, dropout=False)
         self.config = config
         self.generator = image_generator(
             config, config.cond_shape[0], config.event_shape[0], dropout=config.dropout

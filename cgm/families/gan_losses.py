@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cgkernels.random import STREAM_POOL, uniform
 from cgkernels.rows import compute_dtype
 from cgm.model import Count, ImageConfig, Model, Natural
-from cgm.networks.patch_discriminator import PatchDiscriminator
+from cgm.networks.patch_discriminator import PatchDiscriminator, fitting_patches
 from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
 from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 
@@ -113,6 +113,13 @@ def row_loss(
     discriminator: PatchDiscriminator, x: Tensor | None, y: Tensor, loss: Loss, target: Target
 ) -> Tensor:
     """What the discriminator says of images y, beside their conditions x if there are: (B,)."""
+    height, width = y.shape[2:]
+    fitting = fitting_patches(min(height, width))
+    if (patch := discriminator.config.patch) not in fitting:
+        raise ValueError(
+            f"patch must be {'one of ' if len(fitting) > 1 else ''}{', '.join(map(str, fitting))} "
+            f"for images of {height} x {width} pixels, got {patch}"
+        )
     return discriminator.row_losses(*_pair(x, y), loss=loss, target=target)
 
 
@@ -131,16 +138,17 @@ def image_generator(
 ) -> nn.Module:
     """The network from images of so many channels to images that a config asks for."""
     kind: dict[str, Any] = {"width": config.width, "norm": config.norm}
-    depth = config.depth or _usual_depth(config)
-    if config.generator == "unet":  # which has dropout from depth 6 on
-        kind["dropout"] = dropout and depth >= 6
-        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
     kind["dropout"] = dropout
+    depth = usual_depth(config)
+    if config.generator == "unet":
+        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
     return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=depth, **kind))
 
 
-def _usual_depth(config: ImageToImageConfig) -> int:
-    """Of a U-Net as many resolutions as the sides allow, 8 at most; of residual blocks 9 or 6."""
+def usual_depth(config: ImageToImageConfig) -> int:
+    """That of the config; for 0 the resolutions that sides allow, 8 at most, or 9 or 6 blocks."""
+    if config.depth:
+        return config.depth
     sides = config.event_shape[1:]
     if config.generator == "unet":
         return next(depth for depth in range(8, 0, -1) if not any(n % 2**depth for n in sides))

@@ -8,6 +8,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+from cgkernels.checks import did_you_mean
+
 _Options = TypeVar("_Options")
 
 
@@ -64,7 +66,9 @@ class Config:
             value = getattr(self, name)
             if (misfit := _misfit(hint, value)) is not None:
                 error, must = misfit
-                raise error(f"{name} must {must}, got {reprlib.repr(value)}")
+                choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+                meant = did_you_mean(value, choices)
+                raise error(f"{name} must {must}, got {reprlib.repr(value)}{meant}")
 
 
 @functools.cache  # a call of `sample` makes a config

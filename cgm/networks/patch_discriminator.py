@@ -190,6 +190,11 @@ def _geometry(config: PatchDiscriminatorConfig) -> list[tuple[int, int, int]]:
     return [(4, 2, 1)] * PATCHES[config.patch] + [(4, 1, 1)] * 2
 
 
+def fitting_patches(side: int) -> list[int]:
+    """The patches that images of this side have a score for."""
+    return [p for p in PATCHES if _least_side(PatchDiscriminatorConfig(patch=p)) <= side]  # type: ignore[arg-type]
+
+
 def _least_side(config: PatchDiscriminatorConfig) -> int:
     """Smallest side of an image that gives a score."""
     side = 1

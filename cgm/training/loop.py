@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,23 +24,32 @@ from cgm.checkpoints import (
 from cgm.data import Dataset, epoch_order
 from cgm.model import Model
 from cgm.training.config import RESUME_FREE, TrainingConfig, learning_rate
-from cgm.training.progress import Display, Log, fixed_arithmetic, interruptible
+from cgm.training.progress import Display, Log, duration, fixed_arithmetic, interruptible
 
 if TYPE_CHECKING:
     from cgm.viz.sample_page import Shown
 
 STATE_FILE, LOG_FILE = "training.safetensors", "log.csv"
+_SIGPIPE = 13  # which Windows has not
+_SLOW = 30.0  # seconds of a step that are said beforehand
 
 
 class TrainingInterrupted(Exception):
-    """Ctrl-C: the step was finished and everything saved. A command line exits with 130."""
+    """A signal, or nobody reads the progress: the step was finished and everything saved.
 
-    def __init__(self, out: Path, step: int, steps: int) -> None:
-        super().__init__(
-            f"interrupted after step {step} of {steps}, which is saved in {out}; "
+    A command line exits with 128 + signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, and 141
+    (SIGPIPE) where the output was closed.
+    """
+
+    def __init__(self, out: Path, step: int, steps: int, signal: int) -> None:
+        super().__init__(out, step, steps, signal)  # so that it can be pickled
+        self.out, self.step, self.steps, self.signal = out, step, steps, signal
+
+    def __str__(self) -> str:
+        return (
+            f"interrupted after step {self.step} of {self.steps}, which is saved in {self.out}; "
             "the same command with --resume continues there"
         )
-        self.out, self.step = out, step
 
 
 def train(
@@ -70,11 +80,13 @@ def train(
         ValueError: an argument does not fit; nothing was written.
         FloatingPointError: a loss or gradient is not finite. The weights were not touched by that
             step or a later one, and the last checkpoint stays.
-        TrainingInterrupted: Ctrl-C. A second one, while the step finishes, is a KeyboardInterrupt.
+        TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP in the main thread, or the console's output
+            was closed. A second signal, while the step finishes, ends at once: KeyboardInterrupt or
+            SystemExit.
     """
     out = Path(out)
     run = _Run(model.to(device).train(), dataset, config, torch.device(device), sampling)
-    names = run.rehearse()
+    names, slow = run.rehearse()
     sheets = None
     if config.sheet_every:
         from cgm.viz.sample_page import (  # matplotlib, for those who want images
@@ -95,9 +107,11 @@ def train(
         raise ValueError(f"out must be a folder to write to, got {out}: {error}") from error
     with (
         fixed_arithmetic(config.threads),
-        interruptible() as interrupted,
+        interruptible() as signals,
         Display(config, run.step, console or Console()) as display,
     ):
+        if slow:
+            display.print_line(slow)
         while run.step < config.steps:
             rate = learning_rate(config, run.step)
             run.train_step(rate)
@@ -107,22 +121,27 @@ def train(
                 run.check(out)
             if on_step is not None:
                 on_step(step, run.average)
-            stop = bool(interrupted) and step < config.steps
+            logging = step % config.log_every == 0
+            if display.closed:
+                signals.append(_SIGPIPE)
+            stop = bool(signals) and step < config.steps
             last = step == config.steps
             saving = stop or last or step % config.save_every == 0
             drawing = sheets is not None and (last or step % config.sheet_every == 0)
-            if saving or drawing or step % config.log_every == 0:
+            if saving or drawing or logging:
                 values = run.fetch_means()
                 display.line(step, values[0])
                 log.write([step, log.seconds + display.seconds, rate, *values])
-            display.advance()
+            elif display.due(step):
+                display.line(step, run.loss())
+            display.advance(step)
             if saving:
                 run.save(out)
             if sheets is not None and drawing:
                 run.copy_buffers()
                 sheets.write(step)
             if stop:
-                raise TrainingInterrupted(out, step, config.steps)
+                raise TrainingInterrupted(out, step, config.steps, signals[0])
     return run.average
 
 
@@ -180,14 +199,29 @@ class _Run:
             )
         )
         self.step = 0
+        self.latest = torch.empty(0)
         self.sums: Tensor | None = None
         self.summed = 0
         # Number of the first bad phase, counted from the start of the run; -1: none. It stays on
         # the device, where it makes the optimizers skip this update and every later one.
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def rehearse(self) -> list[str]:
-        """One example through each phase of a copy shows wrong data; returns the log's columns."""
+    def rehearse(self) -> tuple[list[str], str]:
+        """One example through each phase of a copy shows wrong data, and how long a step takes.
+
+        Returns the columns of the log, and what is to be said beforehand of slow steps.
+        """
+        size = self.config.batch_size
+        for _ in range(2):  # a first call may be slow of itself
+            start = time.perf_counter()
+            names = self._rehearse()
+            # Backward takes twice as long as forward. A GPU would have to be waited for.
+            step = 3 * size * (time.perf_counter() - start)
+            if step < _SLOW or self.device.type != "cpu":
+                return names, ""
+        return names, f"a step may take {duration(step)}, for {size} examples"
+
+    def _rehearse(self) -> list[str]:
         batch, index = self.batch(0)
         names = []
         copied = copy.deepcopy(self.model)
@@ -256,7 +290,7 @@ class _Run:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         weights = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
-        stacked = torch.stack(values)
+        self.latest = stacked = torch.stack(values)
         self.sums = stacked if self.sums is None else self.sums + stacked
         self.summed += 1
 
@@ -268,6 +302,10 @@ class _Run:
                 f"the loss or gradient of phase {self.model.phases[phase]} is not finite at step "
                 f"{step + 1}; the last checkpoint stays in {out}"
             )
+
+    def loss(self) -> float:
+        """That of the last step."""
+        return self.latest[0].item()
 
     def fetch_means(self) -> list[float]:
         """Losses and gradient norms, means over the steps since the last call."""
