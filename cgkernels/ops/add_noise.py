@@ -57,7 +57,7 @@ def add_noise_ref(
 ) -> tuple[Tensor, Tensor]:
     dtype, alpha, sigma, p0, p1 = _coefficients_ref(x0, table, t, target)
     z = random.normal(
-        tuple(x0.shape), seed=seed, index=index, stream=random.STREAM_TRAINING, dtype=dtype
+        tuple(x0.shape), seed=seed, index=index, step=0, stream=random.STREAM_TRAINING, dtype=dtype
     )
     x = x0.to(dtype)
     return (alpha * x + sigma * z).to(x0.dtype), (p0 * x + p1 * z).to(x0.dtype)

@@ -103,7 +103,7 @@ def _difference_ref(
     alpha, sigma = (c.view(per_row) for c in table[t].to(dtype).unbind(1))
     p0, p1 = target_coefficients_ref(target, alpha, sigma)
     z = random.normal(
-        tuple(x0.shape), seed=seed, index=index, stream=random.STREAM_TRAINING, dtype=dtype
+        tuple(x0.shape), seed=seed, index=index, step=0, stream=random.STREAM_TRAINING, dtype=dtype
     )
     return pred.to(dtype) - (p0 * x0.to(dtype) + p1 * z), p0
 

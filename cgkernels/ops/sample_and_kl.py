@@ -399,7 +399,7 @@ def sample_and_kl(
     prior_log_variance: Tensor | None = None,
     seed: int | Tensor,
     index: Tensor | None = None,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """z ~ N(mean, exp(log_variance)), and the divergence of that from the prior, in one pass.
@@ -428,7 +428,7 @@ def sample_and_kl(
 
     Example:
         >>> mean, log_variance = torch.zeros(2, 3), torch.zeros(2, 3)
-        >>> z, kl = sample_and_kl(mean, log_variance, seed=0)
+        >>> z, kl = sample_and_kl(mean, log_variance, seed=0, step=0)
         >>> z.shape, kl
         (torch.Size([2, 3]), tensor([0., 0.]))
     """

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from cgkernels import rows, sample_and_kl
@@ -31,9 +32,10 @@ NAMES = ("mean", "log_variance", "prior_mean", "prior_log_variance")
 
 def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     def sample(label, *events, **inputs):
-        inputs = {**dict(zip(NAMES, events, strict=False)), "seed": seed, **inputs}
+        inputs = {**dict(zip(NAMES, events, strict=False)), "seed": seed, "step": 0, **inputs}
         events = tuple(name for name in NAMES if name in inputs)
-        per_row = (*events, *(n for n in ("index", "step") if n in inputs and inputs[n].dim()))
+        numbers = {n: inputs[n] for n in ("index", "step") if isinstance(inputs.get(n), Tensor)}
+        per_row = (*events, *(n for n, tensor in numbers.items() if tensor.dim()))
         return Sample(label, sample_and_kl, inputs, events, per_row)
 
     def data(*shape, count=2, dtype=dtype):
@@ -79,12 +81,12 @@ def test_it_is_a_sample_of_the_gaussian(dtype):
 def test_the_divergence_is_that_of_torch_distributions(learned):
     mean, log_variance, prior_mean, prior_log_variance = (t.double() for t in drawn(3, 4, 5))
     prior = {"prior_mean": prior_mean, "prior_log_variance": prior_log_variance} if learned else {}
-    _, kl = sample_and_kl(mean, log_variance, **prior, seed=7)
+    _, kl = sample_and_kl(mean, log_variance, **prior, seed=7, step=0)
     q = Normal(mean, (log_variance / 2).exp())
     p = Normal(prior_mean, (prior_log_variance / 2).exp()) if learned else Normal(0.0, 1.0)
     each = kl_divergence(q, p)
     torch.testing.assert_close(kl, each.sum((1, 2)))
-    _, floored = sample_and_kl(mean, log_variance, **prior, seed=7, free_bits=0.7)
+    _, floored = sample_and_kl(mean, log_variance, **prior, seed=7, step=0, free_bits=0.7)
     torch.testing.assert_close(floored, each.clamp(min=0.7).sum((1, 2)))
     assert (floored > kl).all()
 
@@ -94,7 +96,7 @@ def test_the_divergence_is_what_samples_say():
     mean, log_variance = torch.tensor([[0.8]]), torch.tensor([[-1.0]])
     many = 200_000
     z, kl = sample_and_kl(
-        mean.expand(many, 1), log_variance.expand(many, 1), seed=1, index=torch.arange(many)
+        mean.expand(many, 1), log_variance.expand(many, 1), seed=1, index=torch.arange(many), step=0
     )
     ratio = Normal(mean, (log_variance / 2).exp()).log_prob(z) - Normal(0.0, 1.0).log_prob(z)
     assert abs(ratio.mean() - kl[0]) < 5 * ratio.std() / math.sqrt(many)
@@ -104,13 +106,15 @@ def test_the_divergence_is_what_samples_say():
 def test_the_divergence_is_float32(dtype):
     mean, log_variance = normals(3, 4, dtype=dtype), normals(3, 4)
     for a, b in ((mean, log_variance), (log_variance, mean), (mean, mean)):
-        z, kl = sample_and_kl(a, b, seed=0)
+        z, kl = sample_and_kl(a, b, seed=0, step=0)
         assert z.dtype == a.dtype and kl.dtype == torch.float32
-    assert sample_and_kl(log_variance, log_variance.double(), seed=0)[1].dtype == torch.float64
+    assert (
+        sample_and_kl(log_variance, log_variance.double(), seed=0, step=0)[1].dtype == torch.float64
+    )
 
 
 def test_nothing_diverges_from_nothing():
-    z, kl = sample_and_kl(torch.zeros(3, 0), torch.zeros(3, 0), seed=0, free_bits=1.0)
+    z, kl = sample_and_kl(torch.zeros(3, 0), torch.zeros(3, 0), seed=0, step=0, free_bits=1.0)
     assert z.shape == (3, 0)
     assert_equal(kl, torch.zeros(3))
 
@@ -120,10 +124,10 @@ def test_gradients_are_those_of_the_plain_formula(free_bits):
     inputs = [t.double().requires_grad_() for t in drawn(3, 4, 5)]
     mean, log_variance, prior_mean, prior_log_variance = inputs
     z, kl = sample_and_kl(
-        mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance, seed=7,
-        free_bits=free_bits,
+        mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
+        seed=7, step=0, free_bits=free_bits,
     )  # fmt: skip
-    noise = normal((3, 4, 5), seed=7, stream=6, dtype=torch.float64)
+    noise = normal((3, 4, 5), seed=7, step=0, stream=6, dtype=torch.float64)
     std, prior_std = (log_variance / 2).exp(), (prior_log_variance / 2).exp()
     each = kl_divergence(Normal(mean, std), Normal(prior_mean, prior_std))
     plain = mean + std * noise, each.clamp(min=free_bits).sum((1, 2))
@@ -135,7 +139,7 @@ def test_gradients_are_those_of_the_plain_formula(free_bits):
 
 def test_below_the_floor_only_the_sample_has_a_gradient():
     mean, log_variance = (t.requires_grad_() for t in drawn(3, 4, count=2))
-    z, kl = sample_and_kl(mean, log_variance, seed=7, free_bits=100.0)
+    z, kl = sample_and_kl(mean, log_variance, seed=7, step=0, free_bits=100.0)
     assert_equal(kl, torch.full((3,), 400.0))
     of_kl = torch.autograd.grad(kl.sum(), (mean, log_variance), retain_graph=True)
     assert all((g == 0).all() for g in of_kl)
@@ -145,7 +149,7 @@ def test_below_the_floor_only_the_sample_has_a_gradient():
 def test_next_to_the_prior_there_is_a_gradient():
     """Rounding puts the divergence of some below 0; without free bits that is no floor."""
     log_variance = torch.linspace(-1e-3, 1e-3, 1000)[:, None].requires_grad_()
-    _, kl = sample_and_kl(torch.zeros(1000, 1), log_variance, seed=0)
+    _, kl = sample_and_kl(torch.zeros(1000, 1), log_variance, seed=0, step=0)
     assert (kl < 0).any()
     (gradient,) = torch.autograd.grad(kl.sum(), log_variance)
     torch.testing.assert_close(gradient, log_variance.detach() / 2, rtol=1e-2, atol=1e-7)
@@ -185,7 +189,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("error", "words", "changed"), WRONG)
 def test_wrong_arguments(error, words, changed):
-    call = Sample("wrong", sample_and_kl, {"mean": X, "log_variance": X, "seed": 0})
+    call = Sample("wrong", sample_and_kl, {"mean": X, "log_variance": X, "seed": 0, "step": 0})
     assert_refused(call.replace(**changed), error, *words)
 
 
@@ -223,7 +227,7 @@ def test_partial_sums_are_merged(blocks, device, monkeypatch):
     """Fewer and more than the last program takes at once."""
     monkeypatch.setattr(rows, "row_block", lambda numel, dense: {"BLOCK": 16, "num_warps": 1})
     mean, log_variance = (normals(2, 16 * blocks, device=device, seed=i) for i in range(2))
-    inputs = {"mean": mean, "log_variance": log_variance, "seed": 1}
+    inputs = {"mean": mean, "log_variance": log_variance, "seed": 1, "step": 0}
     assert_kernels_are_accurate(Sample("", sample_and_kl, inputs), device)
 
 
@@ -253,6 +257,6 @@ def test_what_is_no_number_stays_none(device):
     mean = normals(3, 7, device=device)
     mean[1, 2] = float("nan")
     with kernels(device):
-        z, kl = sample_and_kl(mean, mean.nan_to_num(), seed=0, free_bits=0.5)
+        z, kl = sample_and_kl(mean, mean.nan_to_num(), seed=0, step=0, free_bits=0.5)
     assert kl.isnan().tolist() == [False, True, False]
     assert int(z.isnan().sum()) == 1 and z[1, 2].isnan()

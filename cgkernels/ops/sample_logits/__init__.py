@@ -141,7 +141,7 @@ def sample_logits(
     top_p_rule: str = "mass_before",
     seed: int | Tensor,
     index: Tensor | None = None,
-    position: int | Tensor = 0,
+    position: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A token of each row, drawn from its logits, and the log-probability it was drawn with.
 
@@ -191,7 +191,7 @@ def sample_logits(
 
     Example:
         >>> logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
-        >>> token, log_prob = sample_logits(logits.expand(1000, 4), top_p=0.6, seed=0)
+        >>> token, log_prob = sample_logits(logits.expand(1000, 4), top_p=0.6, seed=0, position=0)
         >>> token.unique(), (log_prob.exp()[token == 0][0] * 7).round()
         (tensor([0, 1]), tensor(5.))
     """
