@@ -261,7 +261,9 @@ def test_samples_have_the_moments_of_the_paper(case):
     schedule, n = make_schedule(), 50_000
     table = make_table(sampler, schedule, steps=10, prediction="v", **options)
     now, _ = levels_of(schedule, table, options)
-    x = random.normal((n, 4), seed=7, stream=random.STREAM_INITIAL, dtype=torch.float64).numpy()
+    x = random.normal(
+        (n, 4), seed=7, step=0, stream=random.STREAM_INITIAL, dtype=torch.float64
+    ).numpy()
     x = x * table.initial_scale
     log_variance = torch.full((n, 4), LOG_VARIANCE) if case == "ddpm-learned" else None
     for i in range(len(now)):

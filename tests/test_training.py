@@ -68,7 +68,7 @@ class Toy(Model):
         self.calls += 1
         self.seen.append(index)
         noise = normal(
-            y.shape, seed=seed, index=index, stream=3, dtype=torch.float32, device=y.device
+            y.shape, seed=seed, index=index, step=0, stream=3, dtype=torch.float32, device=y.device
         )
         out = self.embed(cond) * self.config.inner.gain
         if phase == "second":

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_choice, check_float, check_same_device, check_shape
+from cgkernels.checks import (
+    SMALLEST,
+    check_choice,
+    check_flag,
+    check_float,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.device import (
     block_of_row,
     element_of,
@@ -465,12 +473,8 @@ def affine_coupling(
         (tensor([[1., 8.]]), tensor([0.]))
     """
     check_choice("mask", mask, MASKS)
-    number = isinstance(limit, int | float) and not isinstance(limit, bool)
-    if not number or not 0 < limit <= 80:  # e^80 is a float32
-        raise ValueError(f"limit must be a number above 0 and at most 80, got {limit!r}")
-    for name, value in (("additive", additive), ("inverse", inverse)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+    check_number("limit", limit, SMALLEST, 80)  # e^80 is a float32
+    check_flag(additive=additive, inverse=inverse)
     check_float(y=y, params=params)
     if mask in ("first", "last"):
         if y.dim() < 2 or y.shape[1] < 2:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_same_device
+from cgkernels.checks import check_choice, check_float, check_same_device
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.moments import centered_moments, merge_moments
 from cgkernels.rows import compute_dtype
@@ -301,15 +301,12 @@ def conv2d_stats(
         >>> mean, var
         (tensor([[3.]]), tensor([[3.5000]]))
     """
-    check_float(x=x)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    check_float(x=x, weight=weight)
     if weight.dtype != x.dtype:
         raise TypeError(f"weight must be {x.dtype} as x is, got {weight.dtype}")
     check_same_device(x=x, weight=weight)
-    for name, value, known in (("stride", stride, STRIDES), ("padding", padding, PADDINGS)):
-        if isinstance(value, bool) or value not in known:
-            raise ValueError(f"{name} must be of {known}, got {value!r}")
+    check_choice("stride", stride, STRIDES)
+    check_choice("padding", padding, PADDINGS)
     if weight.dim() != 4 or 0 in weight.shape[:2]:
         raise ValueError(
             f"weight must have shape (O, C, k, k), not empty, got {tuple(weight.shape)}"

@@ -11,7 +11,6 @@ Backward in x, y, weight, bias by PyTorch's convolutions, as often as one likes.
 Source   arXiv:1611.07004 (conditional patch discriminator); LeakyReLU: Maas et al., 2013.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -19,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_same_device, check_shape
+from cgkernels.checks import (
+    check_choice,
+    check_float,
+    check_int,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import compute_dtype
 
@@ -330,16 +336,13 @@ def pair_conv2d(
         )
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have output channels, got {tuple(weight.shape)}")
-    if isinstance(stride, bool) or stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < kernel:
-        raise ValueError(f"padding must be an integer from 0 to {kernel - 1}, got {padding!r}")
+    check_choice("stride", stride, (1, 2))
+    check_int("padding", padding, 0, kernel - 1)
     if min(x.shape[2:]) + 2 * padding < kernel:
         raise ValueError(
             f"x must have height and width of at least {kernel - 2 * padding}, got {tuple(x.shape)}"
         )
-    if isinstance(slope, bool) or not isinstance(slope, int | float) or not 0 <= slope < math.inf:
-        raise ValueError(f"slope must be a number that is not negative, got {slope!r}")
+    check_number("slope", slope, 0)
     if bias is not None:
         check_float(bias=bias)
         check_shape("bias", bias, (weight.shape[0],))

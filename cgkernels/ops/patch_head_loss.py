@@ -23,7 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_choice, check_float, check_same_device, check_shape
+from cgkernels.checks import (
+    check_choice,
+    check_float,
+    check_int,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import compute_dtype, row_strides, with_row_strides
 
@@ -411,8 +417,7 @@ def patch_head_loss(
             f"weight must have shape (1, {channels}, k, k) with k = 1, 3 or 4, "
             f"got {tuple(weight.shape)}"
         )
-    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < kernel:
-        raise ValueError(f"padding must be an integer from 0 to {kernel - 1}, got {padding!r}")
+    check_int("padding", padding, 0, kernel - 1)
     if min(x.shape[2:]) + 2 * padding < kernel:
         raise ValueError(
             f"x must have height and width of at least {kernel - 2 * padding}, got {tuple(x.shape)}"

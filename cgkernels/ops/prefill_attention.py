@@ -24,6 +24,7 @@ from torch import Tensor
 from cgkernels.checks import (
     check_attention,
     check_float,
+    check_int,
     check_integers,
     check_same_device,
     check_shape,
@@ -199,15 +200,13 @@ def prefill_attention(
     check_same_device(q=q, k=k, v=v)
     if isinstance(bidirectional, Tensor):
         check_integers("bidirectional", bidirectional, (rows,), q.device, 0, length)
-    elif isinstance(bidirectional, bool) or not isinstance(bidirectional, int | torch.SymInt):
-        raise TypeError(f"bidirectional must be an int or a tensor, got {bidirectional!r}")
-    elif not 0 <= bidirectional <= length:
-        raise ValueError(f"bidirectional must be in [0, {length}], got {bidirectional}")
+    else:
+        check_int("bidirectional", bidirectional, 0, length)
     if left_pad is not None:
         check_integers("left_pad", left_pad, (rows,), q.device, 0, length)
     scale = head_size**-0.5 if scale is None else scale
     check_attention(window, softcap, scale)
-    window = length if window is None else window
+    window = length if window is None else min(window, length)
     if left_pad is not None:  # what is there reaches nobody, nor does its gradient
         padding = torch.arange(length, device=q.device) < left_pad[:, None]
         q, k, v = (t.masked_fill(padding[..., None, None], 0) for t in (q, k, v))

@@ -19,7 +19,6 @@ Source   arXiv:1312.6114, sections 2.4 and appendix B. Free bits: arXiv:1606.049
          here under each dimension of each sample, so that no row depends on another.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ from cgkernels.checks import (
     as_step,
     check_float,
     check_noise_size,
+    check_number,
     check_rows,
     check_same_device,
     check_shape,
@@ -393,7 +393,7 @@ def sample_and_kl(
     prior_log_variance: Tensor | None = None,
     seed: int | Tensor,
     index: Tensor | None = None,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """z ~ N(mean, exp(log_variance)), and the divergence of that from the prior, in one pass.
@@ -408,8 +408,9 @@ def sample_and_kl(
         prior_mean, prior_log_variance: like mean, or both None for the standard normal prior.
         seed: 64-bit int or one-element int64 tensor.
         index: (B,) int64, the number of each sample; default 0 .. B - 1.
-        step: int or integer tensor () or (B,), in [0, 2^24): several z of one sample. On a GPU
-            tensor this is not checked.
+        step: int or integer tensor () or (B,), in [0, 2^24): the number of the z of a sample, which
+            in training changes at every step, unless seed or index does. On a GPU tensor the range
+            is not checked.
         free_bits: nats; where the divergence of a dimension of a sample is less, this is added in
             its place, and it has no gradient. It does not touch z.
 
@@ -422,7 +423,7 @@ def sample_and_kl(
 
     Example:
         >>> mean, log_variance = torch.zeros(2, 3), torch.zeros(2, 3)
-        >>> z, kl = sample_and_kl(mean, log_variance, seed=0)
+        >>> z, kl = sample_and_kl(mean, log_variance, seed=0, step=0)
         >>> z.shape, kl
         (torch.Size([2, 3]), tensor([0., 0.]))
     """
@@ -438,10 +439,7 @@ def sample_and_kl(
         check_shape(name, tensor, tuple(mean.shape))
     check_same_device(mean=mean, log_variance=log_variance, **given)
     check_noise_size("mean", tuple(mean.shape))
-    if isinstance(free_bits, bool) or not isinstance(free_bits, int | float):
-        raise TypeError(f"free_bits must be a number, got {free_bits!r}")
-    if not 0 <= free_bits < math.inf:
-        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
+    check_number("free_bits", free_bits, 0)
     rows = mean.shape[0]
     seed, _ = as_seed(seed, mean.device)
     index = as_index(index, rows, mean.device)

@@ -122,6 +122,7 @@ class Classifier(Model):
             (n, 3),
             seed=seed,
             index=index,
+            step=0,
             stream=STREAM_AUGMENTATION,
             dtype=torch.float32,
             device=y.device,

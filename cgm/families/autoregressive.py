@@ -167,7 +167,7 @@ class ConditionalTransformer(Model):
         dropout = self.config.cond_dropout
         if cond is not None and dropout > 0:
             u = uniform(
-                (len(y),), seed=step.seed, index=step.index, stream=STREAM_CONDITION_DROPOUT
+                (len(y),), seed=step.seed, index=step.index, step=0, stream=STREAM_CONDITION_DROPOUT
             )
             prefix = torch.where((u < dropout)[:, None], self.null, prefix)
         total = -self._log_probs(y, prefix).sum(1) / math.prod(self.config.event_shape)

@@ -171,7 +171,7 @@ class ConditionalDiffusion(Model):
         if cond is None:
             cond = null
         elif null is not None and config.cond_dropout > 0:
-            u = uniform((rows,), stream=STREAM_CONDITION_DROPOUT, **draws)
+            u = uniform((rows,), step=0, stream=STREAM_CONDITION_DROPOUT, **draws)
             drop = (u < config.cond_dropout).view(-1, *(1,) * (cond.dim() - 1))
             cond = torch.where(drop, null, cond)
         film, image, context = self._encode(cond)
@@ -310,6 +310,7 @@ class _Run:
             tuple(self.x.shape),
             seed=self.seed,
             index=self.index,
+            step=0,
             stream=STREAM_INITIAL,
             dtype=self.x.dtype,
         )

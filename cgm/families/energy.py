@@ -210,7 +210,7 @@ class Chains(PreciseBuffers):
             raise ValueError(f"chains must be at least the batch of {rows}, got {self.size}")
         turn = self.count + torch.arange(rows, device=start.device)
         slots = turn % self.size
-        u = uniform((rows,), seed=seed, index=index, stream=STREAM_POOL)
+        u = uniform((rows,), seed=seed, index=index, step=0, stream=STREAM_POOL)
         new = (turn < self.size) | (u < self.renewal)
         y = torch.where(new.view(-1, 1, 1, 1), start, self.y[slots].to(start.dtype))
         if cond is not None:
@@ -339,10 +339,10 @@ class ConditionalEBM(Model):
         shape = tuple(y.shape)
         noisy = y
         if config.data_noise:
-            z = cgkernels.philox_normal(shape, stream=STREAM_TRAINING, **draws)
+            z = cgkernels.philox_normal(shape, step=0, stream=STREAM_TRAINING, **draws)
             noisy = y + config.data_noise * z
         with torch.no_grad():
-            start = cgkernels.philox_normal(shape, stream=STREAM_INITIAL, **draws)
+            start = cgkernels.philox_normal(shape, step=0, stream=STREAM_INITIAL, **draws)
             start, chain_cond = config.start_std * start, cond
             kept = self.training and self.chains.size > 0
             if kept:
@@ -385,7 +385,7 @@ class ConditionalEBM(Model):
         config, total = self.config, len(draws.index)
         if start is None:
             z = cgkernels.philox_normal(
-                (total, *config.event_shape), seed=draws.seed, index=draws.index,
+                (total, *config.event_shape), seed=draws.seed, index=draws.index, step=0,
                 stream=STREAM_INITIAL, dtype=torch.promote_types(self.dtype, torch.float32),
             )  # fmt: skip
             start = config.start_std * z

@@ -350,7 +350,9 @@ class ConditionalFlow(Model):
     ) -> Tensor:
         """Of y with its noise: the bound of an image, the density of real numbers."""
         config, y = self.config, y.to(compute_dtype(y))
-        draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
+        draws: dict[str, Any] = {
+            "seed": seed, "index": index, "step": 0, "stream": STREAM_TRAINING,
+        }  # fmt: skip
         constant = 0.0
         if config.levels:
             v = ((y + 1) * ((config.levels - 1) / 2)).round().clamp(0, config.levels - 1)
@@ -430,7 +432,7 @@ class ConditionalFlow(Model):
         rows = 1 if cond is None else len(cond)
         planes = self._planes(cond, rows)
         z = temperature * cgkernels.philox_normal(
-            (len(index), self.dimensions), seed=seed, index=index, stream=STREAM_LATENTS,
+            (len(index), self.dimensions), seed=seed, index=index, step=0, stream=STREAM_LATENTS,
             dtype=temperature.dtype, device=index.device,
         )  # fmt: skip
         y = self._decode(z, [p.repeat(len(index) // rows, 1, 1, 1) for p in planes])

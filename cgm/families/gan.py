@@ -267,7 +267,7 @@ class ConditionalGAN(AdversarialModel):
         share = None
         if config.penalty_weight:
             share = uniform(
-                (len(y),), seed=step.seed, index=step.index, stream=STREAM_TRAINING,
+                (len(y),), seed=step.seed, index=step.index, step=0, stream=STREAM_TRAINING,
                 dtype=y.dtype,
             )  # fmt: skip
         return discriminator_loss(
@@ -285,7 +285,7 @@ class ConditionalGAN(AdversarialModel):
     ) -> Tensor:
         config = self.config
         z = truncation * normal(
-            (len(index), config.latents), seed=seed, index=index, stream=STREAM_LATENTS,
+            (len(index), config.latents), seed=seed, index=index, step=0, stream=STREAM_LATENTS,
             dtype=self.dtype, device=index.device,
         )  # fmt: skip
         if isinstance(self.generator, TranslatingGenerator):

@@ -123,7 +123,7 @@ class GaussianLikelihood(PreciseBuffers):
     def draw(self, out: Tensor, seed: Tensor, index: Tensor) -> Tensor:
         """A sample of each row, by the noise of its number."""
         noise = cgkernels.philox_normal(
-            tuple(out.shape), seed=seed, index=index, stream=STREAM_SAMPLER, dtype=out.dtype
+            tuple(out.shape), seed=seed, index=index, step=0, stream=STREAM_SAMPLER, dtype=out.dtype
         )
         return out + self.log_scale.to(out.dtype).exp() * noise
 
@@ -206,7 +206,7 @@ def _log_scale(config: VAEConfig) -> Tensor:
 
 def _uniform(like: Tensor, seed: Tensor, index: Tensor) -> Tensor:
     return uniform(
-        tuple(like.shape), seed=seed, index=index, stream=STREAM_SAMPLER, dtype=like.dtype
+        tuple(like.shape), seed=seed, index=index, step=0, stream=STREAM_SAMPLER, dtype=like.dtype
     )
 
 
@@ -279,7 +279,7 @@ class ConditionalVAE(LatentModel):
         prior_mean, prior_log_variance = self._prior(planes)
         z, kl = cgkernels.sample_and_kl(
             mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
-            seed=step.seed, index=step.index, free_bits=config.free_bits,
+            seed=step.seed, index=step.index, step=0, free_bits=config.free_bits,
         )  # fmt: skip
         reconstruction = -self.likelihood.log_prob(
             _at_least_float32(self.decoder(planes, z)), _at_least_float32(y)
@@ -354,7 +354,7 @@ class ConditionalVAE(LatentModel):
     def _draw(self, draws: Draws, options: VAESampling) -> Tensor:
         """The prior's network runs once for each condition."""
         z = options.truncation * cgkernels.philox_normal(
-            (len(draws.index), self.config.latents), seed=draws.seed, index=draws.index,
+            (len(draws.index), self.config.latents), seed=draws.seed, index=draws.index, step=0,
             stream=STREAM_LATENTS, dtype=self.dtype,
         )  # fmt: skip
         planes = self.planes(draws.cond, draws.rows)

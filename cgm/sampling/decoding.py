@@ -100,7 +100,11 @@ class Decoder:
         }
         # Checked here as numbers, by name; as tensors they cost a step no launch.
         cgkernels.sample_logits(
-            self.first_logits[: self.copies], seed=0, top_k=options.top_k or None, **self.drawing
+            self.first_logits[: self.copies],
+            seed=0,
+            position=0,
+            top_k=options.top_k or None,
+            **self.drawing,
         )
         for name, value in self.drawing.items():
             if value is not None:

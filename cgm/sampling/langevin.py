@@ -142,7 +142,7 @@ def annealed_weights(
     def of_start(y: Tensor) -> Tensor:
         return y.flatten(1).square().sum(1) / (2 * std**2)
 
-    y = std * normal(shape, stream=STREAM_INITIAL, **draws)
+    y = std * normal(shape, step=0, stream=STREAM_INITIAL, **draws)
     log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
     weights = torch.full((shape[0],), log_start, dtype=y.dtype, device=device)
     for number in range(1, temperatures + 1):

@@ -34,7 +34,7 @@ def model(config: DiffusionConfig, seed: int = 0) -> ConditionalDiffusion:
     with torch.no_grad():
         for i, parameter in enumerate(made.parameters()):
             if not parameter.any():
-                parameter.copy_(0.1 * normal((1, *parameter.shape), seed=i, stream=6)[0])
+                parameter.copy_(0.1 * normal((1, *parameter.shape), seed=i, step=0, stream=6)[0])
     return made.eval()
 
 
@@ -42,14 +42,14 @@ def conditions(kind: str, rows: int) -> Tensor | None:
     if kind == "none":
         return None
     if kind == "image":
-        return normal((rows, 2, 4, 6), seed=9, stream=6)
+        return normal((rows, 2, 4, 6), seed=9, step=0, stream=6)
     if kind == "class":
         return torch.arange(rows) % 3
     return torch.tensor([[0, 1, 5], [2, 3, 4], [4, 4, 0], [1, 0, 2]])[:rows]
 
 
 def images(rows: int, config: DiffusionConfig = TINY) -> Tensor:
-    return normal((rows, *config.event_shape), seed=5, stream=6).clamp(-1, 1)
+    return normal((rows, *config.event_shape), seed=5, step=0, stream=6).clamp(-1, 1)
 
 
 # Loss ---------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_loss_is_that_of_the_formula():
     draws = {"seed": 8, "index": index}
     t = (cgkernels.random.uniform((3,), step=1, stream=3, **draws) * 100).long()
     alpha, sigma = m.noise_table[t].T[..., None, None, None]
-    z = normal((3, *TINY.event_shape), stream=3, **draws)
+    z = normal((3, *TINY.event_shape), step=0, stream=3, **draws)
     film = m.unet.time_film(t)
     prediction = m.unet(alpha * y + sigma * z, film)
     expected = (prediction - (alpha * z - sigma * y)).square().mean((1, 2, 3)) * m.loss_weights[t]

@@ -510,7 +510,7 @@ WRONG = [
     (ValueError, ("left_pad", "[0, 15]", "-1"), {"left_pad": INTEGERS - 1}),
     (ValueError, ("left_pad", "at most lengths"), {"left_pad": torch.tensor([1, 0, 0])}),
     (ValueError, ("window", "0"), {"window": 0}),
-    (ValueError, ("window", "True"), {"window": True}),
+    (TypeError, ("window", "True"), {"window": True}),
     (ValueError, ("softcap", "0"), {"softcap": 0}),
     (ValueError, ("softcap", "inf"), {"softcap": math.inf}),
     (ValueError, ("scale", "nan"), {"scale": NAN}),

@@ -7,6 +7,7 @@ from decimal import Decimal
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from cgkernels import reference, rows, sample_and_kl
@@ -33,9 +34,10 @@ NAMES = ("mean", "log_variance", "prior_mean", "prior_log_variance")
 
 def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     def sample(label, *events, **inputs):
-        inputs = {**dict(zip(NAMES, events, strict=False)), "seed": seed, **inputs}
+        inputs = {**dict(zip(NAMES, events, strict=False)), "seed": seed, "step": 0, **inputs}
         events = tuple(name for name in NAMES if name in inputs)
-        per_row = (*events, *(n for n in ("index", "step") if n in inputs and inputs[n].dim()))
+        numbers = {n: inputs[n] for n in ("index", "step") if isinstance(inputs.get(n), Tensor)}
+        per_row = (*events, *(n for n, tensor in numbers.items() if tensor.dim()))
         return Sample(label, sample_and_kl, inputs, events, per_row)
 
     def data(*shape, count=2, dtype=dtype):
@@ -81,12 +83,12 @@ def test_it_is_a_sample_of_the_gaussian(dtype):
 def test_the_divergence_is_that_of_torch_distributions(learned):
     mean, log_variance, prior_mean, prior_log_variance = (t.double() for t in drawn(3, 4, 5))
     prior = {"prior_mean": prior_mean, "prior_log_variance": prior_log_variance} if learned else {}
-    _, kl = sample_and_kl(mean, log_variance, **prior, seed=7)
+    _, kl = sample_and_kl(mean, log_variance, **prior, seed=7, step=0)
     q = Normal(mean, (log_variance / 2).exp())
     p = Normal(prior_mean, (prior_log_variance / 2).exp()) if learned else Normal(0.0, 1.0)
     each = kl_divergence(q, p)
     torch.testing.assert_close(kl, each.sum((1, 2)))
-    _, floored = sample_and_kl(mean, log_variance, **prior, seed=7, free_bits=0.7)
+    _, floored = sample_and_kl(mean, log_variance, **prior, seed=7, step=0, free_bits=0.7)
     torch.testing.assert_close(floored, each.clamp(min=0.7).sum((1, 2)))
     assert (floored > kl).all()
 
@@ -96,7 +98,7 @@ def test_the_divergence_is_what_samples_say():
     mean, log_variance = torch.tensor([[0.8]]), torch.tensor([[-1.0]])
     many = 200_000
     z, kl = sample_and_kl(
-        mean.expand(many, 1), log_variance.expand(many, 1), seed=1, index=torch.arange(many)
+        mean.expand(many, 1), log_variance.expand(many, 1), seed=1, index=torch.arange(many), step=0
     )
     ratio = Normal(mean, (log_variance / 2).exp()).log_prob(z) - Normal(0.0, 1.0).log_prob(z)
     assert abs(ratio.mean() - kl[0]) < 5 * ratio.std() / math.sqrt(many)
@@ -106,13 +108,15 @@ def test_the_divergence_is_what_samples_say():
 def test_the_divergence_is_float32(dtype):
     mean, log_variance = normals(3, 4, dtype=dtype), normals(3, 4)
     for a, b in ((mean, log_variance), (log_variance, mean), (mean, mean)):
-        z, kl = sample_and_kl(a, b, seed=0)
+        z, kl = sample_and_kl(a, b, seed=0, step=0)
         assert z.dtype == a.dtype and kl.dtype == torch.float32
-    assert sample_and_kl(log_variance, log_variance.double(), seed=0)[1].dtype == torch.float64
+    assert (
+        sample_and_kl(log_variance, log_variance.double(), seed=0, step=0)[1].dtype == torch.float64
+    )
 
 
 def test_nothing_diverges_from_nothing():
-    z, kl = sample_and_kl(torch.zeros(3, 0), torch.zeros(3, 0), seed=0, free_bits=1.0)
+    z, kl = sample_and_kl(torch.zeros(3, 0), torch.zeros(3, 0), seed=0, step=0, free_bits=1.0)
     assert z.shape == (3, 0)
     assert_equal(kl, torch.zeros(3))
 
@@ -122,10 +126,10 @@ def test_gradients_are_those_of_the_plain_formula(free_bits):
     inputs = [t.double().requires_grad_() for t in drawn(3, 4, 5)]
     mean, log_variance, prior_mean, prior_log_variance = inputs
     z, kl = sample_and_kl(
-        mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance, seed=7,
-        free_bits=free_bits,
+        mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
+        seed=7, step=0, free_bits=free_bits,
     )  # fmt: skip
-    noise = normal((3, 4, 5), seed=7, stream=6, dtype=torch.float64)
+    noise = normal((3, 4, 5), seed=7, step=0, stream=6, dtype=torch.float64)
     std, prior_std = (log_variance / 2).exp(), (prior_log_variance / 2).exp()
     each = kl_divergence(Normal(mean, std), Normal(prior_mean, prior_std))
     plain = mean + std * noise, each.clamp(min=free_bits).sum((1, 2))
@@ -137,7 +141,7 @@ def test_gradients_are_those_of_the_plain_formula(free_bits):
 
 def test_below_the_floor_only_the_sample_has_a_gradient():
     mean, log_variance = (t.requires_grad_() for t in drawn(3, 4, count=2))
-    z, kl = sample_and_kl(mean, log_variance, seed=7, free_bits=100.0)
+    z, kl = sample_and_kl(mean, log_variance, seed=7, step=0, free_bits=100.0)
     assert_equal(kl, torch.full((3,), 400.0))
     of_kl = torch.autograd.grad(kl.sum(), (mean, log_variance), retain_graph=True)
     assert all((g == 0).all() for g in of_kl)
@@ -170,7 +174,7 @@ def check_near_the_prior(device):
             inputs = {
                 n: t.to(device).requires_grad_() for n, t in zip(names, tensors, strict=False)
             }
-            _, found = sample_and_kl(**inputs, seed=0)
+            _, found = sample_and_kl(**inputs, seed=0, step=0)
             assert found.item() == pytest.approx(float(kl), rel=2e-6, abs=0)
             slopes = torch.autograd.grad(found.sum(), tuple(inputs.values()))
             for slope, exact in zip(slopes, gradients, strict=False):
@@ -180,14 +184,14 @@ def check_near_the_prior(device):
 
 def test_at_the_prior_nothing_diverges_and_no_floor_hides_a_gradient():
     log_variance = torch.linspace(-1e-3, 1e-3, 1001)[:, None].requires_grad_()
-    _, kl = sample_and_kl(torch.zeros(1001, 1), log_variance, seed=0)
+    _, kl = sample_and_kl(torch.zeros(1001, 1), log_variance, seed=0, step=0)
     assert (kl >= 0).all()
     (gradient,) = torch.autograd.grad(kl.sum(), log_variance)
     exact = log_variance.detach().double().expm1() / 2
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-6, atol=0)
     # A floor that lies between the divergences of two neighbors, 1e-7 of it apart.
     floor = (kl[0] + kl[1]).item() / 2
-    _, floored = sample_and_kl(torch.zeros(1001, 1), log_variance, seed=0, free_bits=floor)
+    _, floored = sample_and_kl(torch.zeros(1001, 1), log_variance, seed=0, step=0, free_bits=floor)
     assert (floored[0] == kl[0]) and floored[1] == torch.tensor(floor)
 
 
@@ -225,7 +229,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("error", "words", "changed"), WRONG)
 def test_wrong_arguments(error, words, changed):
-    call = Sample("wrong", sample_and_kl, {"mean": X, "log_variance": X, "seed": 0})
+    call = Sample("wrong", sample_and_kl, {"mean": X, "log_variance": X, "seed": 0, "step": 0})
     assert_refused(call.replace(**changed), error, *words)
 
 
@@ -263,7 +267,7 @@ def test_partial_sums_are_merged(blocks, device, monkeypatch):
     """Fewer and more than the last program takes at once."""
     monkeypatch.setattr(rows, "row_block", lambda numel, dense: {"BLOCK": 16, "num_warps": 1})
     mean, log_variance = (normals(2, 16 * blocks, device=device, seed=i) for i in range(2))
-    inputs = {"mean": mean, "log_variance": log_variance, "seed": 1}
+    inputs = {"mean": mean, "log_variance": log_variance, "seed": 1, "step": 0}
     assert_kernels_are_accurate(Sample("", sample_and_kl, inputs), device)
 
 
@@ -305,7 +309,7 @@ def test_what_is_no_number_stays_none(name, value, device):
     def run(device):
         given = {n: t.to(device) for n, t in inputs.items()}
         return results_and_gradients(
-            given, dz.to(device), dkl.to(device), seed=0, free_bits=0.5
+            given, dz.to(device), dkl.to(device), seed=0, step=0, free_bits=0.5
         )  # fmt: skip
 
     with float32_normals():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cgkernels.checks import check_tensor
 from cgkernels.library import using_reference
 from cgkernels.ops.norm_linear.reference import (
     _activation_ref,
@@ -200,13 +201,14 @@ def pack_weight(weight: Tensor) -> Tensor:
         inside `reference()`.
 
     Raises:
-        ValueError: not a matrix, or empty.
+        ValueError, TypeError: not a matrix, or empty.
 
     Example:
         >>> x, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2.0]])
         >>> norm_linear(x, pack_weight(weight))
         tensor([[11.]])
     """
+    check_tensor("weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight must have shape (N, K), not empty, got {tuple(weight.shape)}")
     onednn = _HAS_ONEDNN and weight.device.type == "cpu" and not using_reference()
