@@ -5,7 +5,7 @@ from weights, frequencies from buffers. What is left in the source afterwards is
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ def _llama(
         source.model.norm,
         *(n for block in blocks for n in (block.input_layernorm, block.post_attention_layernorm)),
     ]
-    parts = dict(_LLAMA)
+    parts: dict[str, tuple[str, ...]] = dict(_LLAMA)
     if kind == "Qwen3":
         parts |= _QK_NORM
         norms += [n for a in attentions for n in (a.q_norm, a.k_norm)]
@@ -192,7 +192,7 @@ def _llama(
 
 
 def _block(
-    state: dict[str, Tensor], theirs: str, ours: str, parts: dict[str, tuple[str, ...]]
+    state: dict[str, Tensor], theirs: str, ours: str, parts: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
     """The tensors of a block by our names, taken out of `state`."""
     taken = {}

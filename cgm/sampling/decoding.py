@@ -6,6 +6,7 @@ what stands around them, and three more: the embedding, the output layer, the dr
 nothing on the host.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ class Decoder:
 
         # Each prefix alone: what the others are must not change its bits.
         sizes = [len(one) for one in prefix]
-        with torch.autocast(device.type, enabled=False):
+        with _without_autocast(device):
             parts = [
                 network.prefill(
                     one[None], None if rope is None else (rope[0][:size], rope[1][:size])
@@ -152,7 +153,7 @@ class Decoder:
         stops: tokens of which every row need not go on behind one; on a CPU, where that can be
         looked at without waiting, nothing does once all rows have one.
         """
-        with torch.autocast(self.index.device.type, enabled=False):
+        with _without_autocast(self.index.device):
             steps = self.length - 1
             if self.graph and steps >= _STEPS_PER_GRAPH:
                 replay = capture(self._step, _STEPS_PER_GRAPH)
@@ -161,10 +162,9 @@ class Decoder:
                     replay()
                 steps %= _STEPS_PER_GRAPH
             drawn = self.tokens[:, self.first :]
-            for step in range(steps):
-                if stops is not None and readable(drawn):
-                    if torch.isin(drawn[:, : step + 1], stops).any(1).all():
-                        break
+            for step in range(1, steps + 1):
+                if stops is not None and readable(drawn) and _all_stopped(drawn[:, :step], stops):
+                    break
                 self._step()
         return drawn
 
@@ -200,6 +200,16 @@ class Decoder:
             self.tokens, self.log_probs, self.counts.t(), logits,
             seed=self.seed, index=self.index, **self.drawing,
         )  # fmt: skip
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _all_stopped(drawn: Tensor, stops: Tensor) -> bool:
+    return bool(torch.isin(drawn, stops).any(1).all())
 
 
 @torch.no_grad()
@@ -317,13 +327,15 @@ def _check_stops(
     eos: int | Sequence[int] | None, pad: int | None, vocabulary: int, device: torch.device
 ) -> tuple[Tensor | None, int]:
     """The tokens that end a row, or None, and what follows them."""
-    given = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-    for name, tokens in (("eos_token_id", given), ("pad_token_id", [] if pad is None else [pad])):
+    stops: list[int] = []
+    if eos is not None:
+        stops = list(eos) if isinstance(eos, Sequence) else [eos]
+    for name, tokens in (("eos_token_id", stops), ("pad_token_id", [] if pad is None else [pad])):
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise TypeError(f"{name} must be made of ints, got {token!r}")
-        if name == "eos_token_id" and not all(0 <= token < vocabulary for token in tokens):
-            raise ValueError(f"{name} must be in [0, {vocabulary}), got {eos}")
-    if not given:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"{name} must be in [0, {vocabulary}), got {token}")
+    if not stops:
         return None, 0
-    return torch.tensor(given, device=device), given[0] if pad is None else pad
+    return torch.tensor(stops, device=device), stops[0] if pad is None else pad
