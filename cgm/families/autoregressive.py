@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cgkernels.checks import readable
 from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
 from cgm.model import (
@@ -170,7 +171,8 @@ class ConditionalTransformer(Model):
                 (len(y),), seed=step.seed, index=step.index, step=0, stream=STREAM_CONDITION_DROPOUT
             )
             prefix = torch.where((u < dropout)[:, None], self.null, prefix)
-        total = -self._log_probs(y, prefix).sum(1) / math.prod(self.config.event_shape)
+        nats = -_nan_where(_not_finite(y, cond), self._log_probs(y, prefix).sum(1))
+        total = nats / math.prod(self.config.event_shape)
         return {"total": total, "bits": total / math.log(2)}
 
     @torch.no_grad()
@@ -180,7 +182,8 @@ class ConditionalTransformer(Model):
         In bits per dimension it is -log_prob / (C H W ln 2).
         """
         self.check_inputs(y, cond)
-        return self._log_probs(y, self._prefix(cond, len(y), y.device)).sum(1)
+        log_probs = self._log_probs(y, self._prefix(cond, len(y), y.device)).sum(1)
+        return _nan_where(_not_finite(y, cond), log_probs)
 
     def _log_probs(self, y: Tensor, prefix: Tensor) -> Tensor:
         """log p of each value (B, L) of y, float32."""
@@ -237,7 +240,10 @@ class ConditionalTransformer(Model):
             offsets=self._offsets(total, device) if config.sequence_shape[0] > 1 else None,
         )  # fmt: skip
         values = torch.cat([known[condition_of_sample], run.run()], 1)
-        return self._images(values)
+        unknown = _not_finite(draws.cond, given)
+        if unknown is not None:
+            unknown = unknown[condition_of_sample]
+        return _nan_where(unknown, self._images(values))
 
     def _check_given(self, given: Tensor, conditions: int) -> None:
         channels, height, width = self.config.event_shape
@@ -250,15 +256,21 @@ class ConditionalTransformer(Model):
     def _values(self, y: Tensor) -> Tensor:
         """Values (B, L) of images (B, C, H, W), in the order of the sequence."""
         if self.config.palette:
-            return to_palette(y, self.palette).flatten(1)
+            return to_palette(_wide(y), self.palette).flatten(1)
         return quantize(y, self.config.levels)
 
     def _images(self, values: Tensor) -> Tensor:
-        """Images (B, C, H, W) of values (B, L)."""
-        if self.config.palette:
-            colors = self.palette[values].movedim(1, 2)
-            return colors.unflatten(2, self.config.event_shape[1:]).contiguous()
-        return dequantize(values, self.config.levels, self.config.event_shape)
+        """Images (B, C, H, W) of values (B, L), in the model's dtype; NaN where one is -1."""
+        config = self.config
+        # A draw from logits that are NaN is -1: there is no distribution, and so no value.
+        drawn = (values >= 0).view(
+            -1, config.event_shape[1], config.event_shape[2], config.sequence_shape[0]
+        )
+        if config.palette:
+            images = self.palette[values].movedim(1, 2).unflatten(2, config.event_shape[1:])
+        else:
+            images = dequantize(values, config.levels, config.event_shape)
+        return images.to(self.dtype).where(drawn.movedim(3, 1), torch.nan).contiguous()
 
     def _tokens(self, values: Tensor) -> Tensor:
         """Tokens of values (B, L)."""
@@ -302,7 +314,7 @@ def quantize(y: Tensor, levels: int) -> Tensor:
 
     They are the bins of `cgm.data.quantization`.
     """
-    return to_bins(y.movedim(1, 3).flatten(1), levels)
+    return to_bins(_wide(y).movedim(1, 3).flatten(1), levels)
 
 
 def dequantize(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
@@ -310,6 +322,31 @@ def dequantize(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
     channels, height, width = shape
     images = from_bins(values, levels).view(-1, height, width, channels)
     return images.movedim(3, 1).contiguous()
+
+
+def _wide(y: Tensor) -> Tensor:
+    """In float32 at least: half types cannot tell the 256 values of 8 bits apart midway."""
+    return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+def _not_finite(*images: Tensor | None) -> Tensor | None:
+    """Rows (B,) with a value that is not finite, of images that no check could look at before.
+
+    None: there are none. As whole numbers they would be as good as any.
+    """
+    rows = [
+        ~image.isfinite().flatten(1).all(1)
+        for image in images
+        if image is not None and image.is_floating_point() and not readable(image)
+    ]
+    return torch.stack(rows).any(0) if rows else None
+
+
+def _nan_where(rows: Tensor | None, result: Tensor) -> Tensor:
+    """result (B, ...), NaN in these rows."""
+    if rows is None:
+        return result
+    return result.masked_fill(rows.view(-1, *[1] * (result.dim() - 1)), torch.nan)
 
 
 def _raster(shape: tuple[int, ...], device: torch.device) -> Tensor:

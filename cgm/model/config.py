@@ -214,10 +214,12 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def solver_options(cls: type[_Options], solver: dict[str, Any]) -> _Options:
-    """The solver options of `sample` as their dataclass; TypeError for one that it has not."""
+def solver_options(
+    cls: type[_Options], solver: dict[str, Any], function: str = "sample"
+) -> _Options:
+    """The solver options of a function as their dataclass; TypeError for one that it has not."""
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in solver:
         if name not in known:
-            raise TypeError(f"{name} is no option of sample; it has {', '.join(known)}")
+            raise TypeError(f"{name} is no option of {function}; it has {', '.join(known)}")
     return cls(**solver)

@@ -276,7 +276,7 @@ def test_graphs_draw_what_eager_steps_draw_and_nothing_waits():
         ({}, {"length": 0}, ValueError, "length must be from 1 to 59"),
         ({}, {"length": 60}, ValueError, "length must be from 1 to 59 after this prompt, got 60"),
         ({}, {"guidance": 2.0}, ValueError, "guidance must be 1"),
-        ({}, {"beams": 4}, TypeError, "beams is no option of sample"),
+        ({}, {"beams": 4}, TypeError, "beams is no option of generate"),
         ({}, {"temperature": -1.0}, ValueError, "temperature must not be negative"),
         ({}, {"top_k": -1}, ValueError, "top_k must not be negative"),
         ({}, {"index": torch.arange(3)}, ValueError, "index must have shape (2,)"),
