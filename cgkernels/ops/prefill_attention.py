@@ -31,7 +31,7 @@ from cgkernels.checks import (
     readable,
 )
 from cgkernels.library import using_reference
-from cgkernels.rows import compute_dtype
+from cgkernels.rows import compute_dtype, lies_apart
 
 
 # Reference ----------------------------------------------------------------------------------------
@@ -98,8 +98,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, **how: Any) -> Tensor
     how |= {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # no symbol, in a trace
     if scale <= 0:  # PyTorch's kernels scale their maxima, and the -inf of what is masked, too
         q, scale = q * (-1 if scale else 0), -scale or 1.0
-    # Nor do they see where tokens overlap in memory.
-    q, k, v = (t if t.stride(1) >= t.shape[3] else t.contiguous() for t in (q, k, v))
+    q, k, v = (t if lies_apart(t, 1) else t.contiguous() for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale, **how).transpose(1, 2)
 

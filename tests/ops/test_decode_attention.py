@@ -242,6 +242,8 @@ def test_what_is_not_finite_reaches_those_who_see_it_alone(case, way):
     inputs = inputs_of(**CASES[case])
     floats = {n: t for n, t in inputs.items() if n[0] in "qkvp" and isinstance(t, torch.Tensor)}
     for words, name, tensor in spoiled(floats):
+        if way == "cpu kernel" and "nan" not in words:
+            continue  # for time
         changed = {**inputs, name: tensor}
         out, lse = by_hand(changed)
         out = out.masked_fill((lse == -torch.inf).mT[..., None], 0)  # only scores of -inf
@@ -276,11 +278,19 @@ def test_a_query_or_its_own_key_that_is_not_a_number(length, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_queries_that_overlap_in_memory(way):
     """Of tokens, heads and rows; and of caches, that are only read."""
-    inputs = inputs_of(2, 3, (2, 2), 8, lengths=(3, 7), append=False)
-    memory = normals(200)
-    shapes = {"q": (2, 3, 2, 8), "k_cache": (2, 10, 2, 8), "v_cache": (2, 10, 2, 8)}
-    for strides in ((5, 1, 3, 1), (0, 2, 0, 1), (1, 8, 8, 1), (3, 0, 1, 2), (0, 0, 0, 0)):
-        for name, shape in shapes.items():
+    memory = normals(300)
+    overlapping = (
+        (5, 1, 3, 1),
+        (0, 2, 0, 1),
+        (1, 16, 8, 1),
+        (3, 0, 1, 2),
+        (0, 0, 0, 0),
+        (8, 8, 8, 1),
+    )
+    for queries, strides in product((1, 3), overlapping):
+        inputs = inputs_of(2, queries, (2, 2), 8, lengths=(3, 7), append=False)
+        for name in ("q", "k_cache", "v_cache"):
+            shape = inputs[name].shape
             changed = {**inputs, name: memory.as_strided(shape, strides)}
             results = [t.double() for t in run_by(way, changed)]
             torch.testing.assert_close(results, list(by_hand(changed)), rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cgkernels.ops.decode_attention.launch import empty_outputs
 from cgkernels.ops.decode_attention.reference import rotary_ref, rotate
-from cgkernels.rows import compute_dtype
+from cgkernels.rows import compute_dtype, lies_apart
 
 Attention = tuple[Tensor, Tensor]
 """Results (rows, heads, queries, D), and their log-sum-exp (rows, heads, queries)."""
@@ -193,11 +193,10 @@ def _attend_plain(
 ) -> Attention:
     """What scaled_dot_product_attention runs on a CPU; only this entry has the log-sum-exp.
 
-    It takes the last dimension for dense, and tokens for apart. Of several threads each has its own
-    scratch memory, whose alignment MKL's order of summation follows, and a row's place in the batch
-    says which is its own.
+    Of several threads each has its own scratch memory, whose alignment MKL's order of summation
+    follows, and a row's place in the batch says which is its own.
     """
-    if not all(t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] for t in (q, k, v)):
+    if not all(lies_apart(t, 2) for t in (q, k, v)):
         q, k, v = (t.contiguous() for t in (q, k, v))
     mask = None
     if hidden is not None:
