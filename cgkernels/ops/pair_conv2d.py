@@ -109,7 +109,8 @@ def _accumulate(  # type: ignore[no-untyped-def]
     for start in range(0, channels * taps, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         i, j = k % taps // KERNEL, k % KERNEL
-        tap = (k // taps).to(tl.int64) * x_strides[1] + i * x_strides[2] + j * x_strides[3]
+        tap = (k // taps).to(tl.int64) * x_strides[1]
+        tap += i.to(tl.int64) * x_strides[2] + j.to(tl.int64) * x_strides[3]
         i, j = row[:, None] + i[None, :], column[:, None] + j[None, :]
         inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
         inside = inside & (k < channels * taps)[None, :]
@@ -123,7 +124,7 @@ def _accumulate(  # type: ignore[no-untyped-def]
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
     out_ptr, x_ptr, x_strides, x_channels, y_ptr, y_strides, y_channels, weight_ptr, bias_ptr,
-    height, width, columns, pixels, outputs, padding, slope, tiles, blocks,
+    height, width, columns, pixels, outputs, padding, slope, tiles, blocks, extent,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +132,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     block, tile = program % blocks, program // blocks % tiles
     n = (program // blocks // tiles).to(tl.int64)
-    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    # 64 bits only where positions need them.
+    pixel = (tile + extent * 0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_mask = channel < outputs
     row, column = pixel // columns * STRIDE - padding, pixel % columns * STRIDE - padding
@@ -194,8 +196,8 @@ def _launch(
         out, x, x.stride(), channels, y, None if y is None else y.stride(),
         weight.shape[1] - channels, weight.contiguous(),
         None if bias is None else bias.contiguous(), x.shape[2], x.shape[3], columns,
-        rows * columns, outputs, padding, float(slope), tiles, blocks, KERNEL=kernel,
-        STRIDE=stride, enable_fp_fusion=True, **config,
+        rows * columns, outputs, padding, float(slope), tiles, blocks,
+        tiles * config["BLOCK_M"], KERNEL=kernel, STRIDE=stride, enable_fp_fusion=True, **config,
     )  # fmt: skip
     return out
 

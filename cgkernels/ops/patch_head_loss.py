@@ -171,7 +171,9 @@ def _products_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per BLOCK_M pixels of one image: their products with each tap of the weight."""
     program = tl.program_id(0)
-    n, m = (program // tiles).to(tl.int64), program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (program // tiles).to(tl.int64)
+    # 64 bits only where positions need them.
+    m = (program % tiles + pitch * 0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tap = tl.arange(0, 16)
     x_row_ptr = x_ptr + n * x_strides[0] + m.to(tl.int64)[:, None] * x_strides[2]
     product = tl.zeros((BLOCK_M, 16), tl.float32)
@@ -190,13 +192,12 @@ def _products_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _patches_kernel(  # type: ignore[no-untyped-def]
     result_ptr, dlogits_ptr, product_ptr, bias_ptr, sign, height, width, columns, patches, pitch,
-    padding, KERNEL: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+    padding, extent, KERNEL: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per image: its logits from the products, their derivatives and mean loss."""
     n = tl.program_id(0).to(tl.int64)
-    image_ptr = product_ptr + n * (KERNEL * KERNEL) * pitch
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, patches, BLOCK):
+    for start in range(extent * 0, patches, BLOCK):
         patch = start + tl.arange(0, BLOCK)
         patch_mask = patch < patches
         logit = tl.zeros((BLOCK,), tl.float32)
@@ -204,7 +205,8 @@ def _patches_kernel(  # type: ignore[no-untyped-def]
             i = patch // columns + tap // KERNEL - padding
             j = patch % columns + tap % KERNEL - padding
             inside = patch_mask & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-            logit += tl.load(image_ptr + tap * pitch + i * width + j, mask=inside, other=0.0)
+            at = (n * (KERNEL * KERNEL) + tap) * pitch + i * width + j
+            logit += tl.load(product_ptr + at, mask=inside, other=0.0)
         if bias_ptr is not None:
             logit += tl.load(bias_ptr).to(tl.float32)
         at = n * patches + patch
@@ -213,7 +215,7 @@ def _patches_kernel(  # type: ignore[no-untyped-def]
         else:
             loss, slope = _loss_and_slope(logit, sign, FORM)
             total += tl.where(patch_mask, loss, 0.0)
-            slope = tl.div_rn(slope, patches.to(tl.float32))
+            slope = tl.div_rn(slope, tl.full((), patches, tl.float32))  # 1 is no tensor
             tl.store(dlogits_ptr + at, slope, mask=patch_mask)
     if FORM != 0:
         tl.store(result_ptr + n, tl.sum(total, 0) / patches)
@@ -292,7 +294,8 @@ def _launch(
     rows, columns = _patches(x, weight, padding)
     _patches_kernel[(n,)](
         result, dlogits, product, bias, sign, height, width, columns, rows * columns, pitch,
-        padding, KERNEL=kernel, FORM=form, BLOCK=1024, num_warps=16, enable_fp_fusion=True,
+        padding, triton.cdiv(rows * columns, 1024) * 1024, KERNEL=kernel, FORM=form, BLOCK=1024,
+        num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     return result, dlogits
 

@@ -17,6 +17,7 @@ def _load_rotated(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Tokens of a head (n, D), rotated by the angles of their positions, in float32."""
+    token = token.to(tl.int64)
     base = x_ptr + (row * strides[0] + token * strides[1] + head * strides[2])[:, None] * ALIGN
     x = tl.load(base + d[None, :] * strides[3], mask=mask, other=0.0).to(tl.float32)
     if cos_ptr is not None:
@@ -29,7 +30,7 @@ def _load_rotated(
             partner = tl.where(first, d + ROTARY // 2, d - ROTARY // 2)
         rotated = mask & (d < ROTARY)[None, :]
         known = rotated & ((position >= 0) & (position < positions))[:, None]
-        at = position[:, None] * (ROTARY // 2) + angle[None, :]
+        at = position.to(tl.int64)[:, None] * (ROTARY // 2) + angle[None, :]
         cos = tl.load(cos_ptr + at, mask=known, other=float("nan"))
         sin = tl.load(sin_ptr + at, mask=known, other=float("nan"))
         other = tl.load(base + partner[None, :] * strides[3], mask=rotated, other=0.0)
