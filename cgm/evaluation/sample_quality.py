@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cgm.data import Dataset
+from cgm.evaluation.distances import nearest
 from cgm.evaluation.features import Extractor, Pixels
 from cgm.evaluation.likelihood import Measure, mean_measure
 from cgm.evaluation.metrics import (
@@ -39,7 +40,6 @@ from cgm.evaluation.metrics import (
     diversity,
     frechet_distance,
     kernel_distance,
-    nearest,
     standardize,
 )
 from cgm.model import Model
