@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cgkernels.checks import check_choice
 from cgm.data import Dataset
+from cgm.evaluation.distances import nearest
 from cgm.evaluation.features import Extractor, Pixels
 from cgm.evaluation.likelihood import Measure, mean_measure
 from cgm.evaluation.metrics import (
@@ -40,7 +41,6 @@ from cgm.evaluation.metrics import (
     diversity,
     frechet_distance,
     kernel_distance,
-    nearest,
     standardize,
 )
 from cgm.model import Model

@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = {
 _ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 # The parts of a block of theirs, and of ours; matrices of GPT-2 are (in, out).
-_GPT2 = {
+GPT2 = {
     "norm1": ("ln_1",), "norm2": ("ln_2",), "qkv": ("attn.c_attn",), "proj": ("attn.c_proj",),
     "up": ("mlp.c_fc",), "down": ("mlp.c_proj",),
 }  # fmt: skip
@@ -145,7 +145,7 @@ def _gpt2(
         f"norm.{part}": state.pop(f"transformer.ln_f.{part}") for part in ("weight", "bias")
     }
     for i in range(len(blocks)):
-        taken = _block(state, f"transformer.h.{i}", f"blocks.{i}", _GPT2)
+        taken = _block(state, f"transformer.h.{i}", f"blocks.{i}", GPT2)
         tensors |= {name: t.mT if t.dim() == 2 else t for name, t in taken.items()}
     return fields, tensors
 

@@ -144,7 +144,8 @@ def annealed_weights(
 
     y = std * normal(shape, step=0, stream=STREAM_INITIAL, **draws)
     log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
-    weights = torch.full((shape[0],), log_start, dtype=y.dtype, device=device)
+    # float64: a sum of many small terms.
+    weights = torch.full((shape[0],), log_start, dtype=torch.float64, device=device)
     for number in range(1, temperatures + 1):
         b = number / temperatures
         with torch.no_grad():
@@ -159,7 +160,7 @@ def annealed_weights(
             z = normal(shape, step=2 * step, stream=STREAM_LANGEVIN, **draws)
             u = uniform((shape[0],), step=2 * step + 1, stream=STREAM_LANGEVIN, **draws)
             y = _metropolis_step(between, y, step_size, z, u)
-    return weights
+    return weights.to(y.dtype)
 
 
 def _metropolis_step(energy: Energy, y: Tensor, a: float, z: Tensor, u: Tensor) -> Tensor:

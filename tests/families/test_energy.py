@@ -155,6 +155,17 @@ def test_log_z_of_a_quadratic_energy(std):
     torch.testing.assert_close(again, weights[[7, 3]])
 
 
+def test_many_small_changes_add_up():
+    """Of an energy that is the start's, but for 100 nats, there are 2,000 in 2,000 sums."""
+
+    def energy(y: Tensor) -> Tensor:
+        return y.flatten(1).square().sum(1) / 2 + 100
+
+    weights = annealed_weights(energy, (3, 1, 1, 1), temperatures=2000, step_size=0.1, seed=1)
+    expected = torch.full((3,), 0.5 * math.log(2 * math.pi) - 100)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
+
+
 def test_chains_keep_the_density_whatever_the_step():
     """Of steps so long that without Metropolis's rule they would leave for infinity."""
     weights = annealed_weights(quadratic, (2000, 2, 1, 1), temperatures=30, step_size=0.9, seed=2)
