@@ -184,7 +184,7 @@ def network_with(
             sketch = make()
     except Exception as error:  # sizes that no tensor can have raise anything
         raise ValueError(f"{config}: {error}") from error
-    _check_weights(sketch, tensors, file)
+    check_weights(sketch.state_dict(), tensors, file)
     kept = sketch.state_dict().keys()
     buffers = sum(b.nbytes for name, b in sketch.named_buffers() if name not in kept)
     if buffers > _MOST_BUFFERS:
@@ -220,15 +220,18 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path | s
         ValueError: names, shapes or dtypes are not those of the model, or a value is not finite.
             The message names the file and the tensor.
     """
-    _check_weights(model, tensors, file)
-    for name, tensor in model.state_dict().items():
+    wanted = model.state_dict()
+    check_weights(wanted, tensors, file)
+    for name, tensor in wanted.items():
         if tensor.is_floating_point() and not tensors[name].to(tensor.dtype).isfinite().all():
             raise ValueError(f"{file}: {name} must be finite, has values that are not")
     model.load_state_dict(dict(tensors))
 
 
-def _check_weights(model: nn.Module, tensors: Mapping[str, Tensor], file: Path | str) -> None:
-    wanted = model.state_dict()
+def check_weights(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path | str
+) -> None:
+    """ValueError, which names the file, unless names, shapes and dtypes are the wanted ones."""
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing or unexpected:
         raise ValueError(

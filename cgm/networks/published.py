@@ -8,6 +8,7 @@ Source   the networks are those of arXiv:1611.07004, arXiv:1703.10593 and arXiv:
 
 import functools
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from cgm.checkpoints import network_with
+from cgm.checkpoints import check_file, network_with
 from cgm.networks.patch_discriminator import (
     PATCHES,
     PatchDiscriminator,
@@ -35,12 +36,17 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
     files of 2018 and before have, are dropped, as the published code does: an image is normalized
     by its own. Batch norms from before PyTorch 0.4 gain their counters.
 
+    The archives that PyTorch writes since 1.6 carry checksums, which are compared; older files have
+    none, and a value that changed there shows only if it is not finite.
+
     Raises:
-        ValueError: the file cannot be read, would run code, or holds anything but one dict of
-            tensors. The message names the file.
+        ValueError: the file cannot be read, is damaged, would run code, or holds anything but one
+            dict of tensors. The message names the file.
     """
+    check_file(path)
     try:
         with Path(path).open("rb") as file:
+            _check_archive(file, path)
             loaded = _tensors_of(file, path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
@@ -52,6 +58,8 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path}: must be a dict of tensors, but {name!r} is a {type(value).__name__}"
             )
+        if value.layout != torch.strided or value.untyped_storage().nbytes() < value.nbytes:
+            raise ValueError(f"{path}: {name} must be dense, holds fewer values than its shape")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     for name in [name for name in state if name.endswith(".running_mean")]:
@@ -62,6 +70,23 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
             for running in _RUNNING:
                 state.pop(norm + running, None)
     return state
+
+
+def _check_archive(file: BinaryIO, path: str | Path) -> None:
+    """Compares the checksums, which `torch.load` passes over; of an older file there are none."""
+    if file.read(4) == b"PK\3\4":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                # Nothing that PyTorch wrote unpacks to more than it is.
+                stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+                damaged = archive.testzip() if stored else None
+        except Exception as error:  # a damaged file can raise anything
+            raise ValueError(f"{path}: is damaged: {error}") from error
+        if not stored:
+            raise ValueError(f"{path}: must be as torch.save wrote it, is a compressed archive")
+        if damaged is not None:
+            raise ValueError(f"{path}: is damaged: the checksum of {damaged} is wrong")
+    file.seek(0)
 
 
 def _tensors_of(file: BinaryIO, path: str | Path) -> Any:

@@ -1,5 +1,6 @@
 """The loop, and the state that it keeps: see `cgm.training`."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -15,7 +16,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cgm.checkpoints import (
+    check_weights,
     describe_model,
+    is_vacant,
     load_weights,
     read_tensors,
     save_model,
@@ -24,10 +27,11 @@ from cgm.checkpoints import (
 from cgm.data import Dataset, epoch_order
 from cgm.model import Model
 from cgm.training.config import RESUME_FREE, TrainingConfig, learning_rate
+from cgm.training.lock import locked
 from cgm.training.progress import Display, Log, duration, fixed_arithmetic, interruptible
 
 if TYPE_CHECKING:
-    from cgm.viz.sample_page import Shown
+    from cgm.viz.sample_page import Sheets, Shown
 
 STATE_FILE, LOG_FILE = "training.safetensors", "log.csv"
 _SIGPIPE = 13  # which Windows has not
@@ -95,12 +99,34 @@ def train(
         )
 
         sheets = Sheets(run.average, shown or first_rows(dataset), out)
+    if resume and not (out / STATE_FILE).exists():
+        raise ValueError(f"out must hold a run to resume, got {out}: there is no {STATE_FILE}")
+    if not resume and out.exists() and not (out.is_dir() and is_vacant(out)):
+        raise ValueError(f"out must be an empty folder, or resume given, got {out}")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out))
+        except OSError as error:
+            raise ValueError(f"out must be a folder to write to, got {out}: {error}") from error
+        return _steps(run, out, names, sheets, resume, on_step, console)
+
+
+def _steps(
+    run: "_Run",
+    out: Path,
+    names: list[str],
+    sheets: "Sheets | None",
+    resume: bool,
+    on_step: Callable[[int, Model], None] | None,
+    console: Console | None,
+) -> Model:
+    """`train` in a folder that is locked."""
+    config = run.config
     if resume:
         run.load(out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_vacant(out):  # another run came first, and has ended
         raise ValueError(f"out must be an empty folder, or resume given, got {out}")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         run.save(out)  # what cannot be written shows now, not after an hour
         log = Log(out / LOG_FILE, ["step", "seconds", "learning_rate", *names], run.step)
     except OSError as error:
@@ -336,8 +362,6 @@ class _Run:
     def load(self, out: Path) -> None:
         """The state that `save` wrote; ValueError if it is of another model, data set or config."""
         file = out / STATE_FILE
-        if not file.exists():
-            raise ValueError(f"out must hold a run to resume, got {out}: there is no {STATE_FILE}")
         tensors, info = read_tensors(file)
         changed = list(_differences(info, {"step": info.get("step"), **self.description}))
         if changed:
@@ -345,13 +369,17 @@ class _Run:
         kinds = ("weights", "average", "state", "optimizer")
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():
-            part, rest = name.split("/", 1)
+            part, _, rest = name.partition("/")
+            if part not in parts:
+                raise ValueError(f"{file}: has {name}, which is none of {', '.join(kinds)}")
             parts[part][rest] = tensor
         load_weights(self.model, parts["weights"], file)
         # Of buffers there is no average.
         load_weights(self.average, {**parts["weights"], **parts["average"]}, file)
+        check_weights(self._state(), parts["state"], file)
         for name, buffer in self._state().items():
             buffer.copy_(parts["state"][name])
+        wanted: dict[str, Tensor] = {}  # of each parameter that had a gradient
         for phase, name, parameter in self._named_parameters():
             prefix = f"{phase}/{name}/"
             state = {
@@ -361,7 +389,12 @@ class _Run:
             }
             if state:
                 self.optimizers[phase].state[parameter] = state
-        self.step = info["step"]
+                moments = {f"{prefix}exp_avg": parameter, f"{prefix}exp_avg_sq": parameter}
+                wanted |= {f"{prefix}step": torch.tensor(0.0), **moments}
+        check_weights(wanted, parts["optimizer"], file)
+        if not isinstance(step := info.get("step"), int) or step < 0:
+            raise ValueError(f"{file}: step must be a whole number, got {step!r}")
+        self.step = step
         if self.step > self.config.steps:
             raise ValueError(f"steps must be at least {self.step}, got {self.config.steps}: {file}")
 
