@@ -108,13 +108,14 @@ def train(
             stack.enter_context(locked(out))
         except OSError as error:
             raise ValueError(f"out must be a folder to write to, got {out}: {error}") from error
-        return _steps(run, out, names, sheets, resume, on_step, console)
+        return _steps(run, out, names, slow, sheets, resume, on_step, console)
 
 
 def _steps(
     run: "_Run",
     out: Path,
     names: list[str],
+    slow: str,
     sheets: "Sheets | None",
     resume: bool,
     on_step: Callable[[int, Model], None] | None,

@@ -176,11 +176,11 @@ def _attend_range(
         out, lse = _attend_plain(q, k, v, hidden, scale)
     else:
         # Row by row: PyTorch's products and vectors depend on how many there are.
-        rows = zip(plain, *(t.split(1) for t in (q, k, v)), strict=True)
+        rows = zip(plain, q.split(1), k.split(1), v.split(1), strict=True)
         out, lse = _concatenate([
-            _attend_plain(*row, hidden, scale) if is_plain
-            else _attend_by_definition(*row, hidden, softcap, scale)
-            for is_plain, *row in rows
+            _attend_plain(a, b, c, hidden, scale) if is_plain
+            else _attend_by_definition(a, b, c, hidden, softcap, scale)
+            for is_plain, a, b, c in rows
         ])  # fmt: skip
     if hidden is not None:
         blind = hidden.all(1)
