@@ -293,10 +293,29 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(module, label):
 
 @samples
 def test_layouts(module, label):
-    """Each input of its own in every memory layout gives the same values."""
+    """Each input in every memory layout gives the same values, those of weights and tables, too."""
     sample = sample_of(module, label)
-    results = sample.run()
-    for name in sample.per_row:
-        if isinstance(value := sample.inputs[name], Tensor):
-            for layout in layouts(value).values():
-                torch.testing.assert_close(sample.replace(**{name: layout}).run(), results)
+    results, gradients = sample.run(), gradients_of(sample)
+    for name, value in sample.tensors.items():
+        for layout in layouts(value).values() if name != "counters" else ():  # one memory
+            changed = sample.replace(**{name: layout})
+            torch.testing.assert_close(changed.run(), results, equal_nan=True)
+            torch.testing.assert_close(gradients_of(changed), gradients, equal_nan=True)
+
+
+@samples
+def test_memory_that_overlaps(module, label):
+    """Each input that is only read: rows that are one, or windows of one memory."""
+    sample = sample_of(module, label)
+    for name, value in sample.tensors.items():
+        if name in (*sample.mutates, "table") or not value.is_floating_point() or value.numel() < 2:
+            continue
+        memory = value.flatten()[: 1 + sum(n - 1 for n in value.shape)].clone()
+        one_row = [0] * (value.dim() - 1) + [int(value.dim() > 1)]
+        for strides in (one_row, [1] * value.dim()):
+            overlapping = memory.as_strided(value.shape, strides)
+            changed = sample.replace(**{name: overlapping})
+            alone = sample.replace(**{name: overlapping.contiguous().clone()})
+            torch.testing.assert_close(changed.run(), alone.run(), equal_nan=True)
+            found, true = gradients_of(changed), gradients_of(alone)
+            torch.testing.assert_close(found, true, equal_nan=True)

@@ -64,13 +64,20 @@ def _attend_block(
     shrink = tl.exp2(peak - safe)
     total = total * shrink + tl.sum(weight, 1)
     acc = acc * shrink[:, None]
-    if SELECT:  # noqa: SIM102  (a constexpr and a value)
-        if partial:
-            bad = (v - v) != 0
-            seen = tl.dot(visible.to(v.dtype), bad.to(v.dtype), input_precision="ieee")
-            acc = tl.where(seen > 0, float("nan"), acc)
-            v = tl.where(bad, tl.zeros_like(v), v)
-    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+    weight = weight.to(v.dtype)
+    if not SELECT:
+        acc = tl.dot(weight, v, acc, input_precision="ieee")
+    elif partial:
+        # Marked in the sum itself, by what no sum of a split comes to: registers are scarce.
+        HALF: tl.constexpr = v.dtype == tl.float16
+        MARK: tl.constexpr = 2.0**15 if HALF else 2.0**100
+        bad = (v - v) != 0
+        sees = tl.where(visible, MARK, 0.0).to(v.dtype)
+        acc = tl.dot(sees, tl.where(bad, MARK, 0.0).to(v.dtype), acc, input_precision="ieee")
+        acc = tl.where(acc >= (2.0**29 if HALF else float("inf")), float("nan"), acc)
+        acc = tl.dot(weight, tl.where(bad, 0.0, v).to(v.dtype), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(weight, v, acc, input_precision="ieee")
     return acc, higher, total
 
 

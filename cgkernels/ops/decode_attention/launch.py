@@ -46,11 +46,13 @@ class _Partition:
 
 
 def _partition(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, split: int) -> _Partition:
-    rows, queries, q_heads, _ = q.shape
+    rows, queries, q_heads, head_size = q.shape
     capacity, kv_heads = k_cache.shape[1:3]
     items = queries * (q_heads // kv_heads)
-    # 64 lanes would spill; float32 has no tensor cores, which more lanes than needed slow down.
-    lanes = min(16 if q.dtype == torch.float32 else 32, triton.next_power_of_2(items))
+    # 64 lanes would spill, and 32 of the largest heads where values are chosen for each query;
+    # float32 has no tensor cores, which more lanes than needed slow down.
+    few = q.dtype == torch.float32 or (queries > 1 and head_size > 128)
+    lanes = min(16 if few else 32, triton.next_power_of_2(items))
     prefix_lanes = max(16, lanes)  # 32 beside the tiles of single queries would spill on sm_90
     tiles_per_row = triton.cdiv(items, lanes)
     q_tiles = rows * tiles_per_row
