@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 
 import cgkernels
 
-_ROWS = 64  # of one launch of norm_linear
+MOST_ROWS = 64  # of one launch of norm_linear
 
 
 # Modules ------------------------------------------------------------------------------------------
@@ -93,10 +93,10 @@ def fused_linear(
         options |= {
             "norm": norm.kind, "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps,
         }  # fmt: skip
-    if len(x) <= _ROWS:
+    if len(x) <= MOST_ROWS:
         return cgkernels.norm_linear(x, linear.weight, residual=residual, **options)
-    residuals = [None] * len(x) if residual is None else residual.split(_ROWS)
-    parts = zip(x.split(_ROWS), residuals, strict=False)
+    residuals = [None] * len(x) if residual is None else residual.split(MOST_ROWS)
+    parts = zip(x.split(MOST_ROWS), residuals, strict=False)
     return torch.cat(
         [cgkernels.norm_linear(x, linear.weight, residual=r, **options) for x, r in parts]
     )
@@ -120,8 +120,6 @@ def alterations(root: nn.Module, plain: Collection[type]) -> Iterator[tuple[str,
 
     plain: the classes that are as they should be; a subclass is not.
     """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        yield "", "has the forward hooks of all modules"
     for name, module in root.named_modules():
         kinds = [type(p) for p in module._parameters.values() if p is not None]
         others = [k for k in kinds if k not in (nn.Parameter, Tensor, FakeTensor)]
@@ -133,3 +131,8 @@ def alterations(root: nn.Module, plain: Collection[type]) -> Iterator[tuple[str,
             yield name, "has a forward of its own"
         elif others:
             yield name, f"has a {others[0].__name__} as parameter"
+
+
+def hooks_of_all_modules() -> bool:
+    """Whether `torch.nn.modules.module.register_module_forward_hook` or its pre-hook has some."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)

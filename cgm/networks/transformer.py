@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import cgkernels
 from cgm.model import Config, Count, Natural, NotNegative, Positive
 from cgm.networks.fused_linear import (
-    _ROWS,
+    MOST_ROWS,
     Int8Linear,
     Norm,
     PackedLinear,
@@ -29,6 +29,7 @@ from cgm.networks.fused_linear import (
     alterations,
     called_linear,
     fused_linear,
+    hooks_of_all_modules,
 )
 from cgm.networks.transformers_weights import read_transformers
 
@@ -281,15 +282,14 @@ class Transformer(nn.Module):
         Raises:
             ValueError: that is a block or the network itself, which no step calls.
         """
-        plain = True
-        for name, why in alterations(self, _PLAIN):
-            plain = False
-            if "all modules" not in why and _is_whole(name):
+        altered = dict(alterations(self, _PLAIN))
+        for name, why in altered.items():
+            if _is_whole(name):
                 raise ValueError(
                     f"network must be plain where token steps do not call it, but "
                     f"{name or 'the network'} {why}"
                 )
-        return plain
+        return not altered and not hooks_of_all_modules()
 
     def step_counters(self, rows: int) -> Tensor:
         """Zeros for all launches of a step of so many rows, which leave them at zero."""
@@ -298,8 +298,8 @@ class Transformer(nn.Module):
             (c.heads + 2 * c.key_heads) * c.head_size, c.width, 2 * c.hidden,
             c.outputs or c.vocabulary,
         )  # fmt: skip
-        tiles = math.ceil(min(rows, _ROWS) / 16) * math.ceil(max(outputs) / 16)
-        device = self.embedding.weight.device
+        tiles = math.ceil(min(rows, MOST_ROWS) / 16) * math.ceil(max(outputs) / 16)
+        device = next(self.parameters()).device
         return torch.zeros(max(tiles, rows * c.heads), dtype=torch.int32, device=device)
 
     def int8(self) -> "Transformer":
@@ -313,10 +313,9 @@ class Transformer(nn.Module):
     def _with_linear(self, kind: Callable[[nn.Linear], nn.Module]) -> "Transformer":
         """A twin with other linear layers; all else is shared."""
         for name, why in alterations(self, _PLAIN):
-            if "all modules" not in why:
-                raise ValueError(
-                    f"network must be plain for {kind.__name__}, but {name or 'the network'} {why}"
-                )
+            raise ValueError(
+                f"network must be plain for {kind.__name__}, but {name or 'the network'} {why}"
+            )
         twin = copy.deepcopy(self, {id(p): p for p in self.parameters()})
         vars(twin).pop("step", None)  # a compiled one runs with the weights it was made for
         for parent in (twin, *twin.blocks):
@@ -357,10 +356,18 @@ class Transformer(nn.Module):
         return angles.cos() * c.rope_gain, angles.sin() * c.rope_gain
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, T, W) of tokens (B, T) from the first position on."""
+        """Embeddings (B, T, W) of tokens (B, T) from the first position on.
+
+        Raises:
+            ValueError: more tokens than learned positions.
+        """
         x = self.embedding(tokens)
         if self.positions is None:
             return x
+        if tokens.shape[1] > self.config.length:
+            raise ValueError(
+                f"tokens must be at most {self.config.length} in a row, got {tokens.shape[1]}"
+            )
         return x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
 
     def forward(self, tokens: Tensor, rope: Rope | None = None) -> Tensor:

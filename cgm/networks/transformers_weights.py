@@ -18,7 +18,7 @@ _SOURCES = {
     "GPT2LMHeadModel": "GPT2", "LlamaForCausalLM": "Llama", "MistralForCausalLM": "Mistral",
     "Qwen2ForCausalLM": "Qwen2", "Qwen3ForCausalLM": "Qwen3",
 }  # fmt: skip
-# The classes of their modules; activations are among them where they are known.
+# The classes of their modules, but activations.
 _GPT2_PARTS = ("LMHeadModel", "Model", "Block", "Attention", "MLP")
 _LLAMA_PARTS = (
     "ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding",
@@ -94,13 +94,9 @@ def _kind(source: Any) -> str:
     plain = {*_TORCH_PARTS, *(names[kind + part] for part in parts)}
     if kind == "GPT2":
         plain.add(names["Conv1D"])
-    activations = {
-        id(m) for name, m in source.named_modules() if name.endswith((".act", ".act_fn"))
-    }
+    # Which activations they are is told where they are read.
+    plain |= {type(m) for name, m in source.named_modules() if name.endswith((".act", ".act_fn"))}
     for name, why in alterations(source, plain):
-        module = source.get_submodule(name)
-        if why.startswith("is a ") and id(module) in activations:
-            continue  # told apart where it is read
         raise ValueError(f"source must be as transformers made it, but {name or 'it'} {why}")
     return kind
 

@@ -106,8 +106,7 @@ class Decoder:
             self.first_logits = linear(last, network.head, network.norm)[order]
         self.network = network
         self.prefix_keys, self.prefix_values = (
-            torch.cat([F.pad(p[i], (0, 0, 0, 0, 0, max(sizes) - p[0].shape[1])) for p in parts], 1)
-            for i in (1, 2)
+            torch.cat([_lengthened(part[i], max(sizes)) for part in parts], 1) for i in (1, 2)
         )
         self.starts = None
         self.prefix_length = torch.full((len(sizes),), sizes[0], dtype=torch.int32, device=device)
@@ -206,6 +205,12 @@ class Decoder:
         )  # fmt: skip
 
 
+def _lengthened(cache: Tensor, length: int) -> Tensor:
+    """cache (layers, 1, M, H_kv, D) with so many tokens, those that are new zero."""
+    more = length - cache.shape[2]
+    return F.pad(cache, (0, 0, 0, 0, 0, more)) if more else cache
+
+
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
@@ -299,11 +304,9 @@ def _check_prompts(
         raise ValueError(f"prompt must have shape (B, M > 0), got {tuple(prompt.shape)}")
     if prompt.dtype != torch.int64:
         raise TypeError(f"prompt must be int64, got {prompt.dtype}")
-    if prompt.device != network.embedding.weight.device:
-        raise ValueError(
-            f"prompt must be on {network.embedding.weight.device} as the network is, got "
-            f"{prompt.device}"
-        )
+    device = next(network.parameters()).device
+    if prompt.device != device:
+        raise ValueError(f"prompt must be on {device} as the network is, got {prompt.device}")
     if readable(prompt) and prompt.numel() and not 0 <= prompt.min() <= prompt.max() < c.vocabulary:
         raise ValueError(
             f"prompt must be in [0, {c.vocabulary}), got {prompt.min()} to {prompt.max()}"
