@@ -221,7 +221,8 @@ class ConditionalTransformer(Model):
         if given is not None:
             self._check_given(given, conditions)
         prefix = self._prefix(draws.cond, conditions, device)
-        total, guided = math.prod(config.sequence_shape), options.guidance != 1
+        total = math.prod(config.sequence_shape)
+        guided = draws.guidance is not None or options.guidance != 1
         if guided:  # the unconditional prefixes differ by what is given, if at all
             null = torch.full_like(prefix if given is not None else prefix[:1], self.null)
             prefix = torch.cat([null, prefix])
@@ -236,7 +237,8 @@ class ConditionalTransformer(Model):
             order = torch.cat([order % nulls, nulls + order])
         run = Decoder(
             self.transformer, prefix, order, total - known.shape[1], options,
-            seed=draws.seed, index=index, rope=self._rope(device), first=known.shape[1],
+            seed=draws.seed, index=index, guidance=draws.guidance, rope=self._rope(device),
+            first=known.shape[1],
             offsets=self._offsets(total, device) if config.sequence_shape[0] > 1 else None,
         )  # fmt: skip
         values = torch.cat([known[condition_of_sample], run.run()], 1)

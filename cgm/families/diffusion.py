@@ -262,10 +262,13 @@ class _Run:
         self.unet, self.options, self.learned = model.unet, options, learned
         self.dtype = model.dtype
         self.channels = config.event_shape[0]
-        self.guided = options.guidance != 1
+        self.guided = draws.guidance is not None or options.guidance != 1
         # The state of a float64 model is float64, of any other float32.
         dtype = torch.float64 if model.noise_table.dtype == torch.float64 else torch.float32
-        self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
+        if draws.guidance is None:
+            self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
+        else:
+            self.scale = draws.guidance.to(dtype)
         self.index = index
         self.seed = draws.seed
         self.table = plan.table.to(device, dtype)

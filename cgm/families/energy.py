@@ -391,7 +391,7 @@ class ConditionalEBM(Model):
             start = config.start_std * z
         else:
             conditions = total if draws.cond is None else draws.rows
-            self._check_image("start", start, conditions, config.event_shape)
+            self._check_image("start", start, conditions, config.event_shape, bounded=False)
             start = start.to(compute_dtype(start)).repeat(total // conditions, 1, 1, 1)
         planes = draws.repeat(self.planes(draws.cond, draws.rows))
         return langevin(

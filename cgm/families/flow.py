@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import check_shape
 from cgkernels.library import using_reference
 from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, uniform
 from cgkernels.rows import compute_dtype
@@ -381,7 +380,7 @@ class ConditionalFlow(Model):
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """The y (B, C, H, W) that has these latent numbers, (B, C H W)."""
-        check_shape("z", z, (len(z), self.dimensions))
+        self._check_image("z", z, None, (self.dimensions,), bounded=False)
         self.check_cond(cond, len(z))
         return self._decode(z.to(compute_dtype(z)), self._planes(cond, len(z))).to(self.dtype)
 

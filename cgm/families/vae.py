@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_LATENTS, STREAM_SAMPLER, uniform
 from cgkernels.rows import compute_dtype
 from cgm.model import (
@@ -246,7 +245,7 @@ class LatentModel(Model):
         return self.encoder(torch.cat([y, planes], 1))
 
     def _check_latents(self, z: Tensor, cond: Tensor | None) -> None:
-        check_shape("z", z, (len(z), self.config.latents))
+        self._check_image("z", z, None, (self.config.latents,), bounded=False)
         self.check_cond(cond, len(z))
 
 

@@ -59,6 +59,7 @@ class Decoder:
             unconditional rows first.
         length: tokens to draw for each sample.
         index: (samples,) the number of each sample.
+        guidance: (samples,) instead of that of the options.
         rope: tables of all positions, prefix included, or None.
         first: position of the first token that is drawn, by which the noise is numbered; so many
             tokens at least are in the prefix.
@@ -76,6 +77,7 @@ class Decoder:
         *,
         seed: int | Tensor,
         index: Tensor,
+        guidance: Tensor | None = None,
         rope: Rope | None,
         first: int = 0,
         offsets: Tensor | None = None,
@@ -132,6 +134,8 @@ class Decoder:
         for name, value in self.drawing.items():
             if value is not None:
                 self.drawing[name] = torch.full((), float(value), dtype=wide, device=device)
+        if guidance is not None:
+            self.drawing["scale"] = guidance.to(wide)
         if options.top_k:
             self.drawing["top_k"] = torch.full((), options.top_k, device=device)
 
