@@ -33,7 +33,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cgkernels.checks import check_choice
+from cgkernels.checks import (
+    SMALLEST,
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+)
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m")
@@ -55,13 +61,15 @@ _Array = npt.NDArray[np.float64]
 class Schedule:
     """The noise levels of T training timesteps.
 
-    Raises ValueError unless A_t falls strictly, from below 1 to 0 or above.
+    Raises ValueError or TypeError unless A_t falls strictly, from below 1 to 0 or above.
     """
 
     alphas_cumprod: _Array  # A_t, (T,) float64
 
     def __post_init__(self) -> None:
         levels = self.alphas_cumprod
+        if not isinstance(levels, np.ndarray):
+            raise TypeError(f"alphas_cumprod must be an array, got {type(levels).__name__}")
         if levels.ndim != 1 or levels.size == 0 or levels.dtype != np.float64:
             raise ValueError(
                 f"alphas_cumprod must be (T,) float64, got {levels.shape} {levels.dtype}"
@@ -92,8 +100,7 @@ class Schedule:
         """
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("weighting", weighting, WEIGHTINGS)
-        if not gamma > 0:
-            raise ValueError(f"gamma must be positive, got {gamma}")
+        check_number("gamma", gamma, SMALLEST)
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         if weighting == "none":
             weights = np.ones_like(snr)
@@ -129,10 +136,8 @@ def make_schedule(
     arXiv:2305.08891, algorithm 1
     """
     check_choice("name", name, SCHEDULES)
-    if num_timesteps < 1 + zero_terminal_snr:
-        raise ValueError(
-            f"num_timesteps must be at least {1 + zero_terminal_snr}, got {num_timesteps}"
-        )
+    check_flag(zero_terminal_snr=zero_terminal_snr)
+    check_int("num_timesteps", num_timesteps, 1 + zero_terminal_snr)
     if name == "cosine":
         if beta_start is not None or beta_end is not None:
             raise ValueError(
@@ -144,6 +149,8 @@ def make_schedule(
     else:
         first = _BETA_RANGES[name][0] if beta_start is None else beta_start
         last = _BETA_RANGES[name][1] if beta_end is None else beta_end
+        check_number("beta_start", first)
+        check_number("beta_end", last)
         if not 0 < first <= last < 1:
             raise ValueError(f"beta_start and beta_end must rise in (0, 1), got {first} and {last}")
         if name == "linear":
@@ -217,6 +224,8 @@ def make_table(
     prediction at a timestep with A_t = 0, where epsilon says nothing about x0.
     """
     check_choice("sampler", sampler, SAMPLERS)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
     check_choice("prediction", prediction, PREDICTIONS)
     check_choice("spacing", spacing, SPACINGS)
     check_choice("variance", variance, VARIANCES)
@@ -229,10 +238,21 @@ def make_table(
         constant_stride=(constant_stride, False),
         clipped_epsilon=(clipped_epsilon, False),
     )
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"clip must be (lowest, highest) or None, got {clip}")
+    check_number("eta", eta, 0, 1)
+    check_flag(
+        set_alpha_to_one=set_alpha_to_one, constant_stride=constant_stride,
+        clipped_epsilon=clipped_epsilon,
+    )  # fmt: skip
+    check_int("steps", steps, 1, schedule.num_timesteps)
+    check_int("steps_offset", steps_offset, 0)
+    if clip is not None:
+        pair = isinstance(clip, tuple | list) and len(clip) == 2
+        if (
+            not pair
+            or not all(isinstance(end, int | float) for end in clip)
+            or not clip[0] < clip[1]
+        ):
+            raise ValueError(f"clip must be (lowest, highest) or None, got {clip!r}")
     if steps_offset != 0 and spacing != "leading":
         raise ValueError(f"steps_offset must be 0 for {spacing}, got {steps_offset}")
 
@@ -286,8 +306,6 @@ def make_table(
 
 def _timesteps(sampler: str, total: int, steps: int, spacing: str, offset: int) -> npt.NDArray[Any]:
     """The timesteps (S,), from the noisiest down."""
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be from 1 to {total}, the schedule's timesteps, got {steps}")
     count = steps + 1 if sampler == "dpmpp_2m" and spacing != "trailing" else steps
     t: npt.NDArray[Any]
     if spacing == "leading":

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cgkernels.checks import as_seed, check_shape, readable
+from cgkernels.checks import as_seed, check_shape, readable, say_noise_is_repeated
 from cgm.model.config import solver_options
 
 # What a model says of how likely a y is: its logarithm, a bound below that, or minus an energy.
@@ -133,7 +133,9 @@ class Model(nn.Module):
             cond: (B,) class ids, (B, C, H, W) images or (B, M) tokens; None for a model without
                 condition, or for p(y) where training drops conditions.
             phase: of `phases`; None: the first.
-            seed: 64-bit int or one-element int64 tensor.
+            seed: 64-bit int or one-element int64 tensor. It or index must change at every step of
+                training, as in seed=step, or index = row + 2^32 epoch for rows of a data set; a
+                warning says so, once, where an int comes again, without index, for other weights.
             index: (B,) int64, the number of each example; default 0 .. B - 1. What is random of an
                 example depends on (seed, index) alone.
             shared: the same dict for each phase of a step, empty at first, for what they have in
@@ -148,8 +150,23 @@ class Model(nn.Module):
         phase = self.phases[0] if phase is None else phase
         self.check_phase(phase)
         self.check_inputs(y, cond)
-        index = torch.arange(len(y), device=y.device) if index is None else index
+        if index is None:
+            self._warn_of_repeated_noise(phase, seed)
+            index = torch.arange(len(y), device=y.device)
         return self._loss(y, cond, Step(phase, seed, index, {} if shared is None else shared))
+
+    def _warn_of_repeated_noise(self, phase: str, seed: int | Tensor) -> None:
+        """Where weights were changed by a gradient of the same noise, to be changed by it again."""
+        if not isinstance(seed, int) or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            return
+        weights = sum(p._version for p in self.phase_parameters(phase) if p.requires_grad)
+        losses: dict[str, tuple[int, int]] = self.__dict__.setdefault("_losses", {})
+        before, old_weights = losses.get(phase, (None, weights))
+        if before == seed and old_weights != weights:
+            say_noise_is_repeated(f"{type(self).__name__}.loss", seed)
+        losses[phase] = seed, weights
 
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """`loss` of arguments that were checked."""
@@ -219,8 +236,9 @@ class Model(nn.Module):
             cond: (B,) class ids, (B, C, H, W) images or (B, M) tokens; None for a model without
                 condition, or for p(y) where training dropped conditions.
             seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
+            index: (B,) int64, the number of each condition; default 0 .. B - 1. Its draw d has the
+                number index + 2^32 d: to draw on, add that. Without cond (n,), the number of each
+                sample, by default 2^32 d.
             solver: fields of `sampling_config`.
 
         Returns:
@@ -359,8 +377,8 @@ def number_samples(
 ) -> tuple[list[int], Tensor]:
     """Leading shape of the result, and the number of each sample, (samples,).
 
-    Sample (draw, row) has the number of its condition + 2^32 draw; without conditions, rows None,
-    draws alone are numbered. Samples of one draw stand together.
+    Sample (draw, row) has the number of its condition + 2^32 draw, so 2^32 + i is draw 1 of number
+    i; without conditions, rows None, draws alone are numbered. Samples of one draw stand together.
     """
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
         raise ValueError(f"n must be None or an int of at least 0, got {n!r}")
@@ -379,6 +397,9 @@ def number_samples(
     check_shape("index", index, (expected,))
     index = index.to(device)
     if rows is not None and n is not None:
+        last = 2**63 - 1 - max(0, n - 1) * 2**32
+        if readable(index) and bool((index > last).any()):
+            raise ValueError(f"index must be at most {last} for {n} draws, got {int(index.max())}")
         draws = torch.arange(n, device=device)[:, None] * 2**32
         index = (draws + index).flatten()
     return shape, index
