@@ -215,7 +215,7 @@ class ConditionalDiffusion(Model):
         if config.cond_kind == "none":
             return None
         if config.cond_kind == "image":
-            return torch.zeros(rows, *config.cond_shape, device=device)
+            return torch.zeros(rows, *config.cond_shape, dtype=self.dtype, device=device)
         return torch.full((rows, *config.cond_shape), config.num_classes, device=device)
 
     def _encode(

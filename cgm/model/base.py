@@ -162,11 +162,11 @@ class Model(nn.Module):
         if torch.compiler.is_compiling():
             return
         weights = sum(p._version for p in self.phase_parameters(phase) if p.requires_grad)
-        losses: dict[str, tuple[int, int]] = self.__dict__.setdefault("_losses", {})
-        before, old_weights = losses.get(phase, (None, weights))
+        noise: dict[str, tuple[int, int]] = self.__dict__.setdefault("_trained_on", {})
+        before, old_weights = noise.get(phase, (None, weights))
         if before == seed and old_weights != weights:
             say_noise_is_repeated(f"{type(self).__name__}.loss", seed)
-        losses[phase] = seed, weights
+        noise[phase] = seed, weights
 
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """`loss` of arguments that were checked."""
@@ -243,7 +243,8 @@ class Model(nn.Module):
 
         Returns:
             (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else.
+            (seed, number of its condition, draw) and on nothing else: not on the default dtype and
+            device. Under torch.autocast a network rounds otherwise, and so are its samples other.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
@@ -269,7 +270,7 @@ class Model(nn.Module):
         shape, index = number_samples(n, rows, index, self.device)
         event_shape = self._sample_shape(options)
         if index.numel() == 0:
-            return torch.empty((*shape, *event_shape), device=self.device)
+            return torch.empty((*shape, *event_shape), dtype=self.dtype, device=self.device)
         draws = Draws(cond, as_seed(seed, self.device)[0], index)
         return self._draw(draws, options, **inputs).contiguous().view(*shape, *event_shape)
 

@@ -127,6 +127,17 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = cgkernels.pack_weight(linear.weight), linear.bias
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, of which a packed weight knows neither: as it was before."""
+        state = dict(vars(self))
+        if self.weight.is_mkldnn:
+            state["weight"] = self.weight.to_dense()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weight = cgkernels.pack_weight(self.weight)
+
 
 def fused_linear(
     x: Tensor,
@@ -315,7 +326,8 @@ class Transformer(nn.Module):
         pairs, axes = self.config.head_size // 2, coordinates.shape[1]
         if pairs % axes:
             raise ValueError(f"{axes} coordinates must share {pairs} pairs of dimensions evenly")
-        powers = torch.arange(pairs // axes, device=coordinates.device) / (pairs // axes)
+        powers = torch.arange(pairs // axes, dtype=torch.float32, device=coordinates.device)
+        powers = powers / (pairs // axes)
         angles = (coordinates[:, :, None] * self.config.rope_base**-powers).flatten(1)
         return angles.cos(), angles.sin()
 

@@ -165,7 +165,8 @@ class UNet(nn.Module):
     def time_film(self, t: Tensor) -> Tensor:
         """FiLM vectors (S, F) of timesteps (S,)."""
         half = self.frequencies // 2
-        rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
+        places = torch.arange(half, dtype=torch.float32, device=t.device)
+        rates = torch.exp(-math.log(10000) / half * places)
         angles = t.float()[:, None] * rates
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.conv_in.weight))
 

@@ -89,7 +89,7 @@ def langevin_table(steps: int, step_size: float, temperature: float, bound: floa
 
     All rows are one: the number of a row is that of the noise.
     """
-    table = torch.zeros(steps, 12, dtype=torch.float64)
+    table = torch.zeros(steps, 12, dtype=torch.float64, device="cpu")
     a0, a1, _, b1, _, _, _, b5, clip_min, clip_max, _, _ = table.T
     a0[:], a1[:], b1[:], b5[:] = 1, -step_size, 1, math.sqrt(2 * step_size * temperature)
     clip_min[:], clip_max[:] = -bound, bound
@@ -144,7 +144,7 @@ def annealed_weights(
 
     y = std * normal(shape, step=0, stream=STREAM_INITIAL, **draws)
     log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
-    weights = torch.full((shape[0],), log_start, device=device)
+    weights = torch.full((shape[0],), log_start, dtype=y.dtype, device=device)
     for number in range(1, temperatures + 1):
         b = number / temperatures
         with torch.no_grad():

@@ -94,7 +94,8 @@ def _rotate_rows(
         # The usual case: all rows are equally long, and their angles are a view.
         return rotate(x, cos[first : first + queries], sin[first : first + queries], interleaved)
     if position is None:
-        position = torch.tensor(index)[:, None] + torch.arange(queries)
+        position = x.new_tensor(index, dtype=torch.int64)[:, None]
+        position = position + torch.arange(queries, device=x.device)
     return rotary_ref(x, cos, sin, position, interleaved)
 
 
@@ -154,10 +155,12 @@ def _attend_range(
     k, v = (t[:, lo:hi].transpose(1, 2).to(q.dtype) for t in (k, v))  # (rows, Hkv, hi - lo, D)
     mask = hidden = None
     if first < hi - 1 or first + queries - 1 - window >= lo:
-        key = torch.arange(lo, hi)
-        last = first + torch.arange(queries)[:, None]
+        key = torch.arange(lo, hi, device=q.device)
+        last = first + torch.arange(queries, device=q.device)[:, None]
         hidden = ((key > last) | (key <= last - window)).repeat(q.shape[2] // queries, 1)
-        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(
+            hidden, -torch.inf
+        )
     if softcap:
         # Row by row: PyTorch's products and vectors depend on how many there are.
         rows = [_attend_softcap(*row, mask, softcap, scale) for row in zip(q, k, v, strict=True)]
