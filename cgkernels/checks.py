@@ -108,6 +108,13 @@ def check_float(**tensors: Tensor) -> None:
             )
 
 
+def check_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise unless dtype is one of these."""
+    if not isinstance(dtype, torch.dtype) or dtype not in dtypes:
+        names = ", ".join(str(known).removeprefix("torch.") for known in dtypes)
+        raise TypeError(f"dtype must be one of {names}, got {dtype}")
+
+
 def check_table(table: Tensor, columns: int) -> None:
     """Raise unless table is a non-empty float32 (rows, columns); float64 passes on the CPU."""
     if table.dim() != 2 or table.shape[1] != columns or table.shape[0] == 0:

@@ -25,8 +25,6 @@ Euler's methods are usually written for the state x / alpha, which has to be sca
 enters the network. Here the state is x for every sampler, and enters the network as it is.
 """
 
-import math
-import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +34,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cgkernels.checks import check_choice
+from cgkernels.checks import (
+    SMALLEST,
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+)
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m")
@@ -64,7 +68,7 @@ _Array = npt.NDArray[np.float64]
 class Schedule:
     """The noise levels of T training timesteps.
 
-    Raises ValueError unless A_t falls strictly, from below 1 to 0 or above.
+    Raises ValueError or TypeError unless A_t falls strictly, from below 1 to 0 or above.
     """
 
     alphas_cumprod: _Array  # A_t, (T,) float64
@@ -103,9 +107,7 @@ class Schedule:
         """
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("weighting", weighting, WEIGHTINGS)
-        _check_number("gamma", gamma)
-        if not 0 < gamma < math.inf:
-            raise ValueError(f"gamma must be positive and finite, got {gamma}")
+        check_number("gamma", gamma, SMALLEST)
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         if weighting == "none":
             weights = np.ones_like(snr)
@@ -141,13 +143,8 @@ def make_schedule(
     arXiv:2305.08891, algorithm 1
     """
     check_choice("name", name, SCHEDULES)
-    _check_int("num_timesteps", num_timesteps)
-    _check_flag("zero_terminal_snr", zero_terminal_snr)
-    if not 1 + zero_terminal_snr <= num_timesteps <= _MOST_TIMESTEPS:
-        raise ValueError(
-            f"num_timesteps must be from {1 + zero_terminal_snr} to {_MOST_TIMESTEPS}, got "
-            f"{num_timesteps}"
-        )
+    check_flag(zero_terminal_snr=zero_terminal_snr)
+    check_int("num_timesteps", num_timesteps, 1 + zero_terminal_snr, _MOST_TIMESTEPS)
     if name == "cosine":
         if beta_start is not None or beta_end is not None:
             raise ValueError(
@@ -159,8 +156,8 @@ def make_schedule(
     else:
         first = _BETA_RANGES[name][0] if beta_start is None else beta_start
         last = _BETA_RANGES[name][1] if beta_end is None else beta_end
-        _check_number("beta_start", first)
-        _check_number("beta_end", last)
+        check_number("beta_start", first)
+        check_number("beta_end", last)
         if not 0 < first <= last < 1:
             raise ValueError(f"beta_start and beta_end must rise in (0, 1), got {first} and {last}")
         if name == "linear":
@@ -242,6 +239,8 @@ def make_table(
     with alpha_t = 0 in float32, where epsilon says nothing about x0.
     """
     check_choice("sampler", sampler, SAMPLERS)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
     check_choice("prediction", prediction, PREDICTIONS)
     check_choice("spacing", spacing, SPACINGS)
     check_choice("variance", variance, VARIANCES)
@@ -254,23 +253,21 @@ def make_table(
         constant_stride=(constant_stride, False),
         clipped_epsilon=(clipped_epsilon, False),
     )
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
-    _check_int("steps", steps)
-    _check_int("steps_offset", steps_offset)
-    _check_flag("set_alpha_to_one", set_alpha_to_one)
-    _check_flag("constant_stride", constant_stride)
-    _check_flag("clipped_epsilon", clipped_epsilon)
-    _check_number("eta", eta)
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    check_number("eta", eta, 0, 1)
+    check_flag(
+        set_alpha_to_one=set_alpha_to_one, constant_stride=constant_stride,
+        clipped_epsilon=clipped_epsilon,
+    )  # fmt: skip
+    check_int("steps", steps, 1, schedule.num_timesteps)
+    check_int("steps_offset", steps_offset, 0)
     if clip is not None:
-        if not isinstance(clip, tuple | list) or len(clip) != 2:
-            raise TypeError(f"clip must be (lowest, highest) or None, got {clip!r}")
-        for bound in clip:
-            _check_number("clip", bound)
-        if not clip[0] < clip[1]:
-            raise ValueError(f"clip must be (lowest, highest) or None, got {clip}")
+        pair = isinstance(clip, tuple | list) and len(clip) == 2
+        if (
+            not pair
+            or not all(isinstance(end, int | float) for end in clip)
+            or not clip[0] < clip[1]
+        ):
+            raise ValueError(f"clip must be (lowest, highest) or None, got {clip!r}")
     if steps_offset != 0 and spacing != "leading":
         raise ValueError(f"steps_offset must be 0 for {spacing}, got {steps_offset}")
 
@@ -330,8 +327,6 @@ def _points(sampler: str, steps: int, spacing: str) -> int:
 
 def _timesteps(sampler: str, total: int, steps: int, spacing: str, offset: int) -> npt.NDArray[Any]:
     """The timesteps (S,), from the noisiest down."""
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be from 1 to {total}, the schedule's timesteps, got {steps}")
     count = _points(sampler, steps, spacing)
     t: npt.NDArray[Any]
     if spacing == "leading":
@@ -438,18 +433,3 @@ def _check_options(sampler: str, owner: str, **options: tuple[object, object]) -
     for option, (value, default) in options.items():
         if sampler != owner and value != default:
             raise ValueError(f"{option} must be {default!r} for {sampler}, got {value!r}")
-
-
-def _check_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")

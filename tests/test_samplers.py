@@ -493,15 +493,15 @@ def test_zero_terminal_snr():
         ({"prediction": "sample"}, "prediction must be one of epsilon, x0, v"),
         ({"spacing": "even"}, "spacing must be one of leading, linspace, trailing"),
         ({"variance": "small"}, "variance must be one of fixed_small"),
-        ({"steps": 0}, "steps must be from 1 to 1000"),
-        ({"steps": 1001}, "steps must be from 1 to 1000"),
+        ({"steps": 0}, "steps must be an int from 1 to 1000"),
+        ({"steps": 1001}, "steps must be an int from 1 to 1000"),
         ({"sampler": "dpmpp_2m", "steps": 1000, "spacing": "leading"}, "steps must be below 1000"),
         ({"sampler": "dpmpp_2m", "steps": 1000, "spacing": "linspace"}, "steps must be below 1000"),
         ({"spacing": "leading", "steps_offset": 200}, "steps_offset must keep .* 200 to 1100"),
-        ({"spacing": "leading", "steps_offset": -1}, "steps_offset must keep"),
+        ({"spacing": "leading", "steps_offset": -1}, "steps_offset must be an int of at least 0"),
         ({"steps_offset": 1}, "steps_offset must be 0 for trailing, got 1"),
-        ({"eta": 1.5}, "eta must be in"),
-        ({"eta": math.nan}, "eta must be in"),
+        ({"eta": 1.5}, "eta must be a number"),
+        ({"eta": math.nan}, "eta must be a number"),
         ({"clip": (1.0, -1.0)}, "clip must be"),
         ({"clip": (math.nan, 1.0)}, "clip must be"),
         ({"sampler": "ddpm", "eta": 1.0}, "eta must be 0.0 for ddpm, got 1.0"),
@@ -596,7 +596,7 @@ def test_loss_weights():
         schedule.loss_weights("v", "snr")
     with pytest.raises(ValueError, match="prediction must be one of"):
         schedule.loss_weights("flow")
-    with pytest.raises(ValueError, match="gamma must be positive"):
+    with pytest.raises(ValueError, match="gamma must be a number above 0"):
         schedule.loss_weights("v", "min_snr", gamma=0.0)
 
 
@@ -604,15 +604,20 @@ def test_loss_weights():
     ("arguments", "message"),
     [
         ({"name": "squared"}, "name must be one of linear, scaled_linear, cosine, sigmoid"),
-        ({"num_timesteps": 0}, "num_timesteps must be from 1 to"),
-        ({"num_timesteps": 1, "zero_terminal_snr": True}, "num_timesteps must be from 2 to"),
+        ({"num_timesteps": 0}, "num_timesteps must be an int from 1 to"),
+        ({"num_timesteps": 10.0}, "num_timesteps must be an int"),
+        ({"num_timesteps": True}, "num_timesteps must be an int"),
+        ({"num_timesteps": 1, "zero_terminal_snr": True}, "num_timesteps must be an int from 2 to"),
+        ({"zero_terminal_snr": "no"}, "zero_terminal_snr must be True or False"),
+        ({"beta_start": "0.1"}, "beta_start must be a number"),
+        ({"beta_end": math.nan}, "beta_end must be a number"),
         ({"name": "cosine", "beta_start": 0.1}, "cosine takes no beta_start"),
         ({"beta_start": 0.0}, "beta_start and beta_end must rise"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start and beta_end must rise"),
     ],
 )
 def test_wrong_schedules(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make_schedule(**arguments)
 
 

@@ -235,7 +235,9 @@ def _cpu(
     """
     out = _fake(x, y, weight, bias, stride, padding, slope)
     dtype, channels, last = compute_dtype(x), x.shape[1], torch.channels_last
-    pair = torch.empty((1, weight.shape[1], *x.shape[2:]), dtype=dtype, memory_format=last)
+    pair = torch.empty(
+        (1, weight.shape[1], *x.shape[2:]), dtype=dtype, device=x.device, memory_format=last
+    )
     weight = weight.to(dtype, memory_format=last)
     bias = None if bias is None else bias.to(dtype)
     for n in range(x.shape[0]):

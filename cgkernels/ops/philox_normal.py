@@ -18,6 +18,7 @@ from cgkernels.checks import (
     as_index,
     as_seed,
     as_step,
+    check_dtype,
     check_int,
     check_noise_size,
     check_sizes,
@@ -137,8 +138,7 @@ def philox_normal(
     check_noise_size("shape", tuple(shape))
     if device is None and isinstance(index, Tensor):
         device = index.device
-    if not isinstance(dtype, torch.dtype) or dtype not in (*FLOATS, torch.float64):
-        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    check_dtype(dtype, (*FLOATS, torch.float64))
     check_int("stream", stream, 0, 255)
     formats = (torch.contiguous_format, torch.channels_last)
     if not isinstance(memory_format, torch.memory_format) or memory_format not in formats:

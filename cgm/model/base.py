@@ -10,7 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cgkernels.checks import as_index, as_row_values, as_seed, check_shape, readable
+from cgkernels.checks import (
+    as_index,
+    as_row_values,
+    as_seed,
+    check_shape,
+    readable,
+    say_noise_is_repeated,
+)
 from cgkernels.rows import compute_dtype
 from cgm.model.config import solver_options
 
@@ -156,7 +163,9 @@ class Model(PreciseBuffers):
             cond: (B,) class ids, (B, C, H, W) images or (B, M) tokens; None for a model without
                 condition, or for p(y) where training drops conditions.
             phase: of `phases`; None: the first.
-            seed: 64-bit int or one-element int64 tensor.
+            seed: 64-bit int or one-element int64 tensor. It or index must change at every step of
+                training, as in seed=step, or index = row + 2^32 epoch for rows of a data set; a
+                warning says so, once, where an int comes again, without index, for other weights.
             index: (B,) int64, the number of each example; default 0 .. B - 1. What is random of an
                 example depends on (seed, index) alone.
             shared: the same dict for each phase of a step, empty at first, for what they have in
@@ -171,11 +180,26 @@ class Model(PreciseBuffers):
         phase = self.phases[0] if phase is None else phase
         self.check_phase(phase)
         self.check_inputs(y, cond)
-        seed, _ = as_seed(seed, y.device)
-        index = as_index(index, len(y), y.device)
         if shared is not None and not isinstance(shared, dict):
             raise TypeError(f"shared must be a dict or None, got {type(shared).__name__}")
+        if index is None:
+            self._warn_of_repeated_noise(phase, seed)
+        seed, _ = as_seed(seed, y.device)
+        index = as_index(index, len(y), y.device)
         return self._loss(y, cond, Step(phase, seed, index, {} if shared is None else shared))
+
+    def _warn_of_repeated_noise(self, phase: str, seed: int | Tensor) -> None:
+        """Where weights were changed by a gradient of the same noise, to be changed by it again."""
+        if not isinstance(seed, int) or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            return
+        weights = sum(p._version for p in self.phase_parameters(phase) if p.requires_grad)
+        noise: dict[str, tuple[int, int]] = self.__dict__.setdefault("_trained_on", {})
+        before, old_weights = noise.get(phase, (None, weights))
+        if before == seed and old_weights != weights:
+            say_noise_is_repeated(f"{type(self).__name__}.loss", seed)
+        noise[phase] = seed, weights
 
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """`loss` of arguments that were checked."""
@@ -248,16 +272,17 @@ class Model(PreciseBuffers):
             cond: (B,) class ids, (B, C, H, W) images or (B, M) tokens; None for a model without
                 condition, or for p(y) where training dropped conditions.
             seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. With n draws it is
-                below 2^32: sample i of condition c has the number c + 2^32 i. Without cond (n,),
-                the number of each sample.
+            index: (B,) int64, the number of each condition; default 0 .. B - 1. Its draw d has the
+                number index + 2^32 d: to draw on, add that. Without cond (n,), the number of each
+                sample, by default 2^32 d.
             solver: fields of `sampling_config`; guidance may be a floating tensor (B,), one scale
                 for each condition.
 
         Returns:
             (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else. It has the dtype of the
-            model, under autocast too.
+            (seed, number of its condition, draw) and on nothing else: not on the default dtype and
+            device. It has the dtype of the model, under autocast too, where a network rounds
+            otherwise.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
@@ -425,8 +450,8 @@ def number_samples(
 ) -> tuple[list[int], Tensor]:
     """Leading shape of the result, and the number of each sample, (samples,).
 
-    Sample (draw, row) has the number of its condition + 2^32 draw; without conditions, rows None,
-    draws alone are numbered. Samples of one draw stand together.
+    Sample (draw, row) has the number of its condition + 2^32 draw, so 2^32 + i is draw 1 of number
+    i; without conditions, rows None, draws alone are numbered. Samples of one draw stand together.
     """
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
         raise ValueError(f"n must be None or an int of at least 0, got {n!r}")
@@ -447,11 +472,9 @@ def number_samples(
     check_shape("index", index, (expected,))
     index = index.to(device)
     if rows is not None and n is not None:
-        if readable(index) and index.numel() and not 0 <= index.min() <= index.max() < 2**32:
-            raise ValueError(
-                f"index must be in [0, 2^32) with n draws, whose numbers are index + 2^32 draw, "
-                f"got {int(index.min())} to {int(index.max())}"
-            )
+        last = 2**63 - 1 - max(0, n - 1) * 2**32
+        if readable(index) and bool((index > last).any()):
+            raise ValueError(f"index must be at most {last} for {n} draws, got {int(index.max())}")
         draws = torch.arange(n, device=device)[:, None] * 2**32
         index = (draws + index).flatten()
     return shape, index

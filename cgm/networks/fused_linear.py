@@ -61,6 +61,17 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = cgkernels.pack_weight(linear.weight), linear.bias
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, of which a packed weight knows neither: as it was before."""
+        state = dict(vars(self))
+        if self.weight.is_mkldnn:
+            state["weight"] = self.weight.to_dense()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weight = cgkernels.pack_weight(self.weight)
+
 
 def activate(h: Tensor, activation: str | None) -> Tensor:
     """swiglu, whose first half is the gate, gelu, gelu_tanh or nothing."""

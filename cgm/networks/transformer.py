@@ -340,17 +340,16 @@ class Transformer(nn.Module):
             raise ValueError(f"coordinates must have one axis with rope_frequencies, got {axes}")
         device = coordinates.device
         if c.rope_frequencies:
-            frequencies = torch.tensor(c.rope_frequencies, device=device)
+            frequencies = torch.tensor(c.rope_frequencies, dtype=torch.float32, device=device)
         else:
-            frequencies = c.rope_base ** -(
-                torch.arange(pairs // axes, device=device) / (pairs // axes)
-            )
+            powers = torch.arange(pairs // axes, dtype=torch.float32, device=device)
+            frequencies = c.rope_base ** -(powers / (pairs // axes))
         if c.rope_dynamic:
             factor, trained = c.rope_dynamic
             if lengths is None:
                 lengths = torch.full_like(coordinates[:, 0], coordinates.shape[0])
             growth = factor * (lengths.double() / trained).clamp_min(1) - (factor - 1)
-            powers = torch.arange(pairs, device=device) / (pairs - 1)
+            powers = torch.arange(pairs, dtype=torch.float32, device=device) / (pairs - 1)
             frequencies = (frequencies * growth[:, None] ** -powers).float()[:, None]
         angles = (coordinates.float()[:, :, None] * frequencies).flatten(1)
         return angles.cos() * c.rope_gain, angles.sin() * c.rope_gain

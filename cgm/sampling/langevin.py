@@ -89,7 +89,7 @@ def langevin_table(steps: int, step_size: float, temperature: float, bound: floa
 
     All rows are one: the number of a row is that of the noise.
     """
-    table = torch.zeros(steps, 12, dtype=torch.float64)
+    table = torch.zeros(steps, 12, dtype=torch.float64, device="cpu")
     a0, a1, _, b1, _, _, _, b5, clip_min, clip_max, _, _ = table.T
     a0[:], a1[:], b1[:], b5[:] = 1, -step_size, 1, math.sqrt(2 * step_size * temperature)
     clip_min[:], clip_max[:] = -bound, bound

@@ -1,5 +1,7 @@
 """The decoding loop: tokens are those of whole runs, whatever the batch, cache and prefix."""
 
+import copy
+import pickle
 from unittest import mock
 
 import pytest
@@ -169,6 +171,17 @@ def test_packed_weights():
     after = generate(network, prompt, 12, temperature=0)
     assert torch.equal(after, slow(network, prompt, 12, temperature=0))
     assert not torch.equal(after, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
+def test_a_copy_of_packed_weights(copied, dtype):
+    twin = small(bias=True).to(dtype).pack()
+    other, x = copied(twin), torch.randn(3, 32, dtype=dtype)
+    for ours, theirs in ((other.head, twin.head), (other.blocks[1].up, twin.blocks[1].up)):
+        assert isinstance(ours, PackedLinear) and ours.weight.layout == theirs.weight.layout
+        assert torch.equal(fused_linear(x, ours), fused_linear(x, theirs))
 
 
 def test_a_compiled_step_keeps_its_weights():

@@ -169,6 +169,8 @@ def decode_attention(
                 f"left_pad must be at most lengths, got {left_pad.tolist()} for {lengths.tolist()}"
             )
     if k_new is not None:
+        why = "it is written: what stood there has no gradient"
+        check_no_grad(why, k_cache=k_cache, v_cache=v_cache)
         check_writable(
             {"k_cache": k_cache, "v_cache": v_cache, "counters": counters},
             {

@@ -103,7 +103,8 @@ def _rotate_rows(
         # The usual case: all rows are equally long, and their angles are a view.
         return rotate(x, cos[first : first + queries], sin[first : first + queries], interleaved)
     if position is None:
-        position = torch.tensor(index)[:, None] + torch.arange(queries)
+        position = x.new_tensor(index, dtype=torch.int64)[:, None]
+        position = position + torch.arange(queries, device=x.device)
     return rotary_ref(x, cos, sin, position, interleaved)
 
 
@@ -163,8 +164,8 @@ def _attend_range(
     k, v = (t[:, lo:hi].transpose(1, 2).to(q.dtype) for t in (k, v))  # (rows, Hkv, hi - lo, D)
     hidden = None
     if first < hi - 1 or first + queries - 1 - window >= lo:
-        key = torch.arange(lo, hi)
-        last = first + torch.arange(queries)[:, None]
+        key = torch.arange(lo, hi, device=q.device)
+        last = first + torch.arange(queries, device=q.device)[:, None]
         hidden = ((key > last) | (key <= last - window)).repeat(q.shape[2] // queries, 1)
     # What PyTorch's kernel makes of NaN: it adds -inf to what is hidden, and of a few scores that
     # are all NaN it gives 0. NaN in other keys and values comes out as NaN.
@@ -200,7 +201,7 @@ def _attend_plain(
         q, k, v = (t.contiguous() for t in (q, k, v))
     mask = None
     if hidden is not None:
-        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+        mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -196,7 +196,8 @@ def pack_weight(weight: Tensor) -> Tensor:
         weight: (N, K), of any dtype and device.
 
     Returns:
-        A tensor of layout `torch._mkldnn`, for `norm_linear` alone; or the weight itself where that
+        A tensor of layout `torch._mkldnn`, for `norm_linear` alone, which PyTorch can neither copy
+        nor pickle: its `to_dense()` is the weight again; or the weight itself where that
         brings nothing: not float32, not on a CPU, a oneDNN whose rows depend on their batch, and
         inside `reference()`.
 

@@ -173,7 +173,8 @@ def sample_logits(
         top_p: number or floating tensor () or (B,), in [0, 1]; None or 1: no filter.
         min_p: number or floating tensor () or (B,), in [0, 1]; None or 0: no filter.
         top_p_rule: "mass_before", as above; "hf": of tokens that tie at the edge of top-p, those of
-            the highest ids are kept instead, as transformers does.
+            the highest ids are kept instead. So does transformers where its sort leaves equal
+            logits in the order of their ids, which it does not promise; now and then it does not.
         seed: 64-bit int or one-element int64 tensor.
         index: (B,) int64, the number of each sample; default 0 .. B - 1.
         position: place of the token in its sequence, int or integer tensor () or (B,), in
