@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cgkernels.random import STREAM_POOL, uniform
 from cgm.model import Count, ImageConfig, Model, Natural
 from cgm.networks.patch_discriminator import PatchDiscriminator
-from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
+from cgm.networks.resnet_generator import Padding, ResnetGenerator, ResnetGeneratorConfig
 from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 
 Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
@@ -48,6 +48,8 @@ class ImageToImageConfig(ImageConfig):
     width: Count = 64
     # Normalization in all networks.
     norm: Literal["batch", "instance", "none"] = "batch"
+    # Border of the convolutions in the residual blocks.
+    padding: Padding = "reflect"
     # Side of the patches that a discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
     # Channels of the first layer of a discriminator.
@@ -128,7 +130,7 @@ def image_generator(
     if config.generator == "unet":  # which has dropout from depth 6 on
         kind["dropout"] = dropout and depth >= 6
         return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
-    kind["dropout"] = dropout
+    kind |= {"dropout": dropout, "padding": config.padding}
     return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=depth, **kind))
 
 
