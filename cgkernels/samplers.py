@@ -262,11 +262,9 @@ def make_table(
     check_int("steps_offset", steps_offset, 0)
     if clip is not None:
         pair = isinstance(clip, tuple | list) and len(clip) == 2
-        if (
-            not pair
-            or not all(isinstance(end, int | float) for end in clip)
-            or not clip[0] < clip[1]
-        ):
+        if not pair or not all(isinstance(end, int | float) for end in clip):
+            raise TypeError(f"clip must be (lowest, highest) or None, got {clip!r}")
+        if not clip[0] < clip[1]:
             raise ValueError(f"clip must be (lowest, highest) or None, got {clip!r}")
     if steps_offset != 0 and spacing != "leading":
         raise ValueError(f"steps_offset must be 0 for {spacing}, got {steps_offset}")

@@ -15,7 +15,7 @@ from cgkernels.random import STREAM_POOL, uniform
 from cgkernels.rows import compute_dtype
 from cgm.model import Count, ImageConfig, Model, Natural
 from cgm.networks.patch_discriminator import PatchDiscriminator, fitting_patches
-from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
+from cgm.networks.resnet_generator import Padding, ResnetGenerator, ResnetGeneratorConfig
 from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 
 Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
@@ -49,6 +49,8 @@ class ImageToImageConfig(ImageConfig):
     width: Count = 64
     # Normalization in all networks.
     norm: Literal["batch", "instance", "none"] = "batch"
+    # Border of the convolutions in the residual blocks.
+    padding: Padding = "reflect"
     # Side of the patches that a discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
     # Channels of the first layer of a discriminator.
@@ -142,6 +144,7 @@ def image_generator(
     depth = usual_depth(config)
     if config.generator == "unet":
         return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
+    kind["padding"] = config.padding
     return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=depth, **kind))
 
 

@@ -97,7 +97,12 @@ def _tensors_of(file: BinaryIO, path: str | Path) -> Any:
         raise ValueError(f"{path}: is damaged, or holds more than tensors, so not read") from error
 
 
-def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Module:
+def network_of(
+    state: Mapping[str, Tensor],
+    *,
+    dropout: bool = True,
+    padding: Literal["reflect", "replicate"] = "reflect",
+) -> nn.Module:
     """The network whose parameters these are, with them, in evaluation mode.
 
     A PatchDiscriminator, a UNetGenerator or a ResnetGenerator, its config read from names and
@@ -106,6 +111,7 @@ def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Modul
     Args:
         state: as of `load_published`.
         dropout: whether a U-Net has it where one of its size can; its parameters do not tell.
+        padding: border in the blocks of a ResNet that is not of zeros; its parameters do not tell.
 
     Raises:
         ValueError: the names are of no such network, or tensors are missing, are left over or have
@@ -117,7 +123,7 @@ def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Modul
     if "model.model.0.weight" in state:
         kind, make = "UNetGenerator", functools.partial(UNetGenerator, _unet(state, dropout))
     elif any(".conv_block." in name for name in state):
-        kind, make = "ResnetGenerator", functools.partial(ResnetGenerator, _resnet(state))
+        kind, make = "ResnetGenerator", functools.partial(ResnetGenerator, _resnet(state, padding))
     else:
         kind = "PatchDiscriminator"
         make = functools.partial(PatchDiscriminator, _discriminator(state))
@@ -141,11 +147,14 @@ def _unet(state: Mapping[str, Tensor], dropout: bool) -> UNetGeneratorConfig:
     )
 
 
-def _resnet(state: Mapping[str, Tensor]) -> ResnetGeneratorConfig:
+def _resnet(
+    state: Mapping[str, Tensor], padding: Literal["reflect", "replicate"]
+) -> ResnetGeneratorConfig:
     blocks = len({name.split(".")[1] for name in state if ".conv_block." in name})
     width, in_channels = _shape(state, "model.1.weight")
-    # Without dropout number 6 is a normalization.
-    second = state.get("model.10.conv_block.6.weight")
+    # A border of zeros has no number of its own. Without dropout this one is a normalization.
+    zero = "model.10.conv_block.0.weight" in state
+    second = state.get(f"model.10.conv_block.{4 if zero else 6}.weight")
     return ResnetGeneratorConfig(
         in_channels=in_channels,
         out_channels=_shape(state, f"model.{17 + blocks}.weight")[0],
@@ -153,6 +162,7 @@ def _resnet(state: Mapping[str, Tensor]) -> ResnetGeneratorConfig:
         width=width,
         norm=_norm(state, "model.1.bias"),
         dropout=second is not None and second.dim() == 4,
+        padding="zero" if zero else padding,
     )
 
 

@@ -25,7 +25,7 @@ from cgm.checkpoints import (
     write_tensors,
 )
 from cgm.data import Dataset, epoch_order
-from cgm.model import Model
+from cgm.model import Model, config_from_dict
 from cgm.training.config import RESUME_FREE, TrainingConfig, learning_rate
 from cgm.training.lock import locked
 from cgm.training.progress import Display, Log, duration, fixed_arithmetic, interruptible
@@ -364,7 +364,8 @@ class _Run:
         """The state that `save` wrote; ValueError if it is of another model, data set or config."""
         file = out / STATE_FILE
         tensors, info = read_tensors(file)
-        changed = list(_differences(info, {"step": info.get("step"), **self.description}))
+        now = {"step": info.get("step"), **self.description}
+        changed = list(_differences(_grown(info, self.model.config), now))
         if changed:
             raise ValueError(f"{file}: is of another run: {'; '.join(changed)}")
         kinds = ("weights", "average", "state", "optimizer")
@@ -424,6 +425,16 @@ def _in_format_of(parameter: Tensor, state: Tensor) -> Tensor:
     if state.shape != parameter.shape:
         return state
     return torch.empty_like(parameter, dtype=state.dtype, requires_grad=False).copy_(state)
+
+
+def _grown(description: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A saved description, with the defaults of fields that the config had not then."""
+    saved: Any = description.get("model")
+    try:
+        grown = dataclasses.asdict(config_from_dict(type(config), saved["config"]))
+    except (KeyError, TypeError, ValueError):
+        return description
+    return {**description, "model": {**saved, "config": json.loads(json.dumps(grown))}}
 
 
 def _differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:
