@@ -70,7 +70,7 @@ def train(
     Args:
         model: made by `cgm.model.make_model` with config.seed for a run that can be repeated.
         out: folder of the run; must be empty or absent, or with resume hold a run of the same
-            model, data and config (steps, save_every, log_every and sheet_every may differ).
+            model, data and config, of which the fields in RESUME_FREE may differ.
         on_step: called after each step with the number of finished steps and the average.
         console: where progress goes; bars on a terminal, plain lines elsewhere.
         shown: what the sheets show, default the first rows of the data (see `cgm.viz.sample_page`).
@@ -341,7 +341,10 @@ class _Run:
         tensors, info = read_tensors(file)
         changed = list(_differences(info, {"step": info.get("step"), **self.description}))
         if changed:
-            raise ValueError(f"{file}: is of another run: {'; '.join(changed)}")
+            raise ValueError(
+                f"{file}: is of another run: {'; '.join(changed)}; what may change on a resume is "
+                f"{', '.join(f'training.{name}' for name in RESUME_FREE)}"
+            )
         kinds = ("weights", "average", "state", "optimizer")
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from cgm.checkpoints import replacing
 from cgm.training.config import TrainingConfig
 
+TICK_SECONDS = 1.0  # from one look at the clock to the next
 LINE_SECONDS = 5.0  # from one line of progress to the next where there is no terminal
 
 
@@ -95,7 +96,7 @@ class _Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(1.0):
+        while not self._over.wait(TICK_SECONDS):
             self.tick()
 
     def tick(self) -> None:
