@@ -94,8 +94,7 @@ def _evaluate(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -
     model = load_model(path, device)
     if options.out is not None:
         make_folder("out", options.out)
-    drawn = max(options.samples if extractor else 0, options.rows)
-    with Status(f"measuring {path.name} by {drawn} samples, and as many images") as status:
+    with Status() as status:
         samples, comparison = None, None
         if extractor is not None:
             comparison = against_real(

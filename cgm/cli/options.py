@@ -104,6 +104,7 @@ def flags_of(options: Any) -> dict[str, str]:
             of_config = _flags(value, prefix)
             found |= {name: flag for name, flag in of_config.items() if name not in found}
             found |= {f"{field.name}.{name}": flag for name, flag in of_config.items()}
+            found |= {f"{field.name}.config.{name}": flag for name, flag in of_config.items()}
     return found | _flags(options)
 
 

@@ -167,7 +167,7 @@ def _draw(model: "Model", cond: "Tensor | None", options: Any, solver: dict[str,
     at_once = max(1, _ROWS_AT_ONCE // rows)
     parts = []
     what = f"drawing {options.n} for each of {rows}"
-    with Status(what) as status:
+    with Status() as status:
         since = time.perf_counter()
         for first in range(0, options.n, at_once):
             status.update(f"{what}, {first} done{time_left(since, first, options.n)}")

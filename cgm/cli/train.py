@@ -14,10 +14,10 @@ import tyro
 from cgm.cli.arguments import find_device, first_argument
 from cgm.cli.options import Device, as_flags, checked, flags_of, naming_flags, parse
 from cgm.cli.signals import SIGPIPE, discard_stdout, tell
+from cgm.cli.start import Start, find_start
 
 if TYPE_CHECKING:
     from cgm.data import Dataset
-    from cgm.model import Model
     from cgm.viz.sample_page import Shown
 
 _Model = TypeVar("_Model")
@@ -50,6 +50,10 @@ class TrainOptions(Generic[_Model, _Training]):
     flip: tyro.conf.FlagCreatePairsOff[bool] = False
     # 3 to read its images in color, 1 in gray.
     channels: int = 3
+    # The same of the images that are conditions, if they are others.
+    cond_channels: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as --channels)")
+    ] = None
     # AtoB makes B from A, BtoA makes A from B.
     direction: str = "AtoB"
     # Folder of the run.
@@ -60,7 +64,8 @@ class TrainOptions(Generic[_Model, _Training]):
     # Begin with the weights of a trained, converted or shipped model, whose config is then the
     # default of the flags: fine-tuning. The optimizer begins anew.
     init: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
-    # Continue the run in that folder.
+    # Continue the run in that folder. Steps, learning rate, warmup, decay and what is written how
+    # often may be others than before.
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     # cpu, cuda or cuda:N.
     device: Device = None
@@ -81,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
     check_choice("FAMILY", family, families)
     model_class = family_class(family)
     model_config = config_class(model_class)
-    start = _start(rest, family)
+    start = find_start(rest, family)
     configs = (
         as_flags(model_config, {} if start is None else start.config, hidden=DATA_FIELDS),
         as_flags(TrainingConfig, model_class.training_defaults),
@@ -93,7 +98,7 @@ def run(argv: Sequence[str]) -> None:
         _train(family, dataclasses.replace(options, training=training), start, flags)
 
 
-def _train(family: str, options: Any, start: "_Start | None", flags: dict[str, str]) -> None:
+def _train(family: str, options: Any, start: Start | None, flags: dict[str, str]) -> None:
     from cgm.model import family_class, make_model
     from cgm.studies.contests import preset_for
     from cgm.training import TrainingInterrupted, train
@@ -143,51 +148,6 @@ def _train(family: str, options: Any, start: "_Start | None", flags: dict[str, s
     print(f"The model is in {out}. To draw from it:")
     cond = " --cond IMAGE" if options.data and dataset.cond_kind == "image" else ""
     print(f"  cgm sample {shlex.quote(str(out))}{cond}")
-
-
-@dataclass(frozen=True)
-class _Start:
-    """The checkpoint of --init: its config is the default of the flags, its weights the first."""
-
-    path: Path
-    config: dict[str, Any]
-
-    def load_into(self, model: "Model") -> None:
-        from cgm.checkpoints import WEIGHTS_FILE, load_weights, read_tensors
-
-        load_weights(model, read_tensors(self.path / WEIGHTS_FILE)[0], self.path / WEIGHTS_FILE)
-
-
-def _start(argv: Sequence[str], family: str) -> _Start | None:
-    """The checkpoint of --init, which decides the defaults of the flags: read before them."""
-    import argparse
-
-    from cgm.checkpoints import read_config
-    from cgm.cli.checkpoint import find_checkpoint
-    from cgm.data import DATA_FIELDS
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--init", nargs="?")
-    name = parser.parse_known_args(list(argv))[0].init
-    if name is None:  # absent, or without a value, which tyro refuses
-        return None
-    with naming_flags({"CHECKPOINT": "--init"}):
-        path = find_checkpoint(name)
-    info = read_config(path)
-    if info["family"] != family:
-        raise ValueError(
-            f"--init must be a model of the family {family}, got one of {info['family']}: {path}"
-        )
-    config = load_config(family, info)
-    return _Start(path, {n: v for n, v in config.items() if n not in DATA_FIELDS})
-
-
-def load_config(family: str, info: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the config of a checkpoint, as they are in Python."""
-    from cgm.model import config_class, config_from_dict, family_class
-
-    config = config_from_dict(config_class(family_class(family)), info["config"])
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def _model_config(family: str, options: Any, dataset: "Dataset") -> Any:
@@ -248,12 +208,12 @@ def _load_data(options: TrainOptions) -> "Dataset":
         )
     if options.task is not None:
         check_choice("task", options.task, TASKS)
-    of_folder = ("layout", "size", "crop", "flip", "channels", "direction")
+    of_folder = ("layout", "size", "crop", "flip", "channels", "cond_channels", "direction")
     values = {name: getattr(options, name) for name in of_folder}
     if options.data is not None:
         return load_folder(options.data, **values)
     for name, value in values.items():
         if value != getattr(TrainOptions, name):
-            raise ValueError(f"--{name} belongs to --data; a task has its own images")
+            raise ValueError(f"{name} belongs to --data; a task has its own images")
     assert options.task is not None
     return load_task(options.task)

@@ -57,13 +57,15 @@ def load_folder(
     *,
     size: int = 64,
     channels: int = 3,
+    cond_channels: int | None = None,
     direction: str = "AtoB",
     crop: int = 0,
     flip: bool = False,
 ) -> Dataset:
     """The images of a folder as a data set; layouts and reading as described above.
 
-    size: side of the images in pixels. channels: 3 for RGB, 1 for gray. direction: "AtoB" or
+    size: side of the images in pixels. channels: 3 for RGB, 1 for gray. cond_channels: those of
+    images that are conditions, default the same. direction: "AtoB" or
     "BtoA"; classes have none. crop: side of the square, at most size, that is taken somewhere out
     of an image; 0: none. flip: mirror half of the images. Every file is decoded here: one that
     cannot be read, an empty or missing folder, an image without its partner, a pair of two sizes
@@ -73,18 +75,31 @@ def load_folder(
     check_choice("layout", layout, LAYOUTS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("channels", channels, (1, 3))
+    check_choice("cond_channels", cond_channels, (None, 1, 3))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size must be a positive whole number of pixels, got {size!r}")
     if not isinstance(crop, int) or isinstance(crop, bool) or not 0 <= crop <= size:
         raise ValueError(f"crop must be from 0, none, to size {size}, got {crop!r}")
     augmentation: dict[str, Any] = {"crop": crop, "flip": flip}
     if layout == "classes":
+        if cond_channels is not None:
+            raise ValueError(f"cond_channels must not be given for classes, got {cond_channels}")
         return dataclasses.replace(_load_classes(path, size, channels), **augmentation)
     load_sides = {"pairs": _load_pairs, "two_folders": _load_two, "unpaired": _load_unpaired}
-    a, b = load_sides[layout](path, size, channels)
+    most = max(channels, cond_channels or channels)
+    a, b = load_sides[layout](path, size, most)
     cond, y = (a, b) if direction == "AtoB" else (b, a)
+    cond, y = _in_channels(cond, cond_channels or channels), _in_channels(y, channels)
     paired = layout != "unpaired"
     return Dataset(path.resolve().name, y, cond, "image", paired=paired, **augmentation)
+
+
+def _in_channels(images: Tensor, channels: int) -> Tensor:
+    """Images (N, C, H, W), or gray ones of them by the weights of ITU-R 601, as Pillow's."""
+    if images.shape[1] == channels:
+        return images
+    weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)
+    return torch.stack([((x * weights).sum(0, keepdim=True) + 0x8000 >> 16).byte() for x in images])
 
 
 def _load_pairs(path: Path, size: int, channels: int) -> tuple[Tensor, Tensor]:

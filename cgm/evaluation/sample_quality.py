@@ -16,6 +16,7 @@ and their traps, `cgm.evaluation.features` what images are compared by.
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ from cgm.evaluation.metrics import (
     standardize,
 )
 from cgm.model import Model
+from cgm.training.progress import time_left
 from cgm.viz.plots import as_images, image_grid
 
 LEAST = 20  # fewest samples
@@ -212,9 +214,10 @@ def _drawn(
     say: Callable[[str], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows of the conditions, samples on the CPU), part by part."""
-    device = model.device
+    device, since = model.device, time.perf_counter()
     for numbers in torch.arange(samples).split(_AT_ONCE):
-        say(f"drawing, {int(numbers[0])} of {samples}")
+        done = int(numbers[0])
+        say(f"drawing, {done} of {samples}{time_left(since, done, samples)}")
         rows, draws = numbers % len(held_out), numbers // len(held_out)
         cond = held_out.batch(rows)["cond"]
         if cond is None:

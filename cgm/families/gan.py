@@ -84,9 +84,9 @@ class Pix2Pix(AdversarialModel):
             height, width = config.event_shape[1:]
             warnings.warn(
                 f"this model of {height} x {width} pixels has no dropout, so all draws of a "
-                f"condition are one: its U-Net has depth {depth}, and dropout needs {DROPOUT_DEPTH}, "
-                f"with sides that are multiples of {2**DROPOUT_DEPTH}; generator resnet has it for "
-                "others",
+                f"condition are one: its U-Net has depth {depth}, and dropout needs "
+                f"{DROPOUT_DEPTH}, with sides that are multiples of {2**DROPOUT_DEPTH}; "
+                "generator resnet has it for others",
                 stacklevel=2,
             )
             config = dataclasses.replace(config, dropout=False)

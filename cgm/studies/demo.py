@@ -158,9 +158,9 @@ def demo(
     _print(console, measured, torch.device(device))
     _print_colors(console, colored, luminance)
     console.print(
-        f"{file}{note}: clothes that diffusion drew; upper halves of images that no model ever saw, "
-        f"each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; the "
-        "real ones.",
+        f"{file}{note}: clothes that diffusion drew; upper halves of images that no model ever "
+        f"saw, each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; "
+        "the real ones.",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -47,7 +47,9 @@ class TrainingConfig(Config):
 
 
 # A run resumes with other values of these; every other field must be what it was.
-RESUME_FREE = ("steps", "save_every", "log_every", "sheet_every")
+RESUME_FREE = (
+    "steps", "learning_rate", "warmup", "decay", "save_every", "log_every", "sheet_every",
+)  # fmt: skip
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

@@ -74,7 +74,7 @@ def train(
     Args:
         model: made by `cgm.model.make_model` with config.seed for a run that can be repeated.
         out: folder of the run; must be empty or absent, or with resume hold a run of the same
-            model, data and config (steps, save_every, log_every and sheet_every may differ).
+            model, data and config, of which the fields in RESUME_FREE may differ.
         on_step: called after each step with the number of finished steps and the average.
         console: where progress goes; bars on a terminal, plain lines elsewhere.
         shown: what the sheets show, default the first rows of the data (see `cgm.viz.sample_page`).
@@ -367,7 +367,10 @@ class _Run:
         now = {"step": info.get("step"), **self.description}
         changed = list(_differences(_grown(info, self.model.config), now))
         if changed:
-            raise ValueError(f"{file}: is of another run: {'; '.join(changed)}")
+            raise ValueError(
+                f"{file}: is of another run: {'; '.join(changed)}; what may change on a resume is "
+                f"{', '.join(f'training.{name}' for name in RESUME_FREE)}"
+            )
         kinds = ("weights", "average", "state", "optimizer")
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():

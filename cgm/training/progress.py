@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from cgm.checkpoints import replacing
 from cgm.training.config import TrainingConfig
 
+TICK_SECONDS = 1.0  # from one look at the clock to the next
 LINE_SECONDS = 5.0  # from one line of progress to the next where there is no terminal
 
 
@@ -95,7 +96,7 @@ class _Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(1.0):
+        while not self._over.wait(TICK_SECONDS):
             self.tick()
 
     def tick(self) -> None:
@@ -112,19 +113,22 @@ class _Watch:
 class Status(_Watch):
     """What a command does now, and for how long: a spinner on a terminal, elsewhere lines.
 
-    A line where it changes, though not more often than once in a while, and every few seconds.
+    A line where it changes, unless that lasts less than a second, and every few seconds.
+
+    plan: a line that is shown in any case.
     """
 
-    def __init__(self, text: str, console: Console | None = None) -> None:
+    def __init__(self, plan: str = "", console: Console | None = None) -> None:
         super().__init__(console or stderr_console())
-        self.text, self.since = text, time.perf_counter()
-        self.spinner = self.console.status(text) if self.animated else None
+        self.plan, self.text, self.printed = plan, plan, plan
+        self.since = time.perf_counter()
+        self.spinner = self.console.status(escape(plan)) if self.animated else None
 
     def __enter__(self) -> Self:
+        if self.plan:
+            self.print_line(self.plan)
         if self.spinner is not None:
             self.spinner.start()
-        else:
-            self.print_line(self.text)
         return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
@@ -138,16 +142,18 @@ class Status(_Watch):
         self.text, self.since = text, time.perf_counter()
         if self.spinner is not None:
             self.spinner.update(escape(text))
-        elif self.since - self.shown_at >= LINE_SECONDS / 2:
-            self.print_line(text)
 
     def tick(self) -> None:
         now = time.perf_counter()
-        text = f"{self.text}, {now - self.since:.0f} s so far"
+        taken = now - self.since
+        text = f"{self.text}, {taken:.0f} s so far"
         if self.spinner is not None:
             self.spinner.update(escape(text))
         elif now - self.shown_at >= LINE_SECONDS:
             self.print_line(text)
+        elif self.text != self.printed and taken >= TICK_SECONDS:
+            self.printed = self.text
+            self.print_line(self.text)
 
 
 class Display(_Watch):
