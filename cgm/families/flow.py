@@ -159,9 +159,8 @@ class ChannelMap(nn.Module):
 class _FirstBatchNorm(ActNorm):
     """ActNorm that stays the identity where its first batch has no standard deviation."""
 
-    def _initialize(self, x: Tensor) -> None:
-        if x.numel() >= 2 * x.shape[1]:
-            super()._initialize(x)
+    def _without_deviation(self, x: Tensor) -> None:
+        pass
 
 
 class Coupling(nn.Module):

@@ -7,6 +7,7 @@ Source   instance norm: Ulyanov et al., arXiv:1607.08022; ActNorm: Kingma, Dhari
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -60,7 +61,9 @@ class ActNorm(nn.Module):
     """scale (x + loc) for each channel of x (B, C, H, W).
 
     The first forward in training sets both so that its batch comes out with mean 0 and standard
-    deviation 1; that one must hold at least two values a channel, or it is a ValueError.
+    deviation 1; that one must hold at least two values a channel, or it is a ValueError. Where
+    `torch.distributed` is initialized the batch is that of all processes, which must all come here;
+    `fully_shard` is for later, as it keeps no values that a forward sets.
     """
 
     def __init__(self, channels: int) -> None:
@@ -83,12 +86,33 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
-        if x.numel() < 2 * x.shape[1]:
-            raise ValueError(f"x must hold two values a channel or more, got {tuple(x.shape)}")
-        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        count = x.numel() // x.shape[1]
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several:
+            count, mean, std = _moments_of_all(x)
+        if count < 2:
+            return self._without_deviation(x)
+        if not several:
+            std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
         self.loc.copy_(-mean)
         self.scale.copy_(1 / (std + 1e-6))
         self.initialized.fill_(1)
+
+    def _without_deviation(self, x: Tensor) -> None:
+        raise ValueError(f"x must hold two values a channel or more, got {tuple(x.shape)}")
+
+
+def _moments_of_all(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Values a channel of x (B, C, H, W) of all processes, their mean and standard deviation."""
+    x = x.double()
+    count = x.new_tensor([x.numel() // x.shape[1]])
+    total = x.sum((0, 2, 3))
+    for part in (count, total):
+        dist.all_reduce(part)
+    mean = (total / count)[:, None, None]
+    square = (x - mean).square().sum((0, 2, 3))
+    dist.all_reduce(square)
+    return int(count), mean, (square / (count - 1)).sqrt()[:, None, None]
 
 
 def _forget_initialized(module: nn.Module, _keys: object) -> None:
