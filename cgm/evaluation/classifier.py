@@ -93,8 +93,8 @@ class Classifier(Model):
         )
         self.head = nn.Linear(config.width[-1] * config.grid**2, config.num_classes)
 
-    def forward(self, y: Tensor) -> Tensor:
-        """Logits (B, num_classes)."""
+    def forward(self, y: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits (B, num_classes), in the place of a loss."""
         return self.head(self.features(y))
 
     def features(self, y: Tensor) -> Tensor:

@@ -174,9 +174,9 @@ class ConditionalDiffusion(Model):
             u = uniform((rows,), step=0, stream=STREAM_CONDITION_DROPOUT, **draws)
             drop = (u < config.cond_dropout).view(-1, *(1,) * (cond.dim() - 1))
             cond = torch.where(drop, null, cond)
-        film, image, context = self._encode(cond)
-        film = self.unet.time_film(t) if film is None else self.unet.time_film(t) + film
-        out = self.unet(x_t if image is None else torch.cat([x_t, image], 1), film, context)
+        ids = {"class": "classes", "tokens": "tokens"}.get(config.cond_kind)
+        seen = torch.cat([x_t, cond], 1) if cond is not None and ids is None else x_t
+        out = self.unet(seen, t=t, **({} if ids is None else {ids: cond}))
         prediction = out[:, : y.shape[1]]
         denoising = cgkernels.diffusion_loss(prediction, y, weight=self.loss_weights[t], **noise)
         parts = {"total": denoising, "denoising": denoising}

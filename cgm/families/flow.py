@@ -40,7 +40,7 @@ from cgm.model import (
     NotNegative,
     Step,
 )
-from cgm.networks.layers import ActNorm, full_precision
+from cgm.networks.layers import ActNorm, full_precision, is_unhooked
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 from cgm.sampling.cuda_graph import capture
 
@@ -110,9 +110,17 @@ class ChannelMap(nn.Module):
         self.lower, self.upper = nn.Parameter(lower.tril(-1)), nn.Parameter(upper.triu(1))
         self.log_diagonal = nn.Parameter(diagonal.abs().log())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of x (B, C, H, W), and the logarithm of its determinant, ()."""
+    def forward(self, x: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The map of x (B, C, H, W) and the logarithm of its determinant, (); or the inverse alone.
+
+        Raises:
+            ValueError: something is hooked onto norm, of which there is no inverse.
+        """
+        if type(self.norm).forward is not ActNorm.forward or not is_unhooked(self.norm):
+            raise ValueError("norm must be an ActNorm without hooks: else it has no known inverse")
         with full_precision(x):
+            if inverse:
+                return self._inverse(x), None
             permutation, lower, upper = self._factors(x.dtype)
             weight = permutation @ lower @ upper
             out = F.conv2d(self.norm(x), weight[:, :, None, None])
@@ -120,16 +128,15 @@ class ChannelMap(nn.Module):
             logdet = log_scale.sum() + log_diagonal.to(x.dtype).sum()
             return out, x.shape[2] * x.shape[3] * logdet
 
-    def inverse(self, x: Tensor) -> Tensor:
+    def _inverse(self, x: Tensor) -> Tensor:
         """What is mapped to x, by one convolution."""
-        with full_precision(x):
-            permutation, lower, upper = self._factors(x.dtype)
-            weight = torch.linalg.solve_triangular(
-                lower, permutation.T, upper=False, unitriangular=True
-            )
-            weight = torch.linalg.solve_triangular(upper, weight, upper=True)
-            weight = weight[:, :, None, None] / self.norm.scale.to(x.dtype).view(-1, 1, 1, 1)
-            return F.conv2d(x, weight, -self.norm.loc.to(x.dtype).flatten())
+        permutation, lower, upper = self._factors(x.dtype)
+        weight = torch.linalg.solve_triangular(
+            lower, permutation.T, upper=False, unitriangular=True
+        )
+        weight = torch.linalg.solve_triangular(upper, weight, upper=True)
+        weight = weight[:, :, None, None] / self.norm.scale.to(x.dtype).view(-1, 1, 1, 1)
+        return F.conv2d(x, weight, -self.norm.loc.to(x.dtype).flatten())
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         permutation, sign, lower, upper, log_diagonal = (
@@ -144,9 +151,8 @@ class ChannelMap(nn.Module):
 class _FirstBatchNorm(ActNorm):
     """ActNorm that stays the identity where its first batch has no standard deviation."""
 
-    def _initialize(self, x: Tensor) -> None:
-        if x.numel() >= 2 * x.shape[1]:
-            super()._initialize(x)
+    def _without_deviation(self, x: Tensor) -> None:
+        pass
 
 
 class Coupling(nn.Module):
@@ -234,8 +240,14 @@ class Scale(nn.Module):
         """x at the resolution of this scale."""
         return F.pixel_unshuffle(x, 2) if self.halves else x
 
-    def forward(self, x: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What goes on to the next scale, what ends here, and the log-determinant (B,)."""
+    def forward(self, x: Tensor, planes: Tensor, ended: Tensor | None = None) -> Any:
+        """What goes on to the next scale, what ends here, and the log-determinant (B,).
+
+        Given ended the other way: what became x and ended. Both are calls of the module, so that
+        what is hooked onto it, shards of its weights for one, is there either way.
+        """
+        if ended is not None:
+            return self._inverse(x, ended, planes)
         x = self.squeeze(x)
         logdet = x.new_zeros(len(x))
         for channel_map, coupling in self._steps():
@@ -247,13 +259,12 @@ class Scale(nn.Module):
             logdet = logdet + of_prior
         return x[:, : self.kept], x[:, self.kept :], logdet
 
-    def inverse(self, x: Tensor, ended: Tensor, planes: Tensor) -> Tensor:
-        """What became x and ended."""
+    def _inverse(self, x: Tensor, ended: Tensor, planes: Tensor) -> Tensor:
         x = torch.cat([x, ended], 1) if self.kept else ended
         if self.prior is not None:
             x, _ = self.prior(x, planes, inverse=True)
         for channel_map, coupling in reversed(self._steps()):
-            x = channel_map.inverse(coupling(x, planes, inverse=True)[0])
+            x, _ = channel_map(coupling(x, planes, inverse=True)[0], inverse=True)
         return F.pixel_shuffle(x, 2) if self.halves else x
 
     def _steps(self) -> list[tuple[ChannelMap, Coupling]]:
@@ -400,7 +411,7 @@ class ConditionalFlow(Model):
         for scale, part, shape, seen in reversed(
             list(zip(self._scales(), parts, shapes, planes, strict=True))
         ):
-            x = scale.inverse(x, part.unflatten(1, shape), seen)
+            x = scale(x, seen, part.unflatten(1, shape))
         return x
 
     def _planes(self, cond: Tensor | None, rows: int) -> list[Tensor]:

@@ -164,6 +164,7 @@ def channels_last(model: nn.Module) -> None:
 
 
 # Penalties ----------------------------------------------------------------------------------------
+@torch.compiler.disable  # which has no second derivatives
 def gradient_square(discriminator: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
     """|d D(y) / dy|^2 of each row, D the mean score of its patches: (B, C, H, W) -> (B,).
 

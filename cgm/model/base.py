@@ -201,6 +201,16 @@ class Model(PreciseBuffers):
             say_noise_is_repeated(f"{type(self).__name__}.loss", seed)
         noise[phase] = seed, weights
 
+    def forward(self, y: Tensor, **given: Any) -> dict[str, Tensor]:
+        """`loss`, as what wraps a module calls it: `DistributedDataParallel`, `fully_shard`.
+
+        A wrapper acts in its call alone, not in methods of what it wraps. Each process passes the
+        rows that are its own with their index in the whole batch, and noise and gradients are those
+        of the whole batch. Models of several phases need find_unused_parameters, and those that
+        keep chains or pools (energy, cyclegan) broadcast_buffers=False.
+        """
+        return self.loss(y, **given)
+
     def _loss(self, y: Tensor, cond: Tensor | None, step: Step) -> dict[str, Tensor]:
         """`loss` of arguments that were checked."""
         raise NotImplementedError

@@ -7,8 +7,12 @@ Source   instance norm: Ulyanov et al., arXiv:1607.08022; ActNorm: Kingma, Dhari
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 import cgkernels
 from cgkernels.random import STREAM_DROPOUT, uniform
@@ -16,12 +20,50 @@ from cgkernels.random import STREAM_DROPOUT, uniform
 Norm = Literal["batch", "instance", "none"]
 Activation = Literal["relu", "leaky_relu"]
 
+# Layers whose weights may be used in the place of a call.
+_PLAIN = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Embedding, nn.BatchNorm2d, nn.InstanceNorm2d,
+    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Identity,
+)  # fmt: skip
+
+
+# What may be bypassed -----------------------------------------------------------------------------
+def is_plain(module: nn.Module, *, weight_hooks: bool = False) -> bool:
+    """Whether a call of this layer is what its class and its parameters say, and nothing more.
+
+    If not, it is to be called: it is an adapter, a subclass, parametrized, sharded, or has hooks.
+    weight_hooks: those of `torch.nn.utils.spectral_norm` and `weight_norm` are allowed, which make
+    its weight before each forward: see `weight_of`.
+    """
+    return type(module) in _PLAIN and is_unhooked(module, weight_hooks=weight_hooks)
+
+
+def is_unhooked(module: nn.Module, *, weight_hooks: bool = False) -> bool:
+    """Whether a call of this module is its forward and nothing more; weight_hooks as above."""
+    before = module._forward_pre_hooks.values()
+    if before and not (
+        weight_hooks and all(isinstance(h, SpectralNorm | WeightNorm) for h in before)
+    ):
+        return False
+    return not (
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or _has_any_global_hook()
+    )
+
+
+# Normalizations -----------------------------------------------------------------------------------
+
 
 class ActNorm(nn.Module):
     """scale (x + loc) for each channel of x (B, C, H, W).
 
     The first forward in training sets both so that its batch comes out with mean 0 and standard
-    deviation 1; that one must hold at least two values a channel, or it is a ValueError.
+    deviation 1; that one must hold at least two values a channel, or it is a ValueError. Where
+    `torch.distributed` is initialized the batch is that of all processes, which must all come here;
+    `fully_shard` is for later, as it keeps no values that a forward sets.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,12 +86,33 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
-        if x.numel() < 2 * x.shape[1]:
-            raise ValueError(f"x must hold two values a channel or more, got {tuple(x.shape)}")
-        std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
+        count = x.numel() // x.shape[1]
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several:
+            count, mean, std = _moments_of_all(x)
+        if count < 2:
+            return self._without_deviation(x)
+        if not several:
+            std, mean = torch.std_mean(x, dim=(0, 2, 3), keepdim=True)
         self.loc.copy_(-mean)
         self.scale.copy_(1 / (std + 1e-6))
         self.initialized.fill_(1)
+
+    def _without_deviation(self, x: Tensor) -> None:
+        raise ValueError(f"x must hold two values a channel or more, got {tuple(x.shape)}")
+
+
+def _moments_of_all(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Values a channel of x (B, C, H, W) of all processes, their mean and standard deviation."""
+    x = x.double()
+    count = x.new_tensor([x.numel() // x.shape[1]])
+    total = x.sum((0, 2, 3))
+    for part in (count, total):
+        dist.all_reduce(part)
+    mean = (total / count)[:, None, None]
+    square = (x - mean).square().sum((0, 2, 3))
+    dist.all_reduce(square)
+    return int(count), mean, (square / (count - 1)).sqrt()[:, None, None]
 
 
 def _forget_initialized(module: nn.Module, _keys: object) -> None:
@@ -148,10 +211,14 @@ class _JoinChannels(torch.autograd.Function):
 
 
 def _uses_batch_stats(norm: nn.Module) -> bool:
-    """Whether norm takes statistics of what it gets, which our op does."""
-    return isinstance(norm, nn.InstanceNorm2d) or (
-        isinstance(norm, nn.BatchNorm2d) and norm.training
-    )
+    """Whether norm takes statistics of what it gets, and does what our op does."""
+    if not is_plain(norm):
+        return False
+    if isinstance(norm, nn.InstanceNorm2d):
+        return not norm.track_running_stats
+    if not isinstance(norm, nn.BatchNorm2d):
+        return False
+    return norm.training and norm.track_running_stats and norm.momentum is not None
 
 
 def _norm_with_stats(
@@ -184,43 +251,60 @@ def _relu_(out: Tensor, h: Tensor) -> Tensor:
 
 def conv_before_norm(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module, x: Tensor) -> Tensor:
     """conv(x), without a bias that the norm after it would take off again: a pass less."""
-    taken_off = isinstance(norm, nn.InstanceNorm2d) and not norm.affine
-    if conv.bias is None or not taken_off:
+    if not _takes_off_bias(norm) or not is_plain(conv, weight_hooks=True) or conv.bias is None:
         return conv(x)
     weight = weight_of(conv)
-    options: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding}
     if isinstance(conv, nn.ConvTranspose2d):
-        return F.conv_transpose2d(x, weight, output_padding=conv.output_padding, **options)
-    return F.conv2d(x, weight, **options)
+        return F.conv_transpose2d(
+            x, weight, None, conv.stride, conv.padding, conv.output_padding,  # type: ignore[arg-type]
+            conv.groups, conv.dilation,
+        )  # fmt: skip
+    return conv._conv_forward(x, weight, None)
+
+
+def _takes_off_bias(norm: nn.Module) -> bool:
+    """Whether a number added to all pixels of a channel is nothing to this norm."""
+    return isinstance(norm, nn.InstanceNorm2d) and not norm.affine and _uses_batch_stats(norm)
 
 
 def weight_of(conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
-    """The weight as `conv.forward` would take it: with spectral norm a hook makes it."""
+    """The weight as `conv.forward` would take it: with spectral norm a hook makes it.
+
+    conv: one that `is_plain` with weight_hooks.
+    """
     for hook in conv._forward_pre_hooks.values():
         hook(conv, ())
     return conv.weight
 
 
-def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
-    """norm(conv(x)) as one convolution, where norm is batch norm in evaluation; else conv alone.
+def fold_norm(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """norm(conv(x)) as a convolution and what is to follow it; norm is in evaluation mode.
 
-    What a hook makes of the weight is its weight, and a bias that norm takes off is left out.
+    Batch norm is in the convolution. What a hook makes of the weight is its weight, and a bias that
+    norm takes off is left out. Both are as they were where conv is not plain.
     """
+    if not is_plain(conv, weight_hooks=True):
+        return conv, norm
     weight, bias = weight_of(conv), conv.bias
-    if isinstance(norm, nn.BatchNorm2d):
+    if isinstance(norm, nn.BatchNorm2d) and is_plain(norm) and _is_affine_map(norm):
         assert norm.running_mean is not None and norm.running_var is not None
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         shift = -norm.running_mean if bias is None else bias - norm.running_mean
         weight, bias = weight * scale[:, None, None, None], scale * shift + norm.bias
-    elif isinstance(norm, nn.InstanceNorm2d) and not norm.affine:
+        norm = nn.Identity()
+    elif _takes_off_bias(norm):
         bias = None
     made = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-        bias=bias is not None, device="meta",
+        conv.dilation, conv.groups, bias is not None, conv.padding_mode, device="meta",  # type: ignore[arg-type]
     )  # fmt: skip
     made.weight = nn.Parameter(weight.detach(), requires_grad=False)
     made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-    return made
+    return made, norm
+
+
+def _is_affine_map(norm: nn.BatchNorm2d) -> bool:
+    return norm.affine and norm.track_running_stats and not norm.training
 
 
 class PackedConv2d(nn.Module):
@@ -241,11 +325,14 @@ class PackedConv2d(nn.Module):
         )
 
 
-def pack_conv(conv: nn.Conv2d, shape: tuple[int, ...]) -> nn.Module:
+def pack_conv(conv: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """A `PackedConv2d` for x of this shape where there is one, else conv itself."""
-    weight = conv.weight
+    if not is_plain(conv) or not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+        return conv
+    weight, padding = conv.weight, conv.padding
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return PackedConv2d(conv, shape) if fits and torch.backends.mkldnn.is_available() else conv
+    fits = fits and not isinstance(padding, str) and torch.backends.mkldnn.is_available()
+    return PackedConv2d(conv, shape) if fits else conv
 
 
 def dropout(

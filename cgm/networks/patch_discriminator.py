@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 import cgkernels
 from cgm.model import Config, Count
@@ -25,6 +26,8 @@ from cgm.networks.layers import (
     fold_norm,
     has_bias,
     init_normal,
+    is_plain,
+    is_unhooked,
     new_norm,
     norm_act,
     pack_conv,
@@ -65,7 +68,7 @@ class PatchDiscriminator(nn.Module):
         geometry, width = _geometry(config), config.width
         doublings = [min(2**i, 8) for i in range(len(geometry) - 1)]
         channels = [config.in_channels, *(width * times for times in doublings), 1]
-        self.last = len(geometry) - 1
+        self.last, self._channels = len(geometry) - 1, channels
         layers = nn.ModuleDict()
         for i, (kernel, stride, padding) in enumerate(geometry):
             bias = has_bias(config.norm) if 0 < i < self.last or config.patch == 1 else True
@@ -82,6 +85,14 @@ class PatchDiscriminator(nn.Module):
                     nn.utils.spectral_norm(layer)
         self.add_module("net" if config.patch == 1 else "model", layers)
         self.register_load_state_dict_pre_hook(_accept_main)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: the weight that spectral norm made last still has the graph of its making."""
+        for module in self.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, SpectralNorm):
+                    setattr(module, hook.name, getattr(module, hook.name).detach())
+        return vars(self).copy()
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The map (B, 1, h, w) of x (B, C_x, H, W), or of the pair with y (B, C_y, H, W).
@@ -101,8 +112,11 @@ class PatchDiscriminator(nn.Module):
     def row_losses(self, x: Tensor, y: Tensor | None = None, *, loss: str, target: str) -> Tensor:
         """The mean of `cgkernels.patch_loss` over the patches of each pair, (B,); as `forward`.
 
-        The last layer and the loss are one op, which writes no map.
+        The last layer and the loss are one op, which writes no map; where a hook waits for one, it
+        is made.
         """
+        if not is_unhooked(self):
+            return _mean_loss(self(x, y), loss, target)
         return self._head(self._trunk(x, y), loss, target)
 
     @torch.no_grad()
@@ -125,17 +139,21 @@ class PatchDiscriminator(nn.Module):
         for i, (kernel, stride, padding) in enumerate(_geometry(self.config)):
             place, after = _published_numbers(i)
             norm = layers[after] if i < self.last else nn.Identity()
-            conv = fold_norm(layers[place], norm)
-            if isinstance(norm, nn.BatchNorm2d):
-                layers[after] = nn.Identity()
+            channels = self._channels[i]
+            conv, norm = fold_norm(layers[place], norm)
+            if i < self.last:
+                layers[after] = norm
             # The ops of the first and of the last layer take weights as they are.
             inner = 0 < i < self.last
-            layers[place] = pack_conv(conv, (len(x), conv.in_channels, *sides)) if inner else conv
+            layers[place] = pack_conv(conv, (len(x), channels, *sides)) if inner else conv
             sides = torch.Size((n + 2 * padding - kernel) // stride + 1 for n in sides)
         return twin
 
     def _head(self, h: Tensor, loss: str | None = None, target: str | None = None) -> Tensor:
         conv = self._conv(self.last)
+        if not _fits_op(conv) or conv.stride != (1, 1):
+            out = conv(h)
+            return out if loss is None or target is None else _mean_loss(out, loss, target)
         bias = None if conv.bias is None else conv.bias.to(h.dtype)
         return cgkernels.patch_head_loss(  # under autocast h is narrower than the parameters
             h, weight_of(conv).to(h.dtype), bias,
@@ -157,6 +175,9 @@ class PatchDiscriminator(nn.Module):
     def _first(self, x: Tensor, y: Tensor | None) -> Tensor:
         """The first block: both images are read where they are."""
         conv, device, dtype = self._conv(0), x.device.type, x.dtype
+        norm = self._layers()[_published_numbers(0)[1]]  # none, which only a hook may tell
+        if not _fits_op(conv) or not is_plain(norm):
+            return norm_act(conv(x if y is None else torch.cat([x, y], 1)), norm, "leaky_relu")
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         y, bias = (None if t is None else t.to(dtype) for t in (y, conv.bias))
@@ -170,6 +191,22 @@ class PatchDiscriminator(nn.Module):
 
     def _layers(self) -> Any:
         return self.net if self.config.patch == 1 else self.model
+
+
+def _fits_op(conv: nn.Conv2d) -> bool:
+    """Whether the ops of the first and of the last layer do all that a call of conv does."""
+    return (
+        is_plain(conv, weight_hooks=True)
+        and not isinstance(conv.padding, str)
+        and conv.padding_mode == "zeros"
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and len({*conv.padding}) == len({*conv.stride}) == len({*conv.kernel_size}) == 1
+    )
+
+
+def _mean_loss(out: Tensor, loss: str, target: str) -> Tensor:
+    return cgkernels.patch_loss(out, loss, target).flatten(1).mean(1)
 
 
 def accept_main(state: dict[str, Any], prefix: str = "") -> None:

@@ -189,8 +189,26 @@ class UNet(nn.Module):
             context.append((key, value))
         return context
 
-    def forward(self, x: Tensor, film: Tensor, context: list[KeysValues] | None = None) -> Tensor:
-        """The prediction for x (B, C, H, W), film (B, F) and the context of `token_context`."""
+    def forward(
+        self,
+        x: Tensor,
+        film: Tensor | None = None,
+        context: list[KeysValues] | None = None,
+        *,
+        t: Tensor | None = None,
+        classes: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction for x (B, C, H, W), film (B, F) and the context of `token_context`.
+
+        Or for timesteps t (B,) and classes (B,) or tokens (B, M), of which both are made: as in
+        training, where all weights should act in one call of the module (`fully_shard`).
+        """
+        if film is None:
+            assert t is not None
+            film = self.time_film(t)
+            film = film if classes is None else film + self.class_film(classes)
+            context = None if tokens is None else self.token_context(tokens)
         films = iter(film.split(self.film_sizes, dim=1))
         contexts = iter(context or ())
 

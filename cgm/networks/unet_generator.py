@@ -23,6 +23,7 @@ from cgm.networks.layers import (
     dropout,
     has_bias,
     init_normal,
+    is_unhooked,
     join_channels,
     memory_format,
     new_norm,
@@ -99,7 +100,9 @@ class Level(nn.Module):
             both = _room_for_two(h)
             skip, inner = both.chunk(2, dim=1)
             h, skip = norm_leaky_relu_and_relu_(skip, h, down_norm)
-            h = join_channels(both, skip, part["inner"](h, noise, inner))
+            written = type(part["inner"]) is Level and is_unhooked(part["inner"])
+            h = part["inner"](h, noise, inner)
+            h = join_channels(both, skip, h) if written else torch.cat([skip, h], 1)
         if self.number == 0:
             return torch.tanh(part["up"](h))
         h = conv_before_norm(part["up"], part["up_norm"], h)
