@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cgkernels
 from cgkernels import instance_norm_act, instance_norm_act_
 from cgkernels.library import OPS
 from cgkernels.moments import MERGED_PARTS
@@ -79,6 +80,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield sample("one channel", data(3, 1, 6, 7), activation="leaky_relu")
     yield sample("many pixels", data(2, 3, 40, 33).contiguous(**LAST), activation="leaky_relu")
     yield sample("empty batch", x[:0], **affine, residual=residual[:0], pad=1)
+    yield sample("batch of none", last[:0], **affine, activation="relu", **batch)
 
     written = {"fn": instance_norm_act_, "mutates": ("out",)}
     buffer = data(3, 9, 8, 9, seed=4).contiguous(**LAST)
@@ -262,6 +264,18 @@ def test_a_large_mean_costs_the_variance_nothing(size, format, over_batch, devic
     mean, var = (t.cpu().double() for t in got)
     torch.testing.assert_close(var, x.double().var(axes, correction=0), rtol=1e-6, atol=0)
     torch.testing.assert_close(mean, x.double().mean(axes), rtol=2.4e-7, atol=0)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_the_gradients_of_an_empty_batch_are_zero(pad, activation, create_graph, reference):
+    leaves = [t.requires_grad_() for t in (normals(0, 5, 4, 4), normals(5), normals(5))]
+    with cgkernels.reference() if reference else contextlib.nullcontext():
+        y = instance_norm_act(*leaves, activation=activation, pad=pad, over_batch=True)
+        gradients = torch.autograd.grad(y.sum(), leaves, create_graph=create_graph)
+    assert_equal(gradients, tuple(torch.zeros_like(t) for t in leaves))
 
 
 # What is refused ----------------------------------------------------------------------------------

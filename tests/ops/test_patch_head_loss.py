@@ -253,6 +253,7 @@ WRONG = [
     (TypeError, ("x", "list"), {"x": [1.0]}),
     (ValueError, ("x", "(N, C, H, W)", "(3, 5, 6)"), {"x": X[0]}),
     (ValueError, ("x", "(2, 0, 5, 6)"), {"x": X[:, :0], "weight": W[:, :0]}),
+    (ValueError, ("x", "(2, 3, 0, 6)"), {"x": X[:, :, :0], "padding": 2}),
     (ValueError, ("x", "at least 2", "(2, 3, 1, 6)"), {"x": X[:, :, :1]}),
     (ValueError, ("x", "at least 4", "(2, 3, 5, 3)"), {"x": X[..., :3], "padding": 0}),
     (TypeError, ("weight", "NoneType"), {"weight": None}),
