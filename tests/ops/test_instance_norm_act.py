@@ -353,6 +353,19 @@ def test_wrong_arguments_in_place(error, words, changed):
 
 # Kernels ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_activations_of_what_is_not_finite(activation, device):
+    x = normals(2, 4, 3, 5, device=device)
+    bias = torch.tensor([-torch.inf, torch.inf, torch.nan, 0], device=device)
+    with kernels(device):
+        out = instance_norm_act(x, bias=bias, activation=activation).cpu()
+    expected = instance_norm_act(x.cpu(), bias=bias.cpu(), activation=activation)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    assert (out[:, 0] == (0 if activation == "relu" else -torch.inf)).all()
+    assert (out[:, 1] == torch.inf).all() and out[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("over_batch", [False, True])
 @pytest.mark.parametrize("size", [(1, 2), (5, 13), (32, 32), (25, 41), (47, 48)])
