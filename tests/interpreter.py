@@ -1,6 +1,7 @@
 """Make Triton's CPU interpreter fit for tests.
 
-    install_bf16   bfloat16 arithmetic as on the GPU; the interpreter alone computes on bit patterns
+    install_bf16   bfloat16 arithmetic as on the GPU (the interpreter alone computes on bit
+                   patterns); maxima and minima that lose NaN, as the GPU's do unless told otherwise
     sanitize       finds accesses outside the tensors, and races between programs
     ghost          stubs every launch; GhostReplay lists the tests that pass all the same
 
@@ -69,6 +70,8 @@ def install_bf16() -> None:
     _installed = True
     if not hasattr(interpreter._interpreter, "fma_fp32"):  # 3.6 rounds the product, too
         InterpreterBuilder.create_fma = _fma
+    for name, function in (("create_maxnumf", np.fmax), ("create_minnumf", np.fmin)):  # 3.6: NaN
+        setattr(InterpreterBuilder, name, _binary(function))
     for name in ("binary_op", "unary_op", "create_fma", "create_clampf", "create_dot"):
         setattr(InterpreterBuilder, name, _in_float32(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.cast_impl = _cast(InterpreterBuilder.cast_impl)
@@ -84,6 +87,10 @@ def _fma(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> Tensor
     """x y + z, rounded once but for a rare double rounding; the product is exact in float64."""
     wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
     return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
+def _binary(function: Callable) -> Callable:
+    return lambda self, x, y: self.binary_op(x, y, function)
 
 
 def _is_bf16(value: Any) -> bool:

@@ -135,6 +135,30 @@ def test_float32_to_bf16_rounds_to_nearest_even():
     torch.testing.assert_close(out, x.bfloat16().expand(2, -1), rtol=0, atol=0, equal_nan=True)
 
 
+@triton.jit
+def _extrema_kernel(out_ptr, x_ptr, y_ptr, N: tl.constexpr):
+    """One program: maxima and minima of two numbers each, of all, and such that keep NaN."""
+    i = tl.arange(0, N)
+    x, y = tl.load(x_ptr + i), tl.load(y_ptr + i)
+    tl.store(out_ptr + i, tl.maximum(x, y))
+    tl.store(out_ptr + N + i, tl.minimum(y, x))
+    tl.store(out_ptr + 2 * N + i, tl.max(x, 0) + 0 * i)
+    tl.store(out_ptr + 3 * N + i, tl.min(x, 0) + 0 * i)
+    tl.store(out_ptr + 4 * N + i, tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(out_ptr + 5 * N + i, tl.minimum(y, x, propagate_nan=tl.PropagateNan.ALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extrema_lose_nan_as_on_a_gpu(dtype):
+    """PTX: max.f32 and min.f32 return the other operand; with .NaN they return NaN."""
+    nan = float("nan")
+    x, y = torch.tensor([nan, 1, 2, -3], dtype=dtype), torch.tensor([5, nan, 4, 1], dtype=dtype)
+    out = torch.empty(6, 4, dtype=dtype)
+    _extrema_kernel[(1,)](out, x, y, 4)
+    expected = [[5, 1, 4, 1], [5, 1, 2, -3], [2] * 4, [-3] * 4, [nan, nan, 4, 1], [nan, nan, 2, -3]]
+    torch.testing.assert_close(out.float(), torch.tensor(expected), equal_nan=True)
+
+
 # Sanitizer ----------------------------------------------------------------------------------------
 @triton.jit
 def _double(

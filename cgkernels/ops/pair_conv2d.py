@@ -320,8 +320,8 @@ def pair_conv2d(
         -0.4000000059604645
     """
     check_float(x=x, weight=weight)
-    if x.dim() != 4 or x.shape[1] == 0:
-        raise ValueError(f"x must have shape (N, Cx, H, W) with channels, got {tuple(x.shape)}")
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must have shape (N, Cx, H, W), only N 0, got {tuple(x.shape)}")
     tensors, channels = {"x": x, "weight": weight}, x.shape[1]
     if y is not None:
         check_float(y=y)

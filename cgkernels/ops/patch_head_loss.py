@@ -412,8 +412,8 @@ def patch_head_loss(
     else:
         _check_names(loss, target)
     check_float(x=x, weight=weight)
-    if x.dim() != 4 or x.shape[1] == 0:
-        raise ValueError(f"x must have shape (N, C, H, W) with channels, got {tuple(x.shape)}")
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must have shape (N, C, H, W), only N 0, got {tuple(x.shape)}")
     channels, kernel = x.shape[1], weight.shape[-1] if weight.dim() else 0
     if kernel not in (1, 3, 4) or tuple(weight.shape) != (1, channels, kernel, kernel):
         raise ValueError(

@@ -269,10 +269,13 @@ def test_a_new_token_does_not_see_the_next(bad, way):
 def test_a_query_or_its_own_key_that_is_not_a_number(length, way):
     """PyTorch's attention for CPUs makes zeros of it where 512 k tokens are before it."""
     for name in ("q", "k_new"):
-        inputs = inputs_of(1, 1, (2, 1), 8, lengths=(length,))
-        inputs[name][..., 0] = NAN
+        inputs = inputs_of(2, 1, (2, 1), 8, lengths=(length, length))
+        true_out, true_lse = by_hand(inputs)
+        inputs[name][0, ..., 0] = NAN
         out, lse = run_by(way, inputs)
-        assert out.isnan().all() and lse.isnan().all()
+        assert out[0].isnan().all() and lse[0].isnan().all()
+        for got, true in ((out, true_out), (lse, true_lse)):
+            torch.testing.assert_close(got[1].double(), true[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)

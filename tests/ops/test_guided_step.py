@@ -167,6 +167,19 @@ def test_the_noise_is_numbered_by_sample_and_row_of_the_table():
     assert_equal(out, normal(out.shape, seed=2, index=index, step=step, stream=1))
 
 
+@pytest.mark.parametrize("shift", [0, 1, 6])
+def test_inputs_may_share_their_memory(shift):
+    """Two views of one memory, and windows of it that overlap themselves."""
+    table, memory = make_table(), normals(100)
+    for strides in ((12, 1), (1, 1), (0, 1)):
+        made = [memory[i * shift :].as_strided((2, 12), strides) for i in range(4)]
+        x, cond, h1, h2 = made
+        apart = [t.clone() for t in made]
+        out = guided_step(x, cond, table=table, step=1, h1=h1, h2=h2)
+        x, cond, h1, h2 = apart
+        assert_equal(out, guided_step(x, cond, table=table, step=1, h1=h1, h2=h2))
+
+
 def test_without_a_seed_there_is_no_noise_and_the_index_does_not_matter():
     data, table = inputs("x", "cond"), make_table()
     with_seed = guided_step(**data, table=table, step=1, seed=5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cgkernels
 from cgkernels import instance_norm_act, instance_norm_act_
 from cgkernels.library import OPS
 from cgkernels.moments import MERGED_PARTS
@@ -79,6 +80,7 @@ def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     yield sample("one channel", data(3, 1, 6, 7), activation="leaky_relu")
     yield sample("many pixels", data(2, 3, 40, 33).contiguous(**LAST), activation="leaky_relu")
     yield sample("empty batch", x[:0], **affine, residual=residual[:0], pad=1)
+    yield sample("batch of none", last[:0], **affine, activation="relu", **batch)
 
     written = {"fn": instance_norm_act_, "mutates": ("out",)}
     buffer = data(3, 9, 8, 9, seed=4).contiguous(**LAST)
@@ -264,6 +266,18 @@ def test_a_large_mean_costs_the_variance_nothing(size, format, over_batch, devic
     torch.testing.assert_close(mean, x.double().mean(axes), rtol=2.4e-7, atol=0)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("pad", [0, 1])
+def test_the_gradients_of_an_empty_batch_are_zero(pad, activation, create_graph, reference):
+    leaves = [t.requires_grad_() for t in (normals(0, 5, 4, 4), normals(5), normals(5))]
+    with cgkernels.reference() if reference else contextlib.nullcontext():
+        y = instance_norm_act(*leaves, activation=activation, pad=pad, over_batch=True)
+        gradients = torch.autograd.grad(y.sum(), leaves, create_graph=create_graph)
+    assert_equal(gradients, tuple(torch.zeros_like(t) for t in leaves))
+
+
 # What is refused ----------------------------------------------------------------------------------
 X = normals(2, 3, 4, 5)
 VECTOR, META = torch.ones(3), torch.ones(3, device="meta")
@@ -342,6 +356,19 @@ def test_wrong_arguments_in_place(error, words, changed):
 
 
 # Kernels ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_activations_of_what_is_not_finite(activation, device):
+    x = normals(2, 4, 3, 5, device=device)
+    bias = torch.tensor([-torch.inf, torch.inf, torch.nan, 0], device=device)
+    with kernels(device):
+        out = instance_norm_act(x, bias=bias, activation=activation).cpu()
+    expected = instance_norm_act(x.cpu(), bias=bias.cpu(), activation=activation)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    assert (out[:, 0] == (0 if activation == "relu" else -torch.inf)).all()
+    assert (out[:, 1] == torch.inf).all() and out[:, 2].isnan().all()
+
+
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("over_batch", [False, True])

@@ -269,6 +269,49 @@ def test_with_a_packed_weight_a_row_has_the_same_bits_in_any_batch(
             assert_equal(norm_linear(**{**inputs, **taken}), whole[64 - rows :])
 
 
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_with_a_packed_weight_a_bias_is_read_where_it_lies(rows, activation):
+    """oneDNN takes it for dense float32; by an identity the result is the bias, activated."""
+    weight, numbers = pack_weight(torch.eye(4)), torch.arange(1.0, 13.0)
+    for bias in (
+        numbers[::3], numbers[:1].expand(4), numbers[5:9], numbers[:4].half(), numbers[:4].double(),
+        numbers[:6].view(2, 3).T.flatten()[:4], numbers[:4].bfloat16(),
+    ):  # fmt: skip
+        out = norm_linear(torch.zeros(rows, 4), weight, bias=bias, activation=activation)
+        true = by_modules(torch.zeros(rows, 4).double(), torch.eye(4).double(),
+                          bias=bias.double(), activation=activation)  # fmt: skip
+        torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strides", [(0, 1), (1, 1), (1, 0), (0, 0), (2, 3), (7, 2)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 70])
+def test_an_x_of_any_strides(rows, strides):
+    x = normals(600).as_strided((rows, 4), strides)
+    weight = normals(5, 4, seed=1)
+    for made in (weight, pack_weight(weight)):
+        torch.testing.assert_close(norm_linear(x, made), x.contiguous() @ weight.T)
+
+
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 0, 4), (1, 1, 4)])
+def test_vectors_and_no_rows(shape, activation, norm):
+    """Results and gradients as those of the modules; with a packed weight, too."""
+    names = [n for n in ("norm_weight", "norm_bias") if norm == "layer" or (norm and "w" in n)]
+    names += ["bias", "residual"]
+    inputs = make_inputs(shape, 6, torch.float32, options=names, norm=norm, activation=activation)
+    floats = [n for n, t in inputs.items() if isinstance(t, torch.Tensor)]
+    results = []
+    for run in (norm_linear, by_modules):
+        leaves = {n: inputs[n].clone().requires_grad_() for n in floats}
+        out = run(**{**inputs, **leaves})
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    packed = norm_linear(**{**inputs, "weight": pack_weight(inputs["weight"])})
+    torch.testing.assert_close(packed, results[1][0].detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_not_packed():
     for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.int8):
         weight = torch.ones(3, 4, dtype=dtype)

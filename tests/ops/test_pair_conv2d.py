@@ -165,6 +165,7 @@ WRONG = [
     (TypeError, ("x", "NoneType"), {"x": None}),
     (ValueError, ("x", "(N, Cx, H, W)", "(3, 5, 6)"), {"x": X[0]}),
     (ValueError, ("x", "(2, 0, 5, 6)"), {"x": X[:, :0]}),
+    (ValueError, ("x", "(2, 3, 0, 6)"), {"x": X[:, :, :0], "y": Y[:, :, :0], "padding": 2}),
     (ValueError, ("x", "at least 2"), {"x": X[:, :, :1], "y": Y[:, :, :1]}),
     (ValueError, ("x", "at least 4"), {"x": X[..., :3], "y": Y[..., :3], "padding": 0}),
     (TypeError, ("y", "list"), {"y": [1.0]}),

@@ -253,6 +253,7 @@ WRONG = [
     (TypeError, ("x", "list"), {"x": [1.0]}),
     (ValueError, ("x", "(N, C, H, W)", "(3, 5, 6)"), {"x": X[0]}),
     (ValueError, ("x", "(2, 0, 5, 6)"), {"x": X[:, :0], "weight": W[:, :0]}),
+    (ValueError, ("x", "(2, 3, 0, 6)"), {"x": X[:, :, :0], "padding": 2}),
     (ValueError, ("x", "at least 2", "(2, 3, 1, 6)"), {"x": X[:, :, :1]}),
     (ValueError, ("x", "at least 4", "(2, 3, 5, 3)"), {"x": X[..., :3], "padding": 0}),
     (TypeError, ("weight", "NoneType"), {"weight": None}),
@@ -305,6 +306,25 @@ def results_and_gradients(x, weight, bias, **options):
     result = patch_head_loss(*leaves, **options)
     seed = normals(*result.shape, seed=5).to(result)
     return result.detach(), *torch.autograd.grad(result, leaves, seed)
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("loss", "target"), ALL)
+def test_losses_of_what_is_not_finite(loss, target, value, device):
+    """Of one image the first pixel; the other image has its loss and gradients all the same."""
+    x, weight = normals(2, 1, 3, 4), torch.ones(1, 1, 1, 1)
+    x[0, 0, 0, 0] = value
+    bias, options = torch.zeros(1), {"loss": loss, "target": target, "padding": 0}
+    with kernels(device):
+        found = results_and_gradients(*(t.to(device) for t in (x, weight, bias)), **options)
+    expected = results_and_gradients(x, weight, bias, **options)
+    with cgkernels.reference():
+        plain = patch_head_loss(x, weight, bias, **options)
+    torch.testing.assert_close(expected[0], plain, equal_nan=True)
+    torch.testing.assert_close([t.cpu() for t in found], list(expected), equal_nan=True)
+    if math.isnan(value):
+        assert found[0].isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)

@@ -93,6 +93,8 @@ def _cpu_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With the statistics at hand."""
     dx, sums, dresidual = _empty_gradients(second_dy, x, mean, residual_dtype, pad, over_batch)
+    if x.numel() == 0:
+        return dx, sums.zero_(), dresidual
     mean, var = (t.view(-1, x.shape[1], 1, 1) for t in (mean, var))
     pixels = x.shape[2] * x.shape[3] * (x.shape[0] if over_batch else 1)
     for at, (centered, work, wide) in _chunks(x, over_batch):

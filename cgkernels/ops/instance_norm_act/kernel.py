@@ -109,6 +109,12 @@ def _rstd_gain_bias(mean, var, weight_ptr, bias_ptr, channel, channels, eps):
 
 # Forward ------------------------------------------------------------------------------------------
 @triton.jit
+def _activated(z, slope):
+    """z where z > 0, else slope z; of a slope of 0 also for -inf, and NaN stays."""
+    return tl.where(z > 0, z, tl.where((slope == 0) & (z < 0), 0.0, slope * z))
+
+
+@triton.jit
 def _fwd_kernel(
     y_ptr, y_strides, second_ptr, second_strides, mean_ptr, var_ptr,
     x_ptr, x_strides, residual_ptr, residual_strides, weight_ptr, bias_ptr,
@@ -154,10 +160,10 @@ def _fwd_kernel(
         residual = 0.0  # a sum with 0 is never -0, which relu would be
         if residual_ptr is not None:
             residual = _load(residual_ptr, residual_strides, image, pixel, channel, mask)
-        y = tl.where(z > 0, z, slopes[0] * z) + residual
+        y = _activated(z, slopes[0]) + residual
         _store(y_ptr, y_strides, image, out, channel, mask, y)
         if second_ptr is not None:
-            y = tl.where(z > 0, z, slopes[1] * z) + residual
+            y = _activated(z, slopes[1]) + residual
             _store(second_ptr, second_strides, image, out, channel, mask, y)
 
 

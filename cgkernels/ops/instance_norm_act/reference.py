@@ -27,7 +27,8 @@ def instance_norm_act_ref(
 ) -> tuple[Tensor, ...]:
     """y of each activation, mean, var; an activation is z where z > 0, else slope z."""
     centered, mean, var = centered_moments(x, over_batch)
-    z = _scale_and_bias_ref(centered, _gain_ref(var, weight, eps), bias)
+    gain = _gain_ref(_defined(var, x), weight, eps)
+    z = _scale_and_bias_ref(centered, gain, bias)
     ys = (_epilogue_ref(z, residual, slope, pad).to(x.dtype) for slope in slopes)
     shape = x.shape[1:2] if over_batch else x.shape[:2]
     return *ys, mean.view(shape), var.view(shape)
@@ -49,14 +50,20 @@ def instance_norm_act_bwd_ref(
     The statistics are taken again: second derivatives go through them.
     """
     centered, _, var = centered_moments(x, over_batch)
+    var = _defined(var, x)
     gain, rstd = _gain_ref(var, weight, eps), torch.rsqrt(var + eps)
     z = _scale_and_bias_ref(centered, gain, bias)
     dy, dz = _epilogue_bwd_ref(dy, second_dy, z, slopes, pad)
-    dz_mean, projection = pixel_mean(dz, over_batch), pixel_mean(dz * centered, over_batch)
+    dz_mean, projection = (_defined(pixel_mean(t, over_batch), x) for t in (dz, dz * centered))
     dx = ((dz - dz_mean) - centered * (projection * rstd.square())) * gain
     pixels = x.numel() // max(1, dz_mean.numel())
     dbias, dweight = ((t * pixels).flatten(1).sum(0) for t in (dz_mean, projection * rstd))
     return dx, dweight, dbias, dy
+
+
+def _defined(mean: Tensor, x: Tensor) -> Tensor:
+    """A mean over x; 0 where x is empty, whose mean is NaN, and whose gradients are 0."""
+    return mean if x.numel() else mean.nan_to_num(0.0)
 
 
 def _gain_ref(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:

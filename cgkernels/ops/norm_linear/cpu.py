@@ -244,7 +244,13 @@ def _by_packed(
     activation: str | None,
     eps: float,
 ) -> Tensor:
-    """`norm_linear` with a weight that `pack_weight` has made."""
+    """`norm_linear` with a weight that `pack_weight` has made.
+
+    oneDNN takes the bias for float32 and dense, and does not look.
+    """
+    if x.numel() == 0:
+        return _empty_output(x, weight, activation)
+    bias = None if bias is None else bias.float().contiguous()
     h = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (rows, K)
     if norm is not None:
         h = _norm(h.contiguous(), norm_weight, norm_bias, norm, eps)

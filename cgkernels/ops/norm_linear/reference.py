@@ -48,10 +48,11 @@ def norm_linear_bwd_ref(
 
     As in PyTorch, the two matrix products take the gradients rounded to x's dtype.
     """
-    dtype = compute_dtype(x)
-    h = _norm_ref(x, norm_weight, norm_bias, norm, eps).flatten(0, -2)  # (rows, K)
+    dtype, shape = compute_dtype(x), x.shape
+    x, dout = (t.reshape(shape[:-1].numel(), t.shape[-1]) for t in (x, dout))  # (rows, K or N)
+    h = _norm_ref(x, norm_weight, norm_bias, norm, eps)
     weight = weight.to(x.dtype)
-    dy = dout.to(dtype).flatten(0, -2)  # (rows, N)
+    dy = dout.to(dtype)
     if activation is not None:
         y = _scale_and_bias_ref(F.linear(h, weight).to(dtype), scales, bias)
         dy = _activation_bwd_ref(dy, y, activation)  # (rows, N or 2N)
@@ -64,9 +65,9 @@ def norm_linear_bwd_ref(
         gradients[1] = dy.t() @ h
     dh = (dy @ weight).to(dtype)  # (rows, K)
     if norm is None:
-        gradients[0] = dh.view(x.shape)
+        gradients[0] = dh.view(shape)
         return gradients
-    standardized, rstd = _standardize_ref(x.flatten(0, -2), norm, eps)
+    standardized, rstd = _standardize_ref(x, norm, eps)
     if wanted[2]:
         assert norm_weight is not None
         gradients[2] = (dh * standardized).sum(0).to(norm_weight.dtype)
@@ -78,7 +79,7 @@ def norm_linear_bwd_ref(
         projection = (dx * standardized).mean(-1, keepdim=True)
         mean = dx.mean(-1, keepdim=True) if norm == "layer" else 0
         dx = rstd * (dx - mean - projection * standardized)
-        gradients[0] = dx.to(x.dtype).view(x.shape)
+        gradients[0] = dx.to(x.dtype).view(shape)
     return gradients
 
 
