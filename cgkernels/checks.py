@@ -74,6 +74,19 @@ def check_same_device(**tensors: Tensor) -> None:
             )
 
 
+def check_device(name: str, tensor: Tensor, device: torch.device | str | None) -> None:
+    """Raise unless tensor is on this device; "cuda" is the current one, None any."""
+    if device is None or tensor.device == device:
+        return
+    wanted = torch.device(device)
+    index = wanted.index
+    if index is None and wanted.type == "cuda" and torch.cuda.is_initialized():
+        index = torch.cuda.current_device()
+    alone = index is None or wanted.type == "cpu"  # there is one device of this type
+    if tensor.device.type != wanted.type or (tensor.device.index != index and not alone):
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
 def check_no_grad(why: str, **values: object) -> None:
     """Raise if a gradient is asked for where there is none."""
     for name, value in values.items():
@@ -100,8 +113,7 @@ def as_seed(
                 f"seed must be an int or a one-element int64 tensor, got {seed.dtype} of shape "
                 f"{tuple(seed.shape)}"
             )
-        if device is not None and seed.device.type != torch.device(device).type:
-            raise ValueError(f"seed must be on {device}, got {seed.device}")
+        check_device("seed", seed, device)
         return seed.reshape(()), seed.device
     if isinstance(seed, bool) or not isinstance(seed, int | torch.SymInt):
         raise TypeError(f"seed must be an int or a one-element int64 tensor, got {seed!r}")
@@ -120,8 +132,7 @@ def as_index(index: Tensor | None, rows: int, device: torch.device | str | None)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         raise TypeError(f"index must be an int64 tensor, got {_dtype_of(index)}")
     check_shape("index", index, (rows,))
-    if device is not None and index.device.type != torch.device(device).type:
-        raise ValueError(f"index must be on {device}, got {index.device}")
+    check_device("index", index, device)
     return index
 
 
@@ -139,8 +150,7 @@ def as_step(
             raise TypeError(f"{name} must be an int or an integer tensor, got {step.dtype}")
         if step.dim() > 0:
             check_shape(name, step, (rows,))
-        if device is not None and step.device.type != torch.device(device).type:
-            raise ValueError(f"{name} must be on {device}, got {step.device}")
+        check_device(name, step, device)
         if readable(step) and step.numel():
             low, high = _extremes(step)
             if low < least or high >= limit:
@@ -162,8 +172,7 @@ def check_integers(
     if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {_dtype_of(tensor)}")
     check_shape(name, tensor, shape)
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    check_device(name, tensor, device)
     if readable(tensor) and tensor.numel():
         least, most = _extremes(tensor)
         if least < low or most > high:
@@ -188,8 +197,7 @@ def check_counters(counters: Tensor, least: int, device: torch.device) -> None:
             f"counters must have shape (at least {least},), contiguous, got "
             f"{tuple(counters.shape)} with strides {counters.stride()}"
         )
-    if counters.device != device:
-        raise ValueError(f"counters must be on {device}, got {counters.device}")
+    check_device("counters", counters, device)
     if readable(counters) and bool(counters.any()):
         raise ValueError(f"counters must be zero, got {int(counters.count_nonzero())} that are not")
 
@@ -211,8 +219,7 @@ def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> 
             raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
         if value.dim() > 0:
             check_shape(name, value, (rows,))
-        if value.device != like.device:
-            raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+        check_device(name, value, like.device)
         if readable(value) and not bool(value.isfinite().all()):
             raise ValueError(f"{name} must be finite, got {value.tolist()}")
         return value.to(dtype).expand(rows)
