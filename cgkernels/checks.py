@@ -100,6 +100,7 @@ def readable(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
@@ -125,9 +126,22 @@ def as_seed(
     return torch.full((), seed, dtype=torch.int64, device=device), device
 
 
+def check_draws_differ() -> None:
+    """Raise inside torch.func.vmap, where the numbers 0 .. B - 1 are those of every lane."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        raise ValueError(
+            "index must be given inside torch.func.vmap, a number for each sample of each lane: "
+            "all lanes would draw the same noise"
+        )
+
+
 def as_index(index: Tensor | None, rows: int, device: torch.device | str | None) -> Tensor:
     """The numbers of the samples, (B,) int64; 0 .. B - 1 by default."""
     if index is None:
+        check_draws_differ()
         return torch.arange(rows, device=device)
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         raise TypeError(f"index must be an int64 tensor, got {_dtype_of(index)}")

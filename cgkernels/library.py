@@ -108,8 +108,13 @@ def using_reference() -> bool:
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its autograd.Function: where a gradient is recorded."""
+    """Whether a call must go through its autograd.Function: where a gradient is recorded.
+
+    Inside transforms of torch.func tensors do not tell; the Function does right by all of them.
+    """
     refuse_forward_mode()
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

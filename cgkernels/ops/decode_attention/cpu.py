@@ -169,14 +169,17 @@ def _attend_range(
         # which is its own.
         if q.stride(-1) * k.stride(-1) * v.stride(-1) != 1:
             q, k, v = (t.contiguous() for t in (q, k, v))
+        # A thread whose first call of PyTorch falls in between is left with one, too.
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        if threads > 1:
+            torch.set_num_threads(1)
         try:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, attn_mask=mask, scale=scale
             )
         finally:
-            torch.set_num_threads(threads)
+            if threads > 1:
+                torch.set_num_threads(threads)
     if hidden is not None:
         blind = hidden.all(1)
         out, lse = out.masked_fill(blind[:, None], 0), lse.masked_fill(blind, -torch.inf)
