@@ -174,7 +174,8 @@ def _lower(
     from triton.backends.compiler import Language
 
     kept, _, target, backend, _ = kernel.device_caches[device]
-    context, stages = ir.context(), {}
+    stages: dict[str, Callable[..., Any]] = {}
+    context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     module = kernel.ASTSource(kernel, signature, constants, attributes).make_ir(

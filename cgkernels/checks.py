@@ -141,6 +141,19 @@ def check_same_device(**tensors: Tensor) -> None:
             )
 
 
+def check_device(name: str, tensor: Tensor, device: torch.device | str | None) -> None:
+    """Raise unless tensor is on this device; "cuda" is the current one, None any."""
+    if device is None or tensor.device == device:
+        return
+    wanted = torch.device(device)
+    index = wanted.index
+    if index is None and wanted.type == "cuda" and torch.cuda.is_initialized():
+        index = torch.cuda.current_device()
+    alone = index is None or wanted.type == "cpu"  # there is one device of this type
+    if tensor.device.type != wanted.type or (tensor.device.index != index and not alone):
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
 def check_no_grad(why: str, **values: object) -> None:
     """Raise if a gradient is asked for where there is none."""
     for name, value in values.items():
@@ -172,8 +185,7 @@ def as_seed(
                 f"seed must be an int or a one-element int64 tensor, got {seed.dtype} of shape "
                 f"{tuple(seed.shape)}"
             )
-        if device is not None and seed.device.type != torch.device(device).type:
-            raise ValueError(f"seed must be on {device}, got {seed.device}")
+        check_device("seed", seed, device)
         return seed.reshape(()), seed.device
     if not _is_int(seed):
         raise TypeError(f"seed must be an int or a one-element int64 tensor, got {_shown(seed)}")
@@ -185,14 +197,26 @@ def as_seed(
     return torch.full((), seed, dtype=torch.int64, device=device), device
 
 
+def check_draws_differ() -> None:
+    """Raise inside torch.func.vmap, where the numbers 0 .. B - 1 are those of every lane."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        raise ValueError(
+            "index must be given inside torch.func.vmap, a number for each sample of each lane: "
+            "all lanes would draw the same noise"
+        )
+
+
 def as_index(index: Tensor | None, rows: int, device: torch.device | str | None) -> Tensor:
     """The numbers of the samples, (B,) int64; 0 .. B - 1 by default."""
     if index is None:
+        check_draws_differ()
         return torch.arange(rows, device=device)
     check_int64(index=index)
     check_shape("index", index, (rows,))
-    if device is not None and index.device.type != torch.device(device).type:
-        raise ValueError(f"index must be on {device}, got {index.device}")
+    check_device("index", index, device)
     return index
 
 
@@ -211,8 +235,7 @@ def as_step(
             raise TypeError(f"{name} must be an int or an integer tensor, got {step.dtype}")
         if step.dim() > 0:
             check_shape(name, step, (rows,))
-        if device is not None and step.device.type != torch.device(device).type:
-            raise ValueError(f"{name} must be on {device}, got {step.device}")
+        check_device(name, step, device)
         if readable(step) and step.numel():
             low, high = _extremes(step)
             if low < least or high >= limit:
@@ -235,8 +258,7 @@ def check_integers(
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {_dtype_of(tensor)}")
     check_tensor(name, tensor)
     check_shape(name, tensor, shape)
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    check_device(name, tensor, device)
     if readable(tensor) and tensor.numel():
         least, most = _extremes(tensor)
         if least < low or most > high:
@@ -263,8 +285,7 @@ def check_counters(counters: Tensor, least: int, device: torch.device) -> None:
             f"counters must have shape (at least {least},), contiguous, got "
             f"{tuple(counters.shape)} with strides {counters.stride()}"
         )
-    if counters.device != device:
-        raise ValueError(f"counters must be on {device}, got {counters.device}")
+    check_device("counters", counters, device)
     if readable(counters) and bool(counters.any()):
         raise ValueError(f"counters must be zero, got {int(counters.count_nonzero())} that are not")
 
@@ -317,8 +338,7 @@ def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> 
             raise TypeError(f"{name} must be a number or a floating tensor, got {value.dtype}")
         if value.dim() > 0:
             check_shape(name, value, (rows,))
-        if value.device != like.device:
-            raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+        check_device(name, value, like.device)
         made = value.to(dtype)
         if readable(value) and not bool(made.isfinite().all()):
             raise ValueError(f"{name} must be finite, as {dtype}, too, got {value.tolist()}")

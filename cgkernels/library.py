@@ -5,6 +5,8 @@ CPU, and a fake that states shapes, dtypes and strides.
 """
 
 import contextlib
+import contextvars
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,12 +27,6 @@ def define_op(
 ) -> torch._ops.OpOverload:
     """Register cgkernels::<name>; schema like "(Tensor x, float eps) -> (Tensor, Tensor)"."""
 
-    def cuda_on_its_device(*args: Any) -> Any:
-        # A Python implementation gets no device guard from the dispatcher, and Triton launches on
-        # the current device.
-        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-            return cuda(*args)
-
     def cpu_as_written(*args: Any) -> Any:
         # Autocast reaches into a Python implementation: products that are to be in float32 would
         # lose digits, and results have another dtype than `fake` says.
@@ -41,39 +37,84 @@ def define_op(
 
     qualname = f"cgkernels::{name}"
     torch.library.define(qualname, schema)
-    torch.library.impl(qualname, "CUDA", cuda_on_its_device)
+    torch.library.impl(qualname, "CUDA", on_its_device(cuda))
     torch.library.impl(qualname, "CPU", cpu_as_written)
     torch.library.register_fake(qualname, fake)
     OPS[name] = getattr(torch.ops.cgkernels, name).default
     return OPS[name]
 
 
-_use_reference = False
+def on_its_device(launch: Callable) -> Callable:
+    """The launcher on the device of its tensors, which is one: public functions refuse others.
+
+    A Python implementation gets no device guard from the dispatcher, and Triton launches on the
+    current device.
+    """
+
+    def launch_there(*args: Any) -> Any:
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return launch(*args)
+
+    return launch_there
+
+
+class _Thread(threading.local):
+    """How many `reference()` this thread is in: what torch.compile reads, and guards on."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+
+_thread = _Thread()
+# The same of this thread and context (as of a task of asyncio); None: it was never in one.
+_context: contextvars.ContextVar[bool | None] = contextvars.ContextVar("reference", default=None)
+_STASH = "cgkernels.reference"  # where PyTorch takes it along to the threads of a backward
 
 
 @contextlib.contextmanager
 def reference() -> Iterator[None]:
     """Run every op as plain PyTorch, on any device: how fused and plain are compared.
 
-    One flag for the whole process. torch.compile guards on it, so that a function compiled under
-    both gets two graphs.
+    It holds in this thread and context, and in a backward that is begun there (where a checkpoint
+    computes again); a thread that is started inside does not inherit it. torch.compile guards on
+    it, so that a function compiled under both gets two graphs.
     """
-    global _use_reference
-    before, _use_reference = _use_reference, True
+    if torch.compiler.is_compiling():
+        _thread.depth += 1
+        try:
+            yield
+        finally:
+            _thread.depth -= 1
+        return
+    token = _context.set(True)
+    _thread.depth += 1
+    torch._C._stash_obj_in_tls(_STASH, True)
     try:
         yield
     finally:
-        _use_reference = before
+        _context.reset(token)
+        _thread.depth -= 1
+        torch._C._stash_obj_in_tls(_STASH, _thread.depth > 0)
 
 
 def using_reference() -> bool:
     """Whether public functions must run their reference; read beside only where graphs are kept."""
-    return _use_reference
+    if torch.compiler.is_compiling():
+        return _thread.depth > 0
+    inside = _context.get()
+    if inside is None and torch._C._current_graph_task_id() != -1:  # in a thread of autograd's
+        inside = torch._C._is_key_in_tls(_STASH) and torch._C._get_obj_in_tls(_STASH)
+    return bool(inside)
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its autograd.Function: where a gradient is recorded."""
+    """Whether a call must go through its autograd.Function: where a gradient is recorded.
+
+    Inside transforms of torch.func tensors do not tell; the Function does right by all of them.
+    """
     refuse_forward_mode()
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -46,11 +46,17 @@ def lies_apart(x: Tensor, tokens: int) -> bool:
     return dense == 1 and others[tokens] >= width and all(s == 0 or s >= width for s in others)
 
 
+def channels_last_format() -> torch.memory_format:
+    """torch.channels_last; in transforms of torch.func, where vmap has no other, contiguous."""
+    active = torch._C._are_functorch_transforms_active()
+    return torch.contiguous_format if active else torch.channels_last
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that is nearest to the strides of x (N, C, H, W)."""
     pixel = x.stride(3) if x.shape[3] > 1 else x.stride(2)
     last = x.shape[1] > 1 and x.shape[2] * x.shape[3] > 1 and 0 < x.stride(1) < pixel
-    return torch.channels_last if last else torch.contiguous_format
+    return channels_last_format() if last else torch.contiguous_format
 
 
 def row_strides(tensor: Tensor) -> Strides | None:

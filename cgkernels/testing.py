@@ -298,7 +298,10 @@ def _filled(like: Tensor, *shape: int) -> Tensor:
 # Guarded memory -----------------------------------------------------------------------------------
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty* returns NaN (integers: the largest value), so that forgotten output is seen."""
+    """torch.empty* returns NaN (integers: the largest value), so that forgotten output is seen.
+
+    In all threads: the switch is PyTorch's, of the process.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -245,7 +245,7 @@ class _CudaClock:
             with torch.cuda.stream(side):
                 calls[0]()
             torch.cuda.current_stream(self.device).wait_stream(side)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):  # else that of another device, perhaps
                 kept = [call() for call in calls]
         except Exception as error:  # whatever cannot be captured: a wait, a copy to the host
             torch.cuda.synchronize(self.device)

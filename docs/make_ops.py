@@ -26,7 +26,10 @@ HEAD = """\
 
 Every op is imported from `cgkernels`. Each has a definition in plain PyTorch, which runs in its
 place inside `with cgkernels.reference():`. Wrong arguments raise before anything is launched or
-written. How noise follows from (seed, index) is said in `cgkernels.random`.
+written. `torch.func.grad` and `vmap` work with all that are differentiable: a lane is a call of its
+own, and draws noise by an `index` of its own. Exported programs, AOTInductor packages too, call the
+ops by name: `cgkernels` must be imported where they are loaded. How noise follows from
+(seed, index) is said in `cgkernels.random`.
 """
 FIELDS = ("Shapes", "Dtypes", "Backward", "Source")
 

@@ -1,6 +1,7 @@
 """What every op must hold to, over all samples of all ops. A new op adds one file to tests/ops."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -178,6 +179,58 @@ def test_both_backwards_agree(module, label):
     assert_equal(by_op, tuple(g.detach() for g in by_formula))
     assert all(not g.requires_grad for g in by_op)
     assert all(g.dtype == x.dtype for g, x in zip(by_op, wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("module", "label"), every_sample(costly=True, differentiable=True))
+def test_gradients_by_torch_func(module, label):
+    """torch.func.grad, and a gradient for each lane of vmap: as autograd gives them one by one."""
+    sample = sample_of(module, label)
+    if sample.mutates:
+        pytest.skip("writes a tensor, which has no lanes")
+    if "index" in inspect.signature(sample.fn).parameters and "index" not in sample.inputs:
+        sample = sample.replace(index=torch.arange(sample.batch))
+    names = sample.differentiable
+    values = [torch.stack([v, 0.5 * v]) for v in (sample.inputs[name] for name in names)]
+
+    factors = [normals(*out.shape, seed=i) for i, out in enumerate(sample.run())]
+
+    def run(*values):
+        outputs = sample.call({**sample.inputs, **dict(zip(names, values, strict=True))})
+        pairs = zip(outputs, factors, strict=True)
+        return sum((out * factor).sum() for out, factor in pairs if out.is_floating_point())
+
+    each = tuple(range(len(names)))
+    lanes = torch.func.vmap(torch.func.grad(run, each))(*values)
+    whole = torch.func.grad(lambda *v: torch.func.vmap(run)(*v).sum(), each)(*values)
+    for lane in range(2):
+        inputs = [v[lane].clone().requires_grad_() for v in values]
+        expected = torch.autograd.grad(run(*inputs), inputs)
+        alone = torch.func.grad(run, each)(*(v[lane] for v in values))
+        for found in (alone, [g[lane] for g in lanes], [g[lane] for g in whole]):
+            torch.testing.assert_close(list(found), list(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_lanes_must_not_draw_the_same_noise():
+    """Unless each has numbers of its own, of which each gets the noise."""
+    index, table = torch.arange(3), torch.tensor([[0.8, 0.6]])
+    calls = {
+        "philox_normal": lambda i: cgkernels.philox_normal((1, 2), seed=0, index=i),
+        "add_noise": lambda i: cgkernels.add_noise(
+            torch.ones(1, 2), table=table, t=0, seed=0, index=i
+        )[0],
+        "sample_and_kl": lambda i: cgkernels.sample_and_kl(
+            torch.zeros(1, 2), torch.zeros(1, 2), seed=0, index=i
+        )[0],
+        "random.normal": lambda i: cgkernels.random.normal((1, 2), seed=0, index=i, stream=0),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"index must be given inside torch\.func\.vmap"):
+            torch.func.vmap(lambda _, call=call: call(None))(index)
+        assert_equal(
+            torch.func.vmap(call)(index[:, None]), torch.stack([call(i) for i in index[:, None]])
+        )
 
 
 @samples

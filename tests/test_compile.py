@@ -1,6 +1,7 @@
 """torch.compile and torch.export where several ops, calls or sizes meet."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -80,12 +81,33 @@ def test_a_function_compiled_under_both_gets_two_graphs():
         graphs.append([node for node in graph.graph.nodes if node.target in OPS.values()])
         return graph.forward
 
-    run = torch.compile(lambda: add_noise(x, table=table, t=0, seed=0), backend=backend)
+    def draw():
+        return add_noise(x, table=table, t=0, seed=0)
+
+    run, there = torch.compile(draw, backend=backend, fullgraph=True), []
     expected = run()
     with cgkernels.reference():
         assert_equal(run(), expected)
+        thread = threading.Thread(target=lambda: there.append(run()))
+        thread.start()
+        thread.join()
+    assert_equal(there, [expected])
     assert_equal(run(), expected)
     assert [len(nodes) for nodes in graphs] == [1, 0]
+
+
+def test_reference_within_what_is_compiled():
+    x, table = normals(2, 3), torch.tensor([[0.8, 0.6]])
+
+    def both(x):
+        with cgkernels.reference():
+            plain = add_noise(x, table=table, t=0, seed=0)[0]
+        return plain, add_noise(x, table=table, t=0, seed=0)[0]
+
+    run, counter = compiled(both)
+    assert_equal(run(x), both(x))
+    (graph,) = counter.graphs
+    assert sum(node.target in OPS.values() for node in graph.graph.nodes) == 1
 
 
 def test_exports_with_a_batch_of_any_size():

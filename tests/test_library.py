@@ -1,10 +1,14 @@
 """Registration, the reference switch, when an autograd.Function is needed; and the examples."""
 
+import asyncio
+import contextvars
 import doctest
+import threading
 
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import cgkernels
 from benchmarks.ops import LAUNCHES
@@ -57,6 +61,93 @@ def test_reference_ends_with_its_block():
     assert not using_reference()
 
 
+def test_reference_is_of_its_thread():
+    """Two that interleave: A enters, B enters, A leaves, B leaves; and one that starts inside."""
+    entered, left, seen = threading.Event(), threading.Event(), {}
+
+    def other():
+        seen["started"] = using_reference()
+        with cgkernels.reference():
+            entered.set()
+            left.wait(10)
+            seen["inside"] = using_reference()
+        seen["after"] = using_reference()
+
+    with cgkernels.reference():
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(10)
+    assert not using_reference()
+    left.set()
+    thread.join()
+    assert seen == {"started": False, "inside": True, "after": False}
+    assert not using_reference()
+
+
+def test_reference_is_of_its_context():
+    """Of two tasks in one thread, too."""
+    seen = []
+
+    async def inside(entered, left):
+        with cgkernels.reference():
+            entered.set()
+            await left.wait()
+            seen.append(using_reference())
+
+    async def both():
+        first, second = (tuple(asyncio.Event() for _ in range(2)) for _ in range(2))
+        tasks = [asyncio.create_task(inside(*events)) for events in (first, second)]
+        await first[0].wait()
+        await second[0].wait()
+        seen.append(using_reference())
+        for task, events in zip(tasks, (first, second), strict=True):
+            events[1].set()
+            await task
+            seen.append(using_reference())
+
+    asyncio.run(both())
+    assert seen == [False, True, False, True, False] and not using_reference()
+
+
+def test_a_backward_is_where_it_was_begun():
+    """Also in a thread of autograd's, which has no context but what PyTorch takes along."""
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            # As on a GPU: what was stashed is there, and the context is empty.
+            seen.append(contextvars.Context().run(using_reference))
+            return dy
+
+    x = torch.ones((), requires_grad=True)
+    with cgkernels.reference():
+        Look.apply(x).backward()
+        inside = Look.apply(x)
+    inside.backward()
+    (gradient,) = torch.autograd.grad(Look.apply(x) ** 2, x, create_graph=True)
+    with cgkernels.reference():
+        gradient.backward()
+    assert seen == [True, False, False, True] and not using_reference()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_checkpoint_computes_again_by_the_reference(device):
+    x = torch.randn(2, 3, device=device, requires_grad=True)
+
+    def run(x):
+        return add_noise(x, table=TABLE.to(device), t=0, seed=0)[0].square()
+
+    with cgkernels.reference():
+        checkpoint(run, x, use_reentrant=False).sum().backward()
+        (expected,) = torch.autograd.grad(run(x).sum(), x)
+    assert_equal(x.grad, expected)
+
+
 @pytest.mark.parametrize(("module", "label"), every_sample())
 def test_reference_calls_no_op(module, label):
     """Plain PyTorch under autograd, backward included."""
@@ -105,14 +196,3 @@ def test_forward_mode_is_refused_before_anything_is_written():
         with pytest.raises(NotImplementedError, match=r"forward-mode.*cgkernels\.reference\(\)"):
             guided_step_(x, cond, table=table, step=0)
     assert_equal(x, before)
-
-
-@pytest.mark.cuda
-def test_kernels_run_on_the_device_of_their_tensors():
-    """Whatever the current device is."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    with torch.cuda.device(0):
-        z = cgkernels.philox_normal((2, 3), seed=0, step=0, device="cuda:1")
-    assert z.device == torch.device("cuda:1")
-    assert_equal(z.cpu(), cgkernels.philox_normal((2, 3), seed=0, step=0, device="cuda:0").cpu())

@@ -193,13 +193,16 @@ _bwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _AddNoise(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x0: Tensor, table: Tensor, t: Tensor, seed: Tensor, index: Tensor, target: str
-    ) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, table, t, _, _, ctx.target = inputs
         ctx.save_for_backward(table, t)
-        ctx.target = target
-        return _fwd(x0, table, t, seed, index, target)
 
     @staticmethod
     def backward(ctx: Any, dx_t: Tensor, dtarget: Tensor) -> tuple[Tensor | None, ...]:

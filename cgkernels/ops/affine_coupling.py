@@ -426,11 +426,16 @@ _bwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _AffineCoupling(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, params: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        y, params, *ctx.options = inputs
         ctx.save_for_backward(y, params)
-        ctx.options = options
-        return _fwd(y, params, *options)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:

@@ -30,7 +30,7 @@ from cgkernels._triton import tl, triton
 from cgkernels.checks import check_choice, check_float, check_same_device
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.moments import centered_moments, merge_moments
-from cgkernels.rows import compute_dtype
+from cgkernels.rows import channels_last_format, compute_dtype
 
 KERNELS, STRIDES, PADDINGS = (1, 3, 4), (1, 2), (0, 1, 2)
 
@@ -79,8 +79,9 @@ def conv2d_stats_bwd_ref(
     dy = functools.reduce(operator.add, parts).to(x.dtype).expand(y.shape)
     # In half types a GPU accumulates in float32, and a CPU may be slow, or round in between.
     dtype = x.dtype if x.is_cuda else wide
+    dy = dy.to(dtype).contiguous(memory_format=channels_last_format())
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        _channels_last(dy.to(dtype)), x.to(dtype), weight.to(dtype), None, (stride, stride),
+        dy, x.to(dtype), weight.to(dtype), None, (stride, stride),
         (padding, padding), (1, 1), False, (0, 0), 1, (*wanted, False),
     )  # fmt: skip
     return tuple(
@@ -254,15 +255,17 @@ _fwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _Conv2dStats(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var = _fwd(x, weight, stride, padding)
-        ctx.save_for_backward(x, weight, y, mean)
-        ctx.options = stride, padding
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, *ctx.options = inputs
+        ctx.save_for_backward(x, weight, *output[:2])
         ctx.set_materialize_grads(False)  # without statistics in a loss, y is not read for them
-        return y, mean, var
 
     @staticmethod
     def backward(

@@ -292,21 +292,16 @@ _bwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _DiffusionLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        x0: Tensor,
-        table: Tensor,
-        t: Tensor,
-        seed: Tensor,
-        index: Tensor,
-        weight: Tensor,
-        target: str,
-    ) -> Tensor:
-        ctx.save_for_backward(pred, x0, table, t, seed, index, weight)
-        ctx.target = target
-        return _fwd(pred, x0, table, t, seed, index, weight, target)
+    def forward(*args: Any) -> Tensor:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.target = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:

@@ -179,10 +179,15 @@ _fwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _EmbedTokens(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *args: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*args)
+    def forward(*args: Tensor | None) -> Tensor:
         return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -27,7 +27,7 @@ from cgkernels.checks import (
     check_shape,
 )
 from cgkernels.library import define_op, needs_function, using_reference
-from cgkernels.rows import compute_dtype
+from cgkernels.rows import channels_last_format, compute_dtype
 
 
 # 1. Reference -------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def pair_conv2d_bwd_ref(
     to x's dtype.
     """
     dtype = x.dtype if x.is_cuda else compute_dtype(x)
-    layout = torch.channels_last if x.is_cuda else torch.contiguous_format
+    layout = channels_last_format() if x.is_cuda else torch.contiguous_format
     dz = dout.to(dtype)
     if slope != 1:
         dz = torch.ops.aten.leaky_relu_backward(dz, out.to(dtype), slope, True)
@@ -261,21 +261,16 @@ _fwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _PairConv2d(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: int,
-        padding: int,
-        slope: float,
-    ) -> Tensor:
-        out = _fwd(x, y, weight, bias, stride, padding, slope)
-        ctx.save_for_backward(out, x, y, weight, bias)
-        ctx.options = stride, padding, slope
-        return out
+    def forward(*args: Any) -> Tensor:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, weight, bias, *ctx.options = inputs
+        ctx.save_for_backward(output, x, y, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -344,23 +344,20 @@ _fwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _PatchHeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        loss: str | None,
-        target: str | None,
-        padding: int,
-    ) -> Tensor:
-        result, dlogits = _fwd(x, weight, bias, loss, target, padding)
-        ctx.save_for_backward(x, weight, bias, dlogits)
-        ctx.options = loss, target, padding
-        return result
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, dresult: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, *ctx.options = inputs
+        ctx.save_for_backward(x, weight, bias, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dresult: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, bias, dlogits = ctx.saved_tensors
         # Grad mode in a backward means create_graph=True.
         dlogits = None if torch.is_grad_enabled() else dlogits
@@ -437,9 +434,8 @@ def patch_head_loss(
     args = (x, weight, bias, loss, target, padding)
     if using_reference():
         return patch_head_loss_ref(*args)
-    if needs_function(x, weight, bias):
-        return _PatchHeadLoss.apply(*args)
-    return _fwd(*args)[0]
+    run = _PatchHeadLoss.apply if needs_function(x, weight, bias) else _fwd
+    return run(*args)[0]
 
 
 def patch_loss(logits: Tensor, loss: str, target: str) -> Tensor:

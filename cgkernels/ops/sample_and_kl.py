@@ -369,11 +369,16 @@ _bwd = define_op(
 
 # 5. Public function -------------------------------------------------------------------------------
 class _SampleAndKL(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.free_bits = args
-        ctx.save_for_backward(*tensors)
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.free_bits = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:

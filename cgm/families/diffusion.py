@@ -302,7 +302,7 @@ class _Run:
         step: Callable[[], None] = self._step
         if self.options.graph and self.index.is_cuda:
             self._start()
-            step = capture(self._step)
+            step = capture(self._step, self.index.device)
         self._start()
         for _ in range(self.options.steps):
             step()

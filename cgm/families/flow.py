@@ -472,7 +472,7 @@ class _Graph:
         def draw() -> None:
             self.out.copy_(model._generate(*self.inputs))
 
-        self.replay = capture(draw)
+        self.replay = capture(draw, inputs[1].device)
 
     def run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):

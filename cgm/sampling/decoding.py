@@ -163,7 +163,7 @@ class Decoder:
         with _without_autocast(self.index.device):
             steps = self.length - 1
             if self.graph and steps >= _STEPS_PER_GRAPH:
-                replay = capture(self._step, _STEPS_PER_GRAPH)
+                replay = capture(self._step, self.index.device, _STEPS_PER_GRAPH)
                 self._reset()
                 for _ in range(steps // _STEPS_PER_GRAPH):
                     replay()

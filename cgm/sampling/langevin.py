@@ -75,7 +75,7 @@ def langevin(
 
     run: Callable[[], None] = step
     if graph and y.is_cuda:
-        run = capture(step)
+        run = capture(step, y.device)
         y.copy_(start)
         counter.zero_()
     for _ in range(steps):

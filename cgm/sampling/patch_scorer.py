@@ -72,7 +72,7 @@ class PatchScorer:
             self._out = patch_scores(network, *self._inputs, **options)  # type: ignore[arg-type]
 
         score()
-        self._score = capture(score) if x.is_cuda else score
+        self._score = capture(score, x.device) if x.is_cuda else score
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor | list[Tensor]:
         """The scores of images x, or of pairs with y."""

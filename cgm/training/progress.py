@@ -260,7 +260,10 @@ def interruptible() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def fixed_arithmetic(threads: int) -> Iterator[None]:
-    """This many threads, and of cuDNN only algorithms that add in a fixed order."""
+    """This many threads, and of cuDNN only algorithms that add in a fixed order.
+
+    These settings are of the process: trainings in two threads must ask for the same.
+    """
     cudnn = torch.backends.cudnn
     before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
     torch.set_num_threads(threads or before[0])

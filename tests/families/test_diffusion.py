@@ -397,7 +397,7 @@ def test_the_loop_waits_for_nothing(graph):
     with torch.no_grad():
         run = _Run(m, torch.arange(3).cuda(), torch.arange(3).cuda(), seed, options)
         run._start()
-        step = capture(run._step) if graph else run._step
+        step = capture(run._step, run.index.device) if graph else run._step
         step()
         run._start()
         torch.cuda.set_sync_debug_mode("error")

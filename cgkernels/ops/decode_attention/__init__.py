@@ -114,7 +114,9 @@ def decode_attention(
         position: (B, Sq) integer, rows of the tables for the queries and new keys; default:
             their indices in the sequence.
         prefix_k, prefix_v: (P, M, Hkv, D), keys and values stored once for all rows that start with
-            them. On a GPU all rows of a prefix are multiplied with it at once.
+            them. On a GPU all rows of a prefix are multiplied with it at once. With k_new they
+            must be no part of the caches, which are written; and a `clone()` of a cache belongs
+            outside of what torch.compile sees, where Inductor drops it (pytorch#198031).
         prefix_length: (P,) integer, tokens of each prefix; default M.
         prefix_id: (B,) integer, the prefix of each row; may be left out for P = 1.
         left_pad: (B,) integer, slots at the start of a row's cache to skip; default 0.

@@ -107,18 +107,18 @@ _inplace = define_op(
 
 # Public functions ---------------------------------------------------------------------------------
 class _GuidedStep(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, cond: Tensor, uncond: Tensor | None, table: Tensor, step: Tensor,
-        scale: Tensor, log_variance: Tensor | None, h1: Tensor | None, h2: Tensor | None,
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, x0 = _fwd(x, cond, uncond, table, step, scale, log_variance, h1, h2, *rest)
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, cond, uncond, table, step, scale, _, h1, h2, *_, ctx.return_x0 = inputs
         ctx.save_for_backward(x, cond, uncond, table, step, scale, h1, h2)
-        ctx.return_x0 = rest[-1]
         if not ctx.return_x0:
-            ctx.mark_non_differentiable(x0)
-        return out, x0
+            ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dx0: Tensor) -> tuple[Tensor | None, ...]:

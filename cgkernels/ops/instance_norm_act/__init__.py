@@ -127,20 +127,25 @@ _inplace = define_op(
 
 # Public functions ---------------------------------------------------------------------------------
 class _InstanceNormAct(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor | None, second: Tensor | None, *args: Any
+        out: Tensor | None, second: Tensor | None, *args: Any
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         if out is None:
             out, mean, var = _fwd(*args)
         else:  # To autograd they are new: views of a tensor must not be written one after another.
             mean, var = _inplace(out, second, *args)
             out, second = out.detach(), None if second is None else second.detach()
-        x, weight, bias, residual, *ctx.options = args
+        return out, second, mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        (_, _, x, weight, bias, residual, *ctx.options), (*_, mean, var) = inputs, output
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, residual)]
         ctx.mark_non_differentiable(mean, var)
-        return out, second, mean, var
 
     @staticmethod
     def backward(

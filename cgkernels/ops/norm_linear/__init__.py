@@ -90,26 +90,18 @@ _counted = define_op(
 
 # Public function ----------------------------------------------------------------------------------
 class _NormLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        scales: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        norm: str | None,
-        activation: str | None,
-        eps: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, scales, norm_weight, norm_bias, bias)
+    def forward(*args: Any) -> Tensor:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, residual, norm, activation, eps = inputs
+        ctx.save_for_backward(*tensors)
         ctx.options = norm, activation, eps
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return _fwd(
-            x, weight, scales, norm_weight, norm_bias, bias, residual, norm, activation, eps
-        )
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -105,18 +105,17 @@ _bwd = define_op(
 
 # Public functions ---------------------------------------------------------------------------------
 class _SampleLogits(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, uncond: Tensor | None, scale: Tensor | None, temperature: Tensor,
-        top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None, top_p_rule: str,
-        *noise: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        options = (scale, temperature, top_k, top_p, min_p)
-        token, log_prob = _fwd(logits, uncond, *options, top_p_rule, *noise)
-        ctx.save_for_backward(token, logits, uncond, *options)
-        ctx.top_p_rule = top_p_rule
-        ctx.mark_non_differentiable(token)
-        return token, log_prob
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, uncond, *options, ctx.top_p_rule, _, _, _ = inputs
+        ctx.save_for_backward(output[0], logits, uncond, *options)
+        ctx.mark_non_differentiable(output[0])
 
     @staticmethod
     def backward(ctx: Any, dtoken: Tensor, dlog_prob: Tensor) -> tuple[Tensor | None, ...]:
