@@ -58,7 +58,7 @@ def check_int(name: str, value: int, low: int, high: int | None = None) -> None:
 def check_number(name: str, value: float, low: float = -LARGEST, high: float = LARGEST) -> None:
     """Raise unless value is a Python number from low to high; what float32 holds, by default."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and low <= value <= high:
+    if number and low <= value <= high and _fits(value):
         return
     words = {0.0: "that is not negative", SMALLEST: "above 0", -LARGEST: "that is finite"}[low]
     end = " in float32" if high == LARGEST else f" and at most {high}"
@@ -346,7 +346,7 @@ def as_row_values(name: str, value: float | Tensor, rows: int, like: Tensor) -> 
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a floating tensor, got {_shown(value)}")
     most = torch.finfo(dtype).max
-    if not -most <= value <= most:
+    if not (-most <= value <= most and _fits(value)):
         raise ValueError(f"{name} must be finite, as {dtype}, too, got {_shown(value)}")
     return torch.full((), value, dtype=dtype, device=like.device).expand(rows)
 
@@ -417,6 +417,11 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
+def _fits(value: float) -> bool:
+    """Whether PyTorch takes it: of integers those of 64 bits."""
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
+
+
 def _shown(value: object) -> str:
     """A value as messages show it: Python refuses to write out integers of thousands of digits."""
     if isinstance(value, int) and abs(value) > 2**128:
@@ -431,5 +436,5 @@ def _as_device(device: object) -> torch.device:
         raise TypeError(f"{words}, got {device!r}")
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         raise ValueError(f"{words}, got {device!r}") from error

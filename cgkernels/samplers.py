@@ -244,6 +244,11 @@ def make_table(
     check_choice("prediction", prediction, PREDICTIONS)
     check_choice("spacing", spacing, SPACINGS)
     check_choice("variance", variance, VARIANCES)
+    check_number("eta", eta, 0, 1)
+    check_flag(
+        set_alpha_to_one=set_alpha_to_one, constant_stride=constant_stride,
+        clipped_epsilon=clipped_epsilon,
+    )  # fmt: skip
     _check_options(sampler, "ddpm", variance=(variance, "fixed_small"))
     _check_options(
         sampler,
@@ -253,11 +258,6 @@ def make_table(
         constant_stride=(constant_stride, False),
         clipped_epsilon=(clipped_epsilon, False),
     )
-    check_number("eta", eta, 0, 1)
-    check_flag(
-        set_alpha_to_one=set_alpha_to_one, constant_stride=constant_stride,
-        clipped_epsilon=clipped_epsilon,
-    )  # fmt: skip
     check_int("steps", steps, 1, schedule.num_timesteps)
     check_int("steps_offset", steps_offset, 0)
     if clip is not None:

@@ -243,12 +243,12 @@ def test_shared_memory_is_that_of_a_byte(data):
 # Options ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("low", [-checks.LARGEST, 0, checks.SMALLEST])
 def test_numbers(low):
-    for right in (2, 2.0, np.float64(2), 2**64, checks.LARGEST):
+    for right in (2, 2.0, np.float64(2), 2**63 - 1, 2.0**64, checks.LARGEST):
         checks.check_number("eps", right, low)
     for wrong in (None, "2", 2j, True, [2.0], np.float32(2), np.array(2.0), torch.tensor(2.0)):
         with refused(TypeError, "^eps must be a number"):
             checks.check_number("eps", wrong, low)
-    for wrong in (1e308, 10**5000, -(10**5000), float("nan"), float("inf"), -float("inf")):
+    for wrong in (2**63, 1e308, 10**5000, -(10**5000), float("nan"), float("inf"), -float("inf")):
         with refused(ValueError, "^eps must be a number"):
             checks.check_number("eps", wrong, low)
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 def bits(tensor: Tensor) -> bytes:
     """What the tensor holds, NaN and the sign of zero included."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return plain.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def call(function: Callable, arguments: Mapping[str, Any], names: tuple[str, ...] = ()) -> Any:
@@ -37,5 +38,8 @@ def call(function: Callable, arguments: Mapping[str, Any], names: tuple[str, ...
 def is_plain(value: object) -> bool:
     """Whether it is a dense tensor of the CPU, whose values can be compared."""
     return (
-        isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+        isinstance(value, Tensor)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not (value.is_quantized or value.is_nested)
     )

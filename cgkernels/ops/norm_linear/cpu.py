@@ -215,7 +215,9 @@ def pack_weight(weight: Tensor) -> Tensor:
     onednn = _HAS_ONEDNN and weight.device.type == "cpu" and not using_reference()
     if weight.dtype != torch.float32 or not onednn:
         return weight
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    packed = torch.ops.mkldnn._reorder_linear_weight(
+        weight.detach().as_subclass(Tensor).contiguous(), None
+    )
     return packed if _packing_keeps_rows(*weight.shape, torch.get_num_threads()) else weight
 
 
