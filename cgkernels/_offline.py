@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -130,33 +130,97 @@ def problems(compiled: list[KernelReport], launch: Launch) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """What a kernel was asked for, and the IR of Triton that it became."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by their names
+    ir: str
+
+
+def lower_launch(
+    launch: Launch, arch: int, variants: Callable[..., Iterable[tuple[Any, ...]]] = lambda a: [a]
+) -> list[Lowered]:
+    """The first stage of compilation of every kernel that launch.run() launches.
+
+    A kernel's own faults show there, in a tenth of the time. variants: of its positional arguments,
+    each of which is lowered.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set.
+    """
+    lowered: list[Lowered] = []
+
+    def take(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: Any) -> None:
+        for given in variants(args):
+            with mock.patch.object(type(kernel), "_do_compile", _lower):
+                ir = kernel.warmup(*given, grid=grid, **options)
+            arguments = dict(zip(kernel.arg_names, given, strict=False)) | options
+            lowered.append(Lowered(kernel.__name__, grid, arguments, ir))
+
+    with _taking(arch, take, "lowered"):
+        launch.run()
+    return lowered
+
+
+def _lower(
+    kernel: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any,
+    attributes: Any, warmup: bool,
+) -> str:  # fmt: skip
+    """In place of `JITFunction._do_compile`: its first stage alone."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import Language
+
+    kept, _, target, backend, _ = kernel.device_caches[device]
+    context, stages = ir.context(), {}
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = kernel.ASTSource(kernel, signature, constants, attributes).make_ir(
+        target, options, backend.get_codegen_implementation(options), backend.get_module_map(),
+        context,
+    )  # fmt: skip
+    backend.add_stages(stages, options, Language.TRITON)
+    kept[key] = str(stages["ttir"](module, {}))
+    return kept[key]
+
+
 @contextlib.contextmanager
 def _compiling(arch: int) -> Iterator[list[tuple[Any, tuple[int, ...]]]]:
     """kernel[grid](...) compiles for sm_<arch>; yields the list of (compiled kernel, grid)."""
+    compiled: list[tuple[Any, tuple[int, ...]]] = []
+
+    def take(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: Any) -> None:
+        compiled.append((kernel.warmup(*args, grid=grid, **options), grid))
+
+    with _taking(arch, take, "compiled"):
+        yield compiled
+
+
+@contextlib.contextmanager
+def _taking(arch: int, take: Callable[..., None], stage: str) -> Iterator[None]:
+    """kernel[grid](...) calls take(kernel, grid, args, options), where Triton sees an sm_<arch>."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import KernelInterface
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    compiled: list[tuple[Any, tuple[int, ...]]] = []
 
-    def compile_instead(kernel: Any, grid: tuple[int, ...]) -> Any:
-        def warm_up(*args: Any, **kwargs: Any) -> None:
-            compiled.append((kernel.warmup(*args, grid=grid, **kwargs), grid))
-
-        return warm_up
+    def take_instead(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: take(kernel, grid, args, options)
 
     driver = types.SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        get_current_device=lambda: f"sm_{arch}",  # the key under which kernels are kept
+        get_current_device=lambda: f"sm_{arch}, {stage}",  # the key under which kernels are kept
         get_current_stream=lambda device: 0,
     )
     with (
         mock.patch.object(triton.runtime.driver, "_active", driver),
-        mock.patch.object(KernelInterface, "__getitem__", compile_instead),
+        mock.patch.object(KernelInterface, "__getitem__", take_instead),
     ):
-        yield compiled
+        yield
 
 
 def _read(kernel: Any, grid: tuple[int, ...], vector_bits: int) -> KernelReport:

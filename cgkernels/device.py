@@ -148,7 +148,7 @@ def exp_of(x):
     For x <= 0 in the bits of `random.exp_of`, where it is launched with enable_fp_fusion=False.
     x = n ln 2 + r, and e^r = 1 + r + r^2 P(r).
     """
-    x = tl.maximum(x, -88.0)
+    x = tl.maximum(x, -88.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(x * 1.4426950216293335 + 0.5)
     r = (x - n * 0.693145751953125) - n * 1.4286068203094172e-06
     p = r * 0.0013814539415761828 + 0.00836874544620514
@@ -157,6 +157,21 @@ def exp_of(x):
     p = p * r + 0.4999999403953552
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return (r * r * p + r + 1.0) * power
+
+
+@triton.jit
+def expm1_and_minus(x):
+    """e^x - 1 and e^x - 1 - x, which cancel near 0: there by the series x^2 / 2 + x^3 / 6 + .."""
+    p = tl.fma(x, 2.755731922398589e-07, 2.7557319223985893e-06)  # 1 / 10!, 1 / 9!
+    p = tl.fma(x, p, 2.48015873015873e-05)
+    p = tl.fma(x, p, 0.0001984126984126984)
+    p = tl.fma(x, p, 0.001388888888888889)
+    p = tl.fma(x, p, 0.008333333333333333)
+    p = tl.fma(x, p, 0.041666666666666664)
+    p = tl.fma(x, p, 0.16666666666666666)
+    p = tl.fma(x, p, 0.5) * (x * x)
+    near, power = tl.abs(x) < 1, tl.exp(x) - 1
+    return tl.where(near, x + p, power), tl.where(near, p, power - x)
 
 
 @triton.jit

@@ -22,7 +22,16 @@ import math
 import torch
 from torch import Tensor
 
-from cgkernels.checks import as_index, as_seed, as_step
+from cgkernels.checks import (
+    FLOATS,
+    as_index,
+    as_seed,
+    as_step,
+    check_dtype,
+    check_int,
+    check_noise_size,
+    check_sizes,
+)
 
 # The purpose of a number: part of its counter, so that no two uses share numbers.
 STREAM_INITIAL = 0  # the state from which a sampler starts
@@ -40,6 +49,7 @@ STREAM_PENALTY = 11  # gradient penalties: places between real and drawn
 STREAM_MEASURES = 12  # measures of samples: which rows they take
 
 _MASK = 0xFFFFFFFF
+_FLOATS = (*FLOATS, torch.float64)
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -77,12 +87,13 @@ def uniform(
     *,
     seed: int | Tensor,
     index: Tensor | None = None,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     stream: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Uniforms of shape (B, *event), always inside (0, 1); arguments as in `normal`."""
+    check_dtype(dtype, _FLOATS)
     numbers, n = _event_words(shape, seed, index, step, stream, device)
     u = torch.stack([(w.double() + 0.5) * 2.0**-32 for w in numbers], -1).flatten(1)[:, :n]
     # Rounding to a narrower dtype must reach neither 0 nor 1.
@@ -96,7 +107,7 @@ def normal(
     *,
     seed: int | Tensor,
     index: Tensor | None = None,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     stream: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -104,8 +115,13 @@ def normal(
     """Standard normals of shape (B, *event), contiguous: the definition of `philox_normal`.
 
     seed: int or one-element int64 tensor. index: (B,) int64 numbers of the samples, default
-    0 .. B - 1. step: int or integer tensor () or (B,), in [0, 2^24).
+    0 .. B - 1. step: int or integer tensor () or (B,), in [0, 2^24): what must change, where seed
+    and index stay, from draw to draw. stream: the purpose, 0 .. 255. device: of what is made, where
+    seed and index are no tensors; else theirs. No default dtype and no autocast changes a number.
+
+    Raises ValueError or TypeError for an argument that does not fit, by name.
     """
+    check_dtype(dtype, _FLOATS)
     numbers, n = _event_words(shape, seed, index, step, stream, device)
     z = torch.stack([*_box_muller(*numbers[:2]), *_box_muller(*numbers[2:])], -1)
     z = z.flatten(1)[:, :n]
@@ -119,7 +135,7 @@ def exponential(
     *,
     seed: int | Tensor,
     index: Tensor | None = None,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     stream: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -129,6 +145,7 @@ def exponential(
     They lie in [2^-33, 22.9], and keep their full relative precision at the small end, where u is
     next to 1. -ln of one is a Gumbel variable.
     """
+    check_dtype(dtype, (torch.float32, torch.float64))
     numbers, n = _event_words(shape, seed, index, step, stream, device)
     w = torch.stack(numbers, -1).flatten(1)[:, :n]
     if dtype == torch.float64:
@@ -189,7 +206,12 @@ def _event_words(
     device: torch.device | str | None,
 ) -> tuple[Words, int]:
     """Words for all elements of each sample, four (B, quads), and how many elements it has."""
+    check_sizes("shape", shape)
+    check_noise_size("shape", tuple(shape))
+    check_int("stream", stream, 0, 255)
     rows, n = shape[0], math.prod(shape[1:])
+    if device is None and isinstance(index, Tensor):
+        device = index.device
     seed, device = as_seed(seed, device)
     index = as_index(index, rows, device)
     step = as_step("step", step, rows, device, 2**24)

@@ -35,6 +35,17 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def lies_apart(x: Tensor, tokens: int) -> bool:
+    """Whether vectors along the last dimension of x lie dense and do not overlap.
+
+    But for equal ones; not along the dimension of tokens, whose matrices libraries multiply. What
+    PyTorch's attention for CPUs relies upon, and does not look at.
+    """
+    *others, dense = x.stride()
+    width = x.shape[-1]
+    return dense == 1 and others[tokens] >= width and all(s == 0 or s >= width for s in others)
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format that is nearest to the strides of x (N, C, H, W)."""
     pixel = x.stride(3) if x.shape[3] > 1 else x.stride(2)

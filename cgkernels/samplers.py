@@ -25,6 +25,7 @@ Euler's methods are usually written for the state x / alpha, which has to be sca
 enters the network. Here the state is x for every sampler, and enters the network as it is.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cgkernels.checks import check_choice
+from cgkernels.checks import (
+    SMALLEST,
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+)
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m")
@@ -45,6 +52,12 @@ WEIGHTINGS = ("none", "min_snr")
 _EULER = ("euler", "euler_ancestral")
 _BETA_RANGES = {"linear": (1e-4, 0.02), "scaled_linear": (8.5e-4, 0.012), "sigmoid": (1e-4, 0.02)}
 
+# Above this share of the data in x at the first timestep, beside that at the last one of training,
+# a loop that starts from noise alone is off by as much of the mean.
+_MOST_SHARE_LEFT = 0.1
+
+_MOST_TIMESTEPS = 2**24  # steps that the noise contract can number
+
 _Array = npt.NDArray[np.float64]
 
 
@@ -55,13 +68,15 @@ _Array = npt.NDArray[np.float64]
 class Schedule:
     """The noise levels of T training timesteps.
 
-    Raises ValueError unless A_t falls strictly, from below 1 to 0 or above.
+    Raises ValueError or TypeError unless A_t falls strictly, from below 1 to 0 or above.
     """
 
     alphas_cumprod: _Array  # A_t, (T,) float64
 
     def __post_init__(self) -> None:
         levels = self.alphas_cumprod
+        if not isinstance(levels, np.ndarray):
+            raise TypeError(f"alphas_cumprod must be an array, got {type(levels).__name__}")
         if levels.ndim != 1 or levels.size == 0 or levels.dtype != np.float64:
             raise ValueError(
                 f"alphas_cumprod must be (T,) float64, got {levels.shape} {levels.dtype}"
@@ -92,8 +107,7 @@ class Schedule:
         """
         check_choice("prediction", prediction, PREDICTIONS)
         check_choice("weighting", weighting, WEIGHTINGS)
-        if not gamma > 0:
-            raise ValueError(f"gamma must be positive, got {gamma}")
+        check_number("gamma", gamma, SMALLEST)
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         if weighting == "none":
             weights = np.ones_like(snr)
@@ -129,10 +143,8 @@ def make_schedule(
     arXiv:2305.08891, algorithm 1
     """
     check_choice("name", name, SCHEDULES)
-    if num_timesteps < 1 + zero_terminal_snr:
-        raise ValueError(
-            f"num_timesteps must be at least {1 + zero_terminal_snr}, got {num_timesteps}"
-        )
+    check_flag(zero_terminal_snr=zero_terminal_snr)
+    check_int("num_timesteps", num_timesteps, 1 + zero_terminal_snr, _MOST_TIMESTEPS)
     if name == "cosine":
         if beta_start is not None or beta_end is not None:
             raise ValueError(
@@ -144,6 +156,8 @@ def make_schedule(
     else:
         first = _BETA_RANGES[name][0] if beta_start is None else beta_start
         last = _BETA_RANGES[name][1] if beta_end is None else beta_end
+        check_number("beta_start", first)
+        check_number("beta_end", last)
         if not 0 < first <= last < 1:
             raise ValueError(f"beta_start and beta_end must rise in (0, 1), got {first} and {last}")
         if name == "linear":
@@ -153,6 +167,11 @@ def make_schedule(
         else:
             betas = first + (last - first) / (1 + np.exp(-np.linspace(-6, 6, num_timesteps)))
     levels = np.cumprod(1 - betas)
+    if not (levels[0] < 1 and (np.diff(levels) < 0).all()):
+        raise ValueError(
+            f"num_timesteps must be fewer, or beta_start and beta_end other ones, for levels that "
+            f"float64 tells apart, got {num_timesteps} timesteps of {name}"
+        )
     if zero_terminal_snr:
         root = np.sqrt(levels)
         levels = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
@@ -212,11 +231,16 @@ def make_table(
     clipped_epsilon   ddim only: if True, eps follows from the clipped x0, as in all other
                       samplers; if False, from x and the network's output, as in diffusers
 
-    The last step adds no noise. Raises ValueError for an unknown name, for steps or timesteps
-    outside of the schedule, for an option that the sampler does not take, and for epsilon
-    prediction at a timestep with A_t = 0, where epsilon says nothing about x0.
+    The last step adds no noise. A loop starts from noise alone: where the first timestep lies
+    well below the last one of training, as with leading where S does not divide T or is small,
+    samples are off (arXiv:2305.08891), and a warning says which steps fit. Raises ValueError or
+    TypeError for an argument that does not fit, by name: for steps or timesteps outside of the
+    schedule, for an option that the sampler does not take, and for epsilon prediction at a timestep
+    with alpha_t = 0 in float32, where epsilon says nothing about x0.
     """
     check_choice("sampler", sampler, SAMPLERS)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
     check_choice("prediction", prediction, PREDICTIONS)
     check_choice("spacing", spacing, SPACINGS)
     check_choice("variance", variance, VARIANCES)
@@ -229,16 +253,26 @@ def make_table(
         constant_stride=(constant_stride, False),
         clipped_epsilon=(clipped_epsilon, False),
     )
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
-    if clip is not None and not clip[0] < clip[1]:
-        raise ValueError(f"clip must be (lowest, highest) or None, got {clip}")
+    check_number("eta", eta, 0, 1)
+    check_flag(
+        set_alpha_to_one=set_alpha_to_one, constant_stride=constant_stride,
+        clipped_epsilon=clipped_epsilon,
+    )  # fmt: skip
+    check_int("steps", steps, 1, schedule.num_timesteps)
+    check_int("steps_offset", steps_offset, 0)
+    if clip is not None:
+        pair = isinstance(clip, tuple | list) and len(clip) == 2
+        if not pair or not all(isinstance(end, int | float) for end in clip):
+            raise TypeError(f"clip must be (lowest, highest) or None, got {clip!r}")
+        if not clip[0] < clip[1]:
+            raise ValueError(f"clip must be (lowest, highest) or None, got {clip!r}")
     if steps_offset != 0 and spacing != "leading":
         raise ValueError(f"steps_offset must be 0 for {spacing}, got {steps_offset}")
 
     t = _timesteps(sampler, schedule.num_timesteps, steps, spacing, steps_offset)
+    _warn_of_low_start(sampler, schedule, steps, spacing, steps_offset)
     now, after = _levels(schedule.alphas_cumprod, t, set_alpha_to_one, constant_stride)
-    if prediction == "epsilon" and now[0] == 0:
+    if prediction == "epsilon" and np.sqrt(now[0]) < np.finfo(np.float32).tiny:
         raise ValueError(
             f"prediction must be x0 or v where A_t = 0 (zero terminal SNR, t = {t[0]}), got epsilon"
         )
@@ -270,7 +304,7 @@ def make_table(
         b5[:-1] = 1
         # the smaller variance is 0 in the last step, which does not use it
         log_var_min[:] = np.log(np.maximum((sigma_next / sigma) ** 2 * beta, 1e-20))
-        log_var_max[:] = np.log(beta)
+        log_var_max[:] = np.log(np.maximum(beta, 1e-20))
 
     # As in diffusers: Euler's methods start from sigma z, except for leading timesteps, which
     # start lower, where x0 has a noticeable share of the variance
@@ -284,11 +318,14 @@ def make_table(
     )
 
 
+def _points(sampler: str, steps: int, spacing: str) -> int:
+    """Timesteps that are made, of which dpmpp_2m may drop the lowest."""
+    return steps + 1 if sampler == "dpmpp_2m" and spacing != "trailing" else steps
+
+
 def _timesteps(sampler: str, total: int, steps: int, spacing: str, offset: int) -> npt.NDArray[Any]:
     """The timesteps (S,), from the noisiest down."""
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be from 1 to {total}, the schedule's timesteps, got {steps}")
-    count = steps + 1 if sampler == "dpmpp_2m" and spacing != "trailing" else steps
+    count = _points(sampler, steps, spacing)
     t: npt.NDArray[Any]
     if spacing == "leading":
         t = np.arange(count)[::-1] * (total // count) + offset
@@ -308,6 +345,41 @@ def _timesteps(sampler: str, total: int, steps: int, spacing: str, offset: int) 
             f"got {offset}"
         )
     return t
+
+
+def _warn_of_low_start(
+    sampler: str, schedule: Schedule, steps: int, spacing: str, offset: int
+) -> None:
+    """A warning, if the first timestep is well below T - 1, of which numbers of steps fit.
+
+    It is so if another step of the same stride would fit, or much more of the data is left in x.
+    """
+    total, share = schedule.num_timesteps, np.sqrt(schedule.alphas_cumprod)
+
+    def first(steps: int) -> int:
+        return int(_timesteps(sampler, total, steps, spacing, offset)[0])
+
+    def fits(steps: int) -> bool:
+        try:
+            highest = first(steps)
+        except ValueError:  # beyond the schedule
+            return False
+        stride = total // _points(sampler, steps, spacing)
+        ends = spacing != "leading" or highest + 2 * stride > total
+        return ends and bool(share[highest] <= share[-1] + _MOST_SHARE_LEFT)
+
+    if fits(steps):
+        return
+    fewer = next(filter(fits, range(steps - 1, 0, -1)), None)
+    more = next(filter(fits, range(steps + 1, total + 1)), None)
+    nearest = " or ".join(str(n) for n in (fewer, more) if n)
+    warnings.warn(
+        f"steps = {steps} with {spacing} spacing starts at timestep {first(steps)} of 0 to "
+        f"{total - 1}, where x still has {share[first(steps)]:.2g} of the data, but the loop "
+        f"starts from noise alone: samples are off by as much. What fits is spacing trailing"
+        + (f", or {nearest} steps" if nearest else ""),
+        stacklevel=3,
+    )
 
 
 def _levels(

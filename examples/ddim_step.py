@@ -37,7 +37,7 @@ def sample(
     """The loop with the op: x (rows, 3, 8, 8) from noise to data."""
     plan = make_table("ddim", schedule, steps=steps, eta=eta)
     table, levels = plan.table.float(), schedule.training_table()[plan.timesteps]
-    x = philox_normal((rows, 3, 8, 8), seed=0, index=index, stream=STREAM_INITIAL)
+    x = philox_normal((rows, 3, 8, 8), seed=0, index=index, step=0, stream=STREAM_INITIAL)
     for step, (alpha, sigma) in enumerate(levels):
         cond, uncond = denoiser(x, 2.0, alpha, sigma), denoiser(x, 0.0, alpha, sigma)
         x = guided_step(
@@ -53,7 +53,7 @@ def sample_plain(
     timesteps = make_table("ddim", schedule, steps=steps, eta=eta).timesteps
     levels = torch.from_numpy(schedule.alphas_cumprod)[timesteps]  # A_t, float64
     following = torch.cat([levels[1:], torch.ones(1)])
-    x = philox_normal((rows, 3, 8, 8), seed=0, index=index, stream=STREAM_INITIAL)
+    x = philox_normal((rows, 3, 8, 8), seed=0, index=index, step=0, stream=STREAM_INITIAL)
     for step, (now, after) in enumerate(zip(levels, following, strict=True)):
         alpha, sigma = now.sqrt().float(), (1 - now).sqrt().float()
         cond, uncond = denoiser(x, 2.0, alpha, sigma), denoiser(x, 0.0, alpha, sigma)

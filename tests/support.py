@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import sys
@@ -261,6 +262,46 @@ def op_calls(sample: Sample) -> list[OpCall]:
                 gradients = [make(i, out) for i, out in enumerate(outputs)]
                 torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
     return recorder.calls
+
+
+# What is not finite -------------------------------------------------------------------------------
+def spoiled(tensors: dict[Any, Tensor]) -> Iterator[tuple[str, Any, Tensor]]:
+    """(words, key, the tensor with one value that is not finite), of each floating tensor.
+
+    NaN, inf and -inf, of which each tensor has another first, another in the middle and at the end.
+    """
+    for turn, (key, tensor) in enumerate(tensors.items()):
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        places = {"first": 0, "middle": tensor.numel() // 2, "last": tensor.numel() - 1}
+        for i, (place, number) in enumerate(places.items()):
+            value = (math.nan, math.inf, -math.inf)[(turn + i) % 3]
+            changed = copy.deepcopy(tensor.detach())
+            changed[torch.unravel_index(torch.tensor(number), tensor.shape)] = value
+            yield f"{key}: {value} {place}", key, changed
+
+
+def assert_nothing_hidden(
+    actual: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    words: str,
+    *,
+    exact: bool = True,
+    eps: float | None = None,
+) -> None:
+    """Not finite where expected is not; exact: nowhere else, and elsewhere near it."""
+    for i, (got, true) in enumerate(zip(actual, expected, strict=True)):
+        got, true = got.detach().cpu(), true.detach().cpu()
+        finite = true.isfinite()
+        differ = got.isfinite() != finite if exact else got.isfinite() & ~finite
+        where = f"{words}, result {i}"
+        assert not differ.any(), f"{where}: {got[differ][:3]} for {true[differ][:3]}"
+        if exact:
+            near = 100 * torch.finfo(got.dtype).eps if got.is_floating_point() else 0
+            near = near if eps is None else eps
+            torch.testing.assert_close(
+                got[finite], true[finite], rtol=near, atol=near, msg=lambda m, w=where: f"{w}: {m}"
+            )
 
 
 # Kernels ------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ from torch.autograd.gradcheck import gradcheck, gradgradcheck
 
 import cgkernels
 from cgkernels.library import OPS
-from cgkernels.testing import assert_within_budget, layouts, plain_and_modeled
+from cgkernels.testing import assert_within_budget, float32_normals, layouts, plain_and_modeled
 from tests.support import (
     FLOATS,
     KERNEL_DEVICES,
+    OpCall,
     assert_equal,
     assert_kernels_agree,
+    assert_nothing_hidden,
     compiled,
     every_sample,
     fake_results,
@@ -26,6 +28,7 @@ from tests.support import (
     op_calls,
     op_modules,
     sample_of,
+    spoiled,
 )
 
 samples = pytest.mark.parametrize(("module", "label"), every_sample())
@@ -69,6 +72,33 @@ def test_kernels(module, label, dtype, device):
         results = kernel_results(call, order_seed=1)
         assert_kernels_agree(call, results)
         assert_equal(kernel_results(call, order_seed=2), results)
+
+
+@costly
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_kernels_hide_nothing_that_is_not_finite(module, label, device):
+    """One NaN or infinity in each argument of each op, forward and backward."""
+    calls = {call.name: call for call in op_calls(sample_of(module, label, device=device))[::-1]}
+    for call in calls.values():
+        tensors = {i: a for i, a in enumerate(call.args) if isinstance(a, Tensor)}
+        for words, i, tensor in spoiled(tensors):
+            changed = OpCall(call.op, (*call.args[:i], tensor, *call.args[i + 1 :]))
+            with float32_normals():
+                expected = changed.map(Tensor.cpu).run()
+            run = call.op if tensor.is_cuda else launchers()[call.name]
+            results = changed.results(run, copy.deepcopy(changed.args))
+            name = call.op._schema.arguments[i].name
+            words = f"{call.name}, {name}, {words}"
+            assert_nothing_hidden(results, expected, words, exact=not may_spread(name))
+
+
+def may_spread(name):
+    """Whether results may differ, if only none is finite that must not be.
+
+    Weights of convolutions meet the zeros of a padding in some algorithms, in others not; a
+    variance that is no number comes of an x that is none.
+    """
+    return name in ("weight", "var")
 
 
 @pytest.mark.cuda
@@ -186,6 +216,34 @@ def test_reference_agrees(module, label, dtype):
 
 
 @samples
+def test_nothing_that_is_not_finite_is_hidden(module, label):
+    """One NaN or infinity in each input: results as the reference's, gradients not finite either.
+
+    What passes back through a kink where it is NaN is a convention, even in PyTorch.
+    """
+    sample = sample_of(module, label)
+    for words, name, tensor in spoiled(sample.tensors):
+        changed = sample.replace(**{name: tensor})
+        try:
+            with cgkernels.reference():
+                expected = changed.run(), gradients_of(changed)
+        except ValueError as error:
+            assert str(error).startswith(f"{name} must be finite")
+            continue
+        assert_nothing_hidden(changed.run(), expected[0], words, exact=not may_spread(name))
+        found = gradients_of(changed)
+        assert_nothing_hidden(found, expected[1], f"gradients, {words}", exact=False)
+
+
+def gradients_of(sample):
+    inputs = copy.deepcopy(sample.inputs)
+    wanted = [inputs[name].requires_grad_() for name in sample.differentiable]
+    outputs = [out for out in sample.call(inputs) if out.requires_grad]
+    seeds = [normals(*out.shape, seed=i).to(out) for i, out in enumerate(outputs)]
+    return torch.autograd.grad(outputs, wanted, seeds) if wanted else ()
+
+
+@samples
 def test_float64_stays_float64(module, label):
     results = sample_of(module, label, torch.float64).run()
     assert {out.dtype for out in results if out.is_floating_point()} == {torch.float64}
@@ -235,10 +293,29 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(module, label):
 
 @samples
 def test_layouts(module, label):
-    """Each input of its own in every memory layout gives the same values."""
+    """Each input in every memory layout gives the same values, those of weights and tables, too."""
     sample = sample_of(module, label)
-    results = sample.run()
-    for name in sample.per_row:
-        if isinstance(value := sample.inputs[name], Tensor):
-            for layout in layouts(value).values():
-                torch.testing.assert_close(sample.replace(**{name: layout}).run(), results)
+    results, gradients = sample.run(), gradients_of(sample)
+    for name, value in sample.tensors.items():
+        for layout in layouts(value).values() if name != "counters" else ():  # one memory
+            changed = sample.replace(**{name: layout})
+            torch.testing.assert_close(changed.run(), results, equal_nan=True)
+            torch.testing.assert_close(gradients_of(changed), gradients, equal_nan=True)
+
+
+@samples
+def test_memory_that_overlaps(module, label):
+    """Each input that is only read: rows that are one, or windows of one memory."""
+    sample = sample_of(module, label)
+    for name, value in sample.tensors.items():
+        if name in (*sample.mutates, "table") or not value.is_floating_point() or value.numel() < 2:
+            continue
+        memory = value.flatten()[: 1 + sum(n - 1 for n in value.shape)].clone()
+        one_row = [0] * (value.dim() - 1) + [int(value.dim() > 1)]
+        for strides in (one_row, [1] * value.dim()):
+            overlapping = memory.as_strided(value.shape, strides)
+            changed = sample.replace(**{name: overlapping})
+            alone = sample.replace(**{name: overlapping.contiguous().clone()})
+            torch.testing.assert_close(changed.run(), alone.run(), equal_nan=True)
+            found, true = gradients_of(changed), gradients_of(alone)
+            torch.testing.assert_close(found, true, equal_nan=True)

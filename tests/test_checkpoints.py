@@ -171,13 +171,13 @@ def test_changed_dtype_is_refused(saved):
 
 
 def test_missing_files(saved, tmp_path):
-    with pytest.raises(ValueError, match=rf"nothing/{CONFIG}: cannot be read: No such file"):
+    with pytest.raises(ValueError, match=rf"nothing/{CONFIG}: is missing"):
         load_model(tmp_path / "nothing")
     (saved / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=rf"toy/{WEIGHTS}: is missing"):
         load_model(saved)
     (saved / WEIGHTS).mkdir()
-    with pytest.raises(ValueError, match=rf"toy/{WEIGHTS}: is truncated, damaged or no checkpoint"):
+    with pytest.raises(ValueError, match=rf"toy/{WEIGHTS}: must be a file, is a folder"):
         load_model(saved)
 
 
@@ -283,11 +283,11 @@ def test_a_preset_is_read_as_it_was_saved(diffusion, saved, tmp_path):
         ([], r"sampling must be a JSON object, got \[\]"),
         ({"top_k": 3}, "sampling has top_k, which is none of sampler, steps, guidance"),
         ({"sampler": "heun"}, "sampling.sampler must be one of ddpm, ddim, .*, got 'heun'"),
-        ({"steps": "12"}, "sampling.steps must be of type int, got '12'"),
-        ({"steps": 1.5}, "sampling.steps must be of type int, got 1.5"),
-        ({"steps": True}, "sampling.steps must be of type int, got True"),
-        ({"guidance": None}, "sampling.guidance must be of type float, got None"),
-        ({"clip": 0}, "sampling.clip must be of type bool, got 0"),
+        ({"steps": "12"}, "sampling.steps must be a whole number, got '12'"),
+        ({"steps": 1.5}, "sampling.steps must be a whole number, got 1.5"),
+        ({"steps": True}, "sampling.steps must be a whole number, got True"),
+        ({"guidance": None}, "sampling.guidance must be a number, got None"),
+        ({"clip": 0}, "sampling.clip must be True or False, got 0"),
     ],
 )
 def test_a_preset_that_does_not_fit_names_the_file(diffusion, tmp_path, preset, words):

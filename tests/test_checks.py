@@ -1,10 +1,17 @@
 """Argument errors: each check by itself; what the public functions refuse is in tests/ops."""
 
+import itertools
+import operator
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cgkernels import checks
+from cgkernels.memory import Memory, overlaps_itself
 
 META = torch.device("meta")
 
@@ -184,7 +191,85 @@ def test_integers_of_a_shape_in_a_range():
         checks.check_integers("n", torch.tensor([0, 1], device="meta"), (2,), device, 0, 4)
 
 
+# What is written ----------------------------------------------------------------------------------
 def test_what_is_written_shares_no_memory_with_itself():
-    checks.check_writable(x=torch.zeros(2, 3).T, y=torch.zeros(1, 3).expand(1, 3))
+    checks.check_writable({"x": torch.zeros(2, 3).T, "y": torch.zeros(1, 3).expand(1, 3)}, {})
     with refused(ValueError, "x must not be expanded"):
-        checks.check_writable(x=torch.zeros(1, 3).expand(2, 3))
+        checks.check_writable({"x": torch.zeros(1, 3).expand(2, 3)}, {})
+    with refused(ValueError, "x must not overlap itself"):
+        checks.check_writable({"x": torch.zeros(9).as_strided((3, 3), (2, 1))}, {})
+    with torch.inference_mode():
+        made = torch.zeros(3)
+        checks.check_writable({"x": made}, {})
+    with refused(ValueError, "x must not be an inference tensor"):
+        checks.check_writable({"x": made}, {})
+
+
+def test_what_is_written_shares_no_memory_with_another_argument():
+    whole = torch.zeros(2, 6, 4)
+    checks.check_writable({"x": whole[:, :2], "y": whole[:, 2:4]}, {"z": whole[:, 4:], "s": 1.0})
+    checks.check_writable({"x": whole[..., ::2]}, {"y": whole[..., 1::2], "z": whole.to(META)})
+    checks.check_writable({"x": whole[:, :0], "y": whole}, {"z": None})
+    with refused(ValueError, "y must not share memory with x, which is written"):
+        checks.check_writable({"x": whole[:, :3], "y": whole[:, 2:4]}, {})
+    with refused(ValueError, "z must not share memory with x, which is written"):
+        checks.check_writable({"x": whole[..., ::2]}, {"z": whole.view(torch.int16)[:1, :1, 4]})
+
+
+@given(st.data())
+def test_shared_memory_is_that_of_a_byte(data):
+    """Against the bytes of all elements, one by one."""
+    buffer = torch.zeros(400)
+
+    def view():
+        shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
+        strides = [data.draw(st.sampled_from([0, 1, 2, 3, 5, 8, 12, 24])) for _ in shape]
+        base = data.draw(st.sampled_from([buffer, buffer.view(torch.int16)]))
+        return base.as_strided(shape, strides, data.draw(st.integers(0, 60)))
+
+    def taken(tensor):
+        start = tensor.storage_offset() * tensor.itemsize
+        at = [
+            start + tensor.itemsize * sum(map(operator.mul, place, tensor.stride()))
+            for place in itertools.product(*map(range, tensor.shape))
+        ]
+        return {a + byte for a in at for byte in range(tensor.itemsize)}
+
+    a, b = view(), view()
+    assert Memory(a).meets(b) == (not taken(a).isdisjoint(taken(b)))
+    assert overlaps_itself(a) or len(taken(a)) == a.numel() * a.itemsize
+
+
+# Options ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("low", [-checks.LARGEST, 0, checks.SMALLEST])
+def test_numbers(low):
+    for right in (2, 2.0, np.float64(2), 2**64, checks.LARGEST):
+        checks.check_number("eps", right, low)
+    for wrong in (None, "2", 2j, True, [2.0], np.float32(2), np.array(2.0), torch.tensor(2.0)):
+        with refused(TypeError, "^eps must be a number"):
+            checks.check_number("eps", wrong, low)
+    for wrong in (1e308, 10**5000, -(10**5000), float("nan"), float("inf"), -float("inf")):
+        with refused(ValueError, "^eps must be a number"):
+            checks.check_number("eps", wrong, low)
+
+
+def test_numbers_that_are_divided_by():
+    checks.check_number("limit", 80, checks.SMALLEST, 80)
+    for wrong in (0, 1e-320, -1, 80.1):
+        with refused(ValueError, f"^limit must be a number above 0 and at most 80, got {wrong}"):
+            checks.check_number("limit", wrong, checks.SMALLEST, 80)
+
+
+@pytest.mark.parametrize("wrong", [None, "2", 2.0, 2j, True, np.int64(2), torch.tensor(2)])
+def test_ints_and_flags(wrong):
+    checks.check_int("window", 10**5000, 1)
+    checks.check_flag(over_batch=False)
+    with refused(TypeError, "^window must be an int"):
+        checks.check_int("window", wrong, 1)
+    with refused(ValueError, "^window must be an int of at least 1, got 0"):
+        checks.check_int("window", 0, 1)
+    with refused(ValueError, "^stride must be one of 1, 2, got"):
+        checks.check_choice("stride", wrong, (1, 2))
+    if wrong is not True:
+        with refused(TypeError, "^over_batch must be True or False"):
+            checks.check_flag(over_batch=wrong)

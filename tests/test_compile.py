@@ -93,7 +93,7 @@ def test_exports_with_a_batch_of_any_size():
 
     class Model(torch.nn.Module):
         def forward(self, x, cond, index):
-            z = philox_normal(tuple(x.shape), seed=4, index=index)
+            z = philox_normal(tuple(x.shape), seed=4, index=index, step=0)
             return guided_step(x + z, cond, table=table, step=2, seed=4, index=index)
 
     def inputs(batch):
@@ -117,7 +117,7 @@ def test_inductor():
         t = torch.tensor([1, 0, 1])
         x_t, _ = add_noise(x0, table=noise, t=t, seed=3)
         x = guided_step(x_t, weight * x_t, x_t.tanh(), table=table, step=1, scale=2.0, seed=3)
-        x = x + philox_normal(tuple(x.shape), seed=3)
+        x = x + philox_normal(tuple(x.shape), seed=3, step=0)
         state = x.detach().clone()
         guided_step_(state, x.detach(), table=table, step=0, seed=4)
         return diffusion_loss(x, x0, table=noise, t=t, seed=3, target="v"), state

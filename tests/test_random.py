@@ -104,12 +104,14 @@ def test_the_last_step_does_not_run_into_the_next_stream(stream):
 )
 def test_seeds_are_64_bits_however_written(seed, same):
     shape = (2, 6)
-    assert_equal(normal(shape, seed=seed, stream=0), normal(shape, seed=same, stream=0))
+    assert_equal(
+        normal(shape, seed=seed, step=0, stream=0), normal(shape, seed=same, step=0, stream=0)
+    )
 
 
 def test_every_bit_of_seed_and_index_counts():
     def first(seed, index):
-        return normal((1, 1), seed=seed, index=integers(index), stream=0).item()
+        return normal((1, 1), seed=seed, index=integers(index), step=0, stream=0).item()
 
     seeds = {first(2**bit, 0) for bit in range(64)}
     # The sign bit by its negative value: 2^63 is no int64.
@@ -121,7 +123,7 @@ def test_every_bit_of_seed_and_index_counts():
 @functools.cache
 def many_normals(seed=0):
     """2^22 normals of 64 samples, in float64; not to be written to."""
-    return normal((64, MANY // 64), seed=seed, stream=0, dtype=torch.float64)
+    return normal((64, MANY // 64), seed=seed, step=0, stream=0, dtype=torch.float64)
 
 
 def assert_standard_score(value, limit=4.5):
@@ -156,7 +158,7 @@ def test_chi_square_of_equiprobable_bins():
 def test_tails():
     """Counts beyond 3, 4 and 5 in 2^24 draws."""
     magnitudes = [
-        normal((64, MANY // 64), seed=seed, stream=0).abs() for seed in range(4)
+        normal((64, MANY // 64), seed=seed, step=0, stream=0).abs() for seed in range(4)
     ]  # float32 halves the time
     for limit in (3.0, 4.0, 5.0):
         count = sum(int((m > limit).sum()) for m in magnitudes)
@@ -166,7 +168,7 @@ def test_tails():
 
 def test_tails_are_not_cut():
     """Beyond 5.678, where Triton's own normals end: a draw found by a search of 1.3e9."""
-    z = normal((1, 1024), seed=0, index=integers(854929), stream=0)
+    z = normal((1, 1024), seed=0, index=integers(854929), step=0, stream=0)
     assert z[0, 957] == z.max() > 6.34
     smallest, straight = integers(0), integers(0)
     assert random._box_muller(smallest, straight)[0].item() == pytest.approx(
@@ -175,7 +177,7 @@ def test_tails_are_not_cut():
 
 
 def test_uniforms():
-    u = uniform((64, 2**14), seed=0, stream=4, dtype=torch.float64)
+    u = uniform((64, 2**14), seed=0, step=0, stream=4, dtype=torch.float64)
     n = u.numel()
     assert_standard_score((u.mean() - 0.5) / math.sqrt(1 / 12 / n))
     assert_standard_score((u.square().mean() - 1 / 3) / math.sqrt(4 / 45 / n))
@@ -186,11 +188,11 @@ def test_uniforms():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_uniforms_are_inside_0_and_1(dtype, monkeypatch):
-    u = uniform((4, 2**16), seed=0, stream=4, dtype=dtype)
+    u = uniform((4, 2**16), seed=0, step=0, stream=4, dtype=dtype)
     assert u.dtype == dtype and ((u > 0) & (u < 1)).all()
     edges = tuple(integers(w).expand(1, 1) for w in (0, 1, 2**32 - 2, 2**32 - 1))
     monkeypatch.setattr(random, "words", lambda *args, **kwargs: edges)
-    u = uniform((1, 4), seed=0, stream=4, dtype=dtype)
+    u = uniform((1, 4), seed=0, step=0, stream=4, dtype=dtype)
     assert ((u > 0) & (u < 1)).all()
 
 
@@ -224,7 +226,7 @@ def test_the_two_normals_of_a_pair_are_independent():
 
 def test_samples_are_independent():
     near = integers(*range(32), *(2**32 * draw for draw in range(1, 33)))
-    assert_uncorrelated(normal((64, 4096), seed=0, index=near, stream=0))
+    assert_uncorrelated(normal((64, 4096), seed=0, index=near, step=0, stream=0))
 
 
 def test_steps_are_independent():
@@ -233,8 +235,8 @@ def test_steps_are_independent():
 
 
 def test_streams_and_seeds_are_independent():
-    streams = [normal((1, 4096), seed=0, stream=stream) for stream in range(32)]
-    seeds = [normal((1, 4096), seed=seed, stream=0) for seed in range(1, 33)]
+    streams = [normal((1, 4096), seed=0, step=0, stream=stream) for stream in range(32)]
+    seeds = [normal((1, 4096), seed=seed, step=0, stream=0) for seed in range(1, 33)]
     assert_uncorrelated(torch.cat(streams + seeds))
 
 
@@ -243,16 +245,17 @@ def test_streams_and_seeds_are_independent():
 @pytest.mark.parametrize("draw", [normal, uniform])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_shapes_and_dtypes(draw, shape, dtype):
-    out = draw(shape, seed=1, stream=2, dtype=dtype)
+    out = draw(shape, seed=1, step=0, stream=2, dtype=dtype)
     assert out.shape == shape and out.dtype == dtype and out.is_contiguous()
-    wide = draw(shape, seed=1, stream=2, dtype=torch.float64)
+    wide = draw(shape, seed=1, step=0, stream=2, dtype=torch.float64)
     torch.testing.assert_close(out.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 def test_elements_count_in_logical_order():
     """The first elements are the same in every event that has them."""
     assert_equal(
-        normal((2, 3, 4), seed=0, stream=0).flatten(1), normal((2, 14), seed=0, stream=0)[:, :12]
+        normal((2, 3, 4), seed=0, step=0, stream=0).flatten(1),
+        normal((2, 14), seed=0, step=0, stream=0)[:, :12],
     )
 
 

@@ -1,6 +1,8 @@
 """Samplers against the formulas of their papers, on data for which every moment is known."""
 
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from cgkernels.samplers import (
     make_schedule,
     make_table,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:steps = .* starts at timestep")
 
 # Every sampler, with the options that change its formula.
 CASES = {
@@ -257,7 +261,9 @@ def test_samples_have_the_moments_of_the_paper(case):
     schedule, n = make_schedule(), 50_000
     table = make_table(sampler, schedule, steps=10, prediction="v", **options)
     now, _ = levels_of(schedule, table, options)
-    x = random.normal((n, 4), seed=7, stream=random.STREAM_INITIAL, dtype=torch.float64).numpy()
+    x = random.normal(
+        (n, 4), seed=7, step=0, stream=random.STREAM_INITIAL, dtype=torch.float64
+    ).numpy()
     x = x * table.initial_scale
     log_variance = torch.full((n, 4), LOG_VARIANCE) if case == "ddpm-learned" else None
     for i in range(len(now)):
@@ -410,6 +416,54 @@ def test_timesteps():
         assert table.timesteps.tolist() == list(range(999, -1, -1))
 
 
+def gaussian_samples(steps, spacing, mean=0.3, std=0.5):
+    """Mean and standard deviation of ddim's samples with the exact denoiser of N(mean, std^2)."""
+    schedule = make_schedule("cosine")
+    made = make_table(
+        "ddim", schedule, steps=steps, spacing=spacing, prediction="x0", clipped_epsilon=True
+    )
+    levels = schedule.alphas_cumprod[made.timesteps.numpy()]
+    center, spread = 0.0, 1.0
+    for (b0, b1), a in zip(made.table[:, 2:4].tolist(), levels, strict=True):
+        share = math.sqrt(a) * std**2 / (a * std**2 + 1 - a)  # of x in x0; x0 is linear in x
+        center = b0 * center + b1 * (mean + share * (center - math.sqrt(a) * mean))
+        spread = (b0 + b1 * share) * spread
+    return center, spread
+
+
+def test_a_loop_that_starts_low_is_warned_of_and_off():
+    """T = 1,000: 334 steps of leading spacing have a stride of 2 and start at 666."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps in (100, 333, 500, 1000):
+            assert gaussian_samples(steps, "leading") == pytest.approx((0.3, 0.5), abs=0.03)
+        assert gaussian_samples(334, "trailing") == pytest.approx((0.3, 0.5), abs=0.005)
+    words = "starts at timestep 666 .* trailing, or 333 or 500 steps"
+    with pytest.warns(UserWarning, match=words):
+        assert gaussian_samples(334, "leading") == pytest.approx((0.218, 0.552), abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "steps", "words"),
+    [
+        ("ddpm", "leading", 400, "timestep 798 .* trailing, or 333 or 500 steps"),
+        ("ddim", "leading", 1, "timestep 0 .* trailing, or 18 steps"),
+        ("ddim", "linspace", 1, "timestep 0 .* trailing, or 2 steps"),
+        ("euler", "linspace", 1, "timestep 0 .* trailing, or 2 steps"),
+        ("dpmpp_2m", "leading", 500, "timestep 500 .* trailing, or 499 or 999 steps"),
+        ("dpmpp_2m", "linspace", 1, None),
+        ("ddim", "leading", 30, None),
+        ("ddpm", "trailing", 1, None),
+    ],
+)
+def test_which_loops_start_low(sampler, spacing, steps, words):
+    schedule = make_schedule("cosine")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_table(sampler, schedule, steps=steps, spacing=spacing)
+    assert [re.search(words, str(w.message)) is not None for w in caught] == [True] * bool(words)
+
+
 def test_initial_scale():
     schedule = make_schedule()
     sigma = math.sqrt(1 - schedule.alphas_cumprod[-1])
@@ -439,16 +493,17 @@ def test_zero_terminal_snr():
         ({"prediction": "sample"}, "prediction must be one of epsilon, x0, v"),
         ({"spacing": "even"}, "spacing must be one of leading, linspace, trailing"),
         ({"variance": "small"}, "variance must be one of fixed_small"),
-        ({"steps": 0}, "steps must be from 1 to 1000"),
-        ({"steps": 1001}, "steps must be from 1 to 1000"),
+        ({"steps": 0}, "steps must be an int from 1 to 1000"),
+        ({"steps": 1001}, "steps must be an int from 1 to 1000"),
         ({"sampler": "dpmpp_2m", "steps": 1000, "spacing": "leading"}, "steps must be below 1000"),
         ({"sampler": "dpmpp_2m", "steps": 1000, "spacing": "linspace"}, "steps must be below 1000"),
         ({"spacing": "leading", "steps_offset": 200}, "steps_offset must keep .* 200 to 1100"),
-        ({"spacing": "leading", "steps_offset": -1}, "steps_offset must keep"),
+        ({"spacing": "leading", "steps_offset": -1}, "steps_offset must be an int of at least 0"),
         ({"steps_offset": 1}, "steps_offset must be 0 for trailing, got 1"),
-        ({"eta": 1.5}, "eta must be in"),
-        ({"eta": math.nan}, "eta must be in"),
+        ({"eta": 1.5}, "eta must be a number"),
+        ({"eta": math.nan}, "eta must be a number"),
         ({"clip": (1.0, -1.0)}, "clip must be"),
+        ({"clip": (math.nan, 1.0)}, "clip must be"),
         ({"sampler": "ddpm", "eta": 1.0}, "eta must be 0.0 for ddpm, got 1.0"),
         ({"variance": "fixed_large"}, "variance must be 'fixed_small' for ddim"),
         ({"sampler": "euler", "clipped_epsilon": True}, "clipped_epsilon must be False for euler"),
@@ -460,6 +515,28 @@ def test_wrong_arguments(arguments, message):
     arguments = {"sampler": "ddim", "steps": 10, **arguments}
     with pytest.raises(ValueError, match=message):
         make_table(schedule=make_schedule(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"steps": 2.5}, {"steps": "x"}, {"steps": True}, {"steps": math.nan}, {"steps": None},
+        {"spacing": "leading", "steps_offset": 0.5}, {"eta": "x"}, {"eta": None}, {"eta": True},
+        {"clip": 1.0}, {"clip": (1, 2, 3)}, {"clip": ("a", "b")}, {"set_alpha_to_one": 1},
+        {"constant_stride": None}, {"clipped_epsilon": "no"}, {"schedule": None},
+        {"schedule": "linear"},
+    ],
+)  # fmt: skip
+def test_arguments_of_another_type(arguments):
+    with pytest.raises(TypeError, match=f"^{list(arguments)[-1]} must be "):
+        make_table(**{"sampler": "ddim", "steps": 10, "schedule": make_schedule(), **arguments})
+
+
+def test_no_epsilon_where_float32_has_no_alpha():
+    """Of it 1 / alpha is infinite in the float32 table that a loop runs on."""
+    schedule = Schedule(np.array([0.9, 0.5, 1e-80]))
+    with pytest.raises(ValueError, match="prediction must be x0 or v where A_t = 0"):
+        make_table("ddim", schedule, steps=3)
 
 
 # Schedules
@@ -519,7 +596,7 @@ def test_loss_weights():
         schedule.loss_weights("v", "snr")
     with pytest.raises(ValueError, match="prediction must be one of"):
         schedule.loss_weights("flow")
-    with pytest.raises(ValueError, match="gamma must be positive"):
+    with pytest.raises(ValueError, match="gamma must be a number above 0"):
         schedule.loss_weights("v", "min_snr", gamma=0.0)
 
 
@@ -527,15 +604,20 @@ def test_loss_weights():
     ("arguments", "message"),
     [
         ({"name": "squared"}, "name must be one of linear, scaled_linear, cosine, sigmoid"),
-        ({"num_timesteps": 0}, "num_timesteps must be at least 1"),
-        ({"num_timesteps": 1, "zero_terminal_snr": True}, "num_timesteps must be at least 2"),
+        ({"num_timesteps": 0}, "num_timesteps must be an int from 1 to"),
+        ({"num_timesteps": 10.0}, "num_timesteps must be an int"),
+        ({"num_timesteps": True}, "num_timesteps must be an int"),
+        ({"num_timesteps": 1, "zero_terminal_snr": True}, "num_timesteps must be an int from 2 to"),
+        ({"zero_terminal_snr": "no"}, "zero_terminal_snr must be True or False"),
+        ({"beta_start": "0.1"}, "beta_start must be a number"),
+        ({"beta_end": math.nan}, "beta_end must be a number"),
         ({"name": "cosine", "beta_start": 0.1}, "cosine takes no beta_start"),
         ({"beta_start": 0.0}, "beta_start and beta_end must rise"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start and beta_end must rise"),
     ],
 )
 def test_wrong_schedules(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make_schedule(**arguments)
 
 

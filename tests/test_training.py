@@ -4,9 +4,12 @@ import csv
 import dataclasses
 import io
 import math
+import pickle
 import re
 import signal
+import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -24,7 +27,14 @@ from cgm.families.cyclegan import CycleGAN, CycleGANConfig
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
 from cgm.families.gan import ConditionalGAN, GANConfig, Pix2Pix, Pix2PixConfig
 from cgm.model import FAMILIES, Model, make_model
-from cgm.training import TrainingConfig, TrainingInterrupted, learning_rate, loop, train
+from cgm.training import (
+    TrainingConfig,
+    TrainingInterrupted,
+    learning_rate,
+    loop,
+    progress,
+    train,
+)
 from cgm.training.progress import Log
 from cgm.viz import sample_page
 from cgm.viz.plots import sample_grid
@@ -68,7 +78,7 @@ class Toy(Model):
         self.calls += 1
         self.seen.append(index)
         noise = normal(
-            y.shape, seed=seed, index=index, stream=3, dtype=torch.float32, device=y.device
+            y.shape, seed=seed, index=index, step=0, stream=3, dtype=torch.float32, device=y.device
         )
         out = self.embed(cond) * self.config.inner.gain
         if phase == "second":
@@ -289,10 +299,42 @@ def test_refuses_to_resume_another_run(tmp_path):
     y[0, 0, 0] += 1
     with pytest.raises(ValueError, match=r"training\.safetensors: .*data\.crc32 was"):
         run(out, dataset=toy_data(y), resume=True)
-    changed = dataclasses.replace(CONFIG, batch_size=4, learning_rate=1.0)
-    with pytest.raises(ValueError, match=r"training\.batch_size was 3.*training\.learning_rate"):
+    changed = dataclasses.replace(CONFIG, batch_size=4, beta1=0.5)
+    words = (
+        r"training\.batch_size was 3.*training\.beta1 was 0\.9 and is now 0\.5; what may change on "
+        r"a resume is training\.steps, training\.learning_rate, training\.warmup, training\.decay, "
+    )
+    with pytest.raises(ValueError, match=words):
         run(out, changed, resume=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_resumes_with_another_learning_rate(tmp_path):
+    """Its next step is one of the fresh rate, with the optimizer's moments of the old one."""
+    old = dataclasses.replace(CONFIG, steps=4, decay="constant", warmup=0)
+    model = toy()
+    run(tmp_path / "run", old, model=model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {
+        name: (state(tmp_path / "run")[0][f"optimizer/second/{name}/exp_avg"],
+               state(tmp_path / "run")[0][f"optimizer/second/{name}/exp_avg_sq"])
+        for name in ("mix.weight", "mix.bias")
+    }  # fmt: skip
+    new = dataclasses.replace(old, steps=5, learning_rate=0.25, decay="linear", weight_decay=0.1)
+    resumed = toy()
+    run(tmp_path / "run", new, model=resumed, resume=True)
+    after = state(tmp_path / "run")[0]
+    rate = learning_rate(new, 4)
+    assert rate == pytest.approx(0.25 * (1 - 4 / 5))
+    for name, (mean, square) in moments.items():
+        new_mean = after[f"optimizer/second/{name}/exp_avg"]
+        gradient = (new_mean - 0.9 * mean) / 0.1
+        new_square = 0.999 * square + 0.001 * gradient**2
+        kept = before[name] * (1 - rate * (0.1 if name == "mix.weight" else 0.0))
+        step = (new_mean / (1 - 0.9**5)) / ((new_square / (1 - 0.999**5)).sqrt() + 1e-8)
+        torch.testing.assert_close(
+            dict(resumed.named_parameters())[name], kept - rate * step, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_refuses_a_damaged_state(tmp_path):
@@ -314,6 +356,97 @@ def test_second_ctrl_c_stops_at_once(tmp_path):
         run(tmp_path / "run", on_step=at(6, twice))
     assert state(tmp_path / "run")[1]["step"] == 4
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_saves_and_says_how_to_resume(tmp_path, number):
+    before = [signal.getsignal(n) for n in SIGNALS]
+    with pytest.raises(TrainingInterrupted, match=r"step 5 of 10.*--resume") as caught:
+        run(tmp_path / "run", on_step=at(5, lambda: signal.raise_signal(number)))
+    assert caught.value.signal == number and state(tmp_path / "run")[1]["step"] == 5
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.signal == number
+    run(tmp_path / "whole")
+    run(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", SIGNALS[1:])
+def test_a_second_signal_ends_at_once(tmp_path, number):
+    def twice():
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "run", on_step=at(6, twice))
+    assert caught.value.code == 128 + number and state(tmp_path / "run")[1]["step"] == 4
+
+
+def test_what_is_ignored_stays_ignored(tmp_path):
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(tmp_path / "run", on_step=at(5, lambda: signal.raise_signal(signal.SIGHUP)))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert state(tmp_path / "run")[1]["step"] == 10
+
+
+class Closed(io.StringIO):
+    """An output whose reader goes after so many writes."""
+
+    def __init__(self, writes, error):
+        super().__init__()
+        self.left, self.error = writes, error
+
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "I/O error")])
+@pytest.mark.parametrize("writes", [0, 2])
+def test_a_closed_output_saves(tmp_path, monkeypatch, error, writes):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # rich would close that of pytest
+    monkeypatch.setattr("os.dup2", lambda *a: None)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    config = dataclasses.replace(CONFIG, log_every=1, steps=20)
+    with pytest.raises(TrainingInterrupted, match="--resume") as caught:
+        run(tmp_path / "run", config, console=Console(file=Closed(writes, error)))
+    assert caught.value.signal == 13
+    step = state(tmp_path / "run")[1]["step"]
+    assert step == caught.value.step < 20
+    run(tmp_path / "run", config, resume=True)
+    run(tmp_path / "whole", config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_lines_while_a_step_lasts(tmp_path, monkeypatch):
+    """And what is known of slow steps beforehand."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(loop, "_SLOW", 0.1)
+
+    class Slow(Toy):
+        def loss(self, y, **arguments):
+            time.sleep(0.1)
+            return super().loss(y, **arguments)
+
+    file = io.StringIO()
+    config = dataclasses.replace(CONFIG, steps=2, log_every=100, save_every=100)
+    run(tmp_path / "run", config, model=Slow(ToyConfig()), console=Console(file=file, width=200))
+    lines = file.getvalue().splitlines()
+    assert re.fullmatch(r"a step may take 0:00:0\d, for 3 examples", lines[0])
+    assert "step 1/2: 0 s so far" in lines and "step 2/2: 0 s so far" in lines
+    losses = [line for line in lines if "loss" in line]
+    assert losses[0].startswith("step 1/2  loss ") and re.search(r"0:00:\d\d left$", losses[0])
 
 
 def test_ctrl_c_in_the_last_step_is_a_normal_end(tmp_path):
@@ -442,8 +575,10 @@ def test_log_and_lines(tmp_path):
     file = io.StringIO()
     run(tmp_path / "run", console=Console(file=file, width=40))
     lines = file.getvalue().splitlines()
-    assert len(lines) == 5 and "\x1b" not in file.getvalue()
-    assert lines[0].startswith("step 2/10  loss ") and lines[-1].endswith("0:00:00 left")
+    steps = [line.split("  ")[0] for line in lines if "loss" in line]
+    assert steps[:2] == ["step 1/10", "step 2/10"] and "\x1b" not in file.getvalue()
+    assert {f"step {n}/10" for n in (2, 4, 6, 8, 10)} <= set(steps)
+    assert lines[0].startswith("step 1/10  loss ") and lines[-1].endswith("0:00:00 left")
     rows = log_rows(tmp_path / "run")
     assert list(rows[0]) == [
         "step", "seconds", "learning_rate",
@@ -460,7 +595,11 @@ def test_log_and_lines(tmp_path):
 
 def test_bar_on_a_terminal(tmp_path):
     file = io.StringIO()
-    run(tmp_path / "run", console=Console(file=file, force_terminal=True, width=120))
+    terminal = {"TERM": "xterm"}
+    run(
+        tmp_path / "run",
+        console=Console(file=file, force_terminal=True, width=120, _environ=terminal),
+    )
     assert "━" in file.getvalue() and "step 10/10" in file.getvalue()
 
 

@@ -16,7 +16,8 @@ import cgkernels
 from benchmarks.harness.case import COMPILED, Case, Inputs, Provider
 from benchmarks.harness.ceilings import Call
 from benchmarks.harness.records import OURS
-from cgm.networks.transformer import GPT2, Transformer, TransformerConfig
+from cgm.networks.transformer import Transformer, TransformerConfig
+from cgm.networks.transformers_weights import GPT2
 from cgm.sampling.decoding import generate
 
 
@@ -165,7 +166,7 @@ def _to_gpt2(network: Transformer) -> Any:
     )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(config)
     state = network.state_dict()
-    names = {ours: of_gpt2 for of_gpt2, ours in GPT2.items()}
+    names = {ours: of_gpt2 for ours, (of_gpt2,) in GPT2.items()}
     tensors = {
         "transformer.wte.weight": state["embedding.weight"], "lm_head.weight": state["head.weight"],
         "transformer.wpe.weight": state["positions.weight"],

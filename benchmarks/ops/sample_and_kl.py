@@ -20,10 +20,10 @@ def _inputs(shape, dtype, generator, device, *, prior=False, backward=False) -> 
         both = normal((shape[0], 2 * shape[1], *shape[2:]), dtype, generator, device)
         for name, half in zip(("mean", "log_variance"), both.chunk(2, 1), strict=True):
             made[whose + name] = half.requires_grad_(backward)
-    return made | numbers(generator, device, shape[0])
+    return made | {"step": 0} | numbers(generator, device, shape[0])
 
 
-def _plain(mean, log_variance, seed, index, prior_mean=None, prior_log_variance=None):
+def _plain(mean, log_variance, seed, index, step, prior_mean=None, prior_log_variance=None):
     z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
     log_ratio, square = log_variance.float(), mean.float().square()
     if prior_mean is not None:

@@ -27,6 +27,7 @@ from cgkernels.checks import (
     check_rows,
     check_same_device,
     check_table,
+    warn_of_repeated_noise,
 )
 from cgkernels.device import (
     STREAM_TRAINING,
@@ -57,7 +58,7 @@ def add_noise_ref(
 ) -> tuple[Tensor, Tensor]:
     dtype, alpha, sigma, p0, p1 = _coefficients_ref(x0, table, t, target)
     z = random.normal(
-        tuple(x0.shape), seed=seed, index=index, stream=random.STREAM_TRAINING, dtype=dtype
+        tuple(x0.shape), seed=seed, index=index, step=0, stream=random.STREAM_TRAINING, dtype=dtype
     )
     x = x0.to(dtype)
     return (alpha * x + sigma * z).to(x0.dtype), (p0 * x + p1 * z).to(x0.dtype)
@@ -226,7 +227,10 @@ def add_noise(
         table: (T, 2) float32 on x0's device (float64 with float64 x0): alpha_t, sigma_t.
         t: timestep of each sample, int or integer tensor () or (B,), in [0, T). On a GPU tensor
             this is not checked: rows with a timestep outside the table come out as NaN.
-        seed: 64-bit int or one-element int64 tensor.
+        seed: 64-bit int or one-element int64 tensor. In training seed or index must change from
+            step to step, or a network learns one z by heart: seed=step, or index = row + 2^32 epoch
+            for row the number of a sample in its data set. A warning says so, once, where a line
+            draws for another (B,) t with the same int and no index, while gradients are recorded.
         index: (B,) int64, the number of each sample; default 0 .. B - 1.
         target: "epsilon": z; "x0": x0; "v": alpha z - sigma x0; "flow": z - x0.
 
@@ -236,9 +240,10 @@ def add_noise(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
 
-    Example:
-        >>> table = torch.tensor([[0.8, 0.6]])
-        >>> x_t, z = add_noise(torch.zeros(2, 3), table=table, t=0, seed=0)
+    Example, two steps of training:
+        >>> table, x0 = torch.tensor([[0.8, 0.6]]), torch.zeros(2, 3)
+        >>> for step in range(2):
+        ...     x_t, z = add_noise(x0, table=table, t=torch.tensor([0, 0]), seed=step)
         >>> bool(torch.allclose(x_t, 0.6 * z))
         True
     """
@@ -249,6 +254,8 @@ def add_noise(
     check_table(table, 2)
     check_no_grad("add_noise has no gradient for it; use reference()", table=table)
     check_noise_size("x0", tuple(x0.shape))
+    if isinstance(t, Tensor) and t.dim() and torch.is_grad_enabled():
+        warn_of_repeated_noise("add_noise", seed, index, t)
     t = as_step("t", t, x0.shape[0], x0.device, table.shape[0])
     seed, _ = as_seed(seed, x0.device)
     index = as_index(index, x0.shape[0], x0.device)

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_choice, check_float, check_same_device, check_shape
+from cgkernels.checks import (
+    SMALLEST,
+    check_choice,
+    check_flag,
+    check_float,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.device import (
     block_of_row,
     element_of,
@@ -175,6 +183,12 @@ def _mask_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _shifts(params_ptr, strides, half):  # type: ignore[no-untyped-def]
+    """Where t begins in params."""
+    return params_ptr + tl.full((), half, tl.int64) * strides[1]
+
+
+@triton.jit
 def _exp(x, y_ptr):  # type: ignore[no-untyped-def]
     """e^x for y: what is rounded to a half type needs no more than the GPU's own."""
     if y_ptr.dtype.element_ty == tl.float32:
@@ -186,7 +200,7 @@ def _exp(x, y_ptr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _fwd_kernel(  # type: ignore[no-untyped-def]
     out_ptr, out_strides, y_ptr, y_strides, params_ptr, params_strides, logdet_ptr, partial_ptr,
-    count_ptr, limit, start, stop, half, height, width, numel, channels, pixels, blocks,
+    count_ptr, limit, start, stop, half, height, width, numel, channels, pixels, blocks, extent,
     MASK: tl.constexpr, EVEN: tl.constexpr, ADDITIVE: tl.constexpr, INVERSE: tl.constexpr,
     PARAMS_DENSE: tl.constexpr, CHANNELS_LAST: tl.constexpr, DENSE: tl.constexpr,
     SPLIT: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
@@ -194,7 +208,7 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     """One program per SPLIT elements of one row; the last of a row adds up the sums in order."""
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
-    begin = (program % blocks + numel * 0) * SPLIT
+    begin = (program % blocks + extent * 0) * SPLIT  # 64 bits only where positions need them
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(begin, tl.minimum(begin + SPLIT, numel), BLOCK):
@@ -209,12 +223,12 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             inner = element - start
             offset = row_offset(params_strides, row, inner, inner, pixels, PARAMS_DENSE)
-            raw_ptr, shift_ptr = params_ptr, params_ptr + half * params_strides[1]
+            shift_ptr = _shifts(params_ptr, params_strides, half)
             shift = tl.load(shift_ptr + offset, mask=read, other=0.0).to(tl.float32)
             if ADDITIVE:
                 moved = out - shift if INVERSE else out + shift
             else:
-                raw = tl.load(raw_ptr + offset, mask=read, other=0.0).to(tl.float32)
+                raw = tl.load(params_ptr + offset, mask=read, other=0.0).to(tl.float32)
                 log_scale = limit * tanh(raw * (1.0 / limit), EXACT=True)
                 total += tl.where(transformed, log_scale, 0.0)
                 if INVERSE:
@@ -265,7 +279,7 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
             y = load_row(y_ptr, y_strides, row, position, element, pixels, inside, DENSE)
             dlogdet = tl.load(dlogdet_ptr + row).to(tl.float32)
             if INVERSE:
-                shift_ptr = params_ptr + half * params_strides[1]
+                shift_ptr = _shifts(params_ptr, params_strides, half)
                 shift = tl.load(shift_ptr + offset, mask=read, other=0.0).to(tl.float32)
                 dmoved = dout * _exp(-limit * bounded, y_ptr)
                 dshift = tl.where(transformed, -dmoved, 0.0)
@@ -276,7 +290,7 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
             dy = tl.where(transformed, dmoved, dout)
             draw = tl.where(transformed, dlog_scale * (1.0 - bounded * bounded), 0.0)
             tl.store(dparams_ptr + doffset, draw.to(dparams_ptr.dtype.element_ty), mask=read)
-        dshift_ptr = dparams_ptr + half * dparams_strides[1]
+        dshift_ptr = _shifts(dparams_ptr, dparams_strides, half)
         tl.store(dshift_ptr + doffset, dshift.to(dparams_ptr.dtype.element_ty), mask=read)
     store_row(dy_ptr, dy_strides, dy, row, position, element, pixels, inside, DENSE)
 
@@ -311,8 +325,8 @@ def _launch_fwd(
     numbers, switches = _mask_arguments(y, mask, limit, additive)
     _fwd_kernel[(rows * blocks,)](
         *with_strides(*tensors, params), logdet, partial, count,
-        *numbers, layout.numel, layout.channels, layout.pixels, blocks, **switches,
-        INVERSE=inverse, CHANNELS_LAST=layout.channels_last, DENSE=layout.dense,
+        *numbers, layout.numel, layout.channels, layout.pixels, blocks, blocks * config["SPLIT"],
+        **switches, INVERSE=inverse, CHANNELS_LAST=layout.channels_last, DENSE=layout.dense,
         PARAMS_DENSE=params_dense, MERGE=triton.next_power_of_2(blocks),
         enable_fp_fusion=True, **config,
     )  # fmt: skip
@@ -465,12 +479,8 @@ def affine_coupling(
         (tensor([[1., 8.]]), tensor([0.]))
     """
     check_choice("mask", mask, MASKS)
-    number = isinstance(limit, int | float) and not isinstance(limit, bool)
-    if not number or not 0 < limit <= 80:  # e^80 is a float32
-        raise ValueError(f"limit must be a number above 0 and at most 80, got {limit!r}")
-    for name, value in (("additive", additive), ("inverse", inverse)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+    check_number("limit", limit, SMALLEST, 80)  # e^80 is a float32
+    check_flag(additive=additive, inverse=inverse)
     check_float(y=y, params=params)
     if mask in ("first", "last"):
         if y.dim() < 2 or y.shape[1] < 2:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_same_device
+from cgkernels.checks import check_choice, check_float, check_same_device
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.moments import centered_moments, merge_moments
 from cgkernels.rows import compute_dtype
@@ -109,7 +109,7 @@ def _sum_of_rows(  # type: ignore[no-untyped-def]
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
     y_ptr, mean_ptr, rest_ptr, m2_ptr, x_ptr, weight_ptr, features, height, width, channels,
-    out_width, pixels, stride, padding, tiles, blocks,
+    out_width, pixels, stride, padding, tiles, blocks, extent, reach,
     KERNEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     """
     program = tl.program_id(0)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
-    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    # 64 bits only where positions, or the distances of taps, need them.
+    pixel = (tile + extent * 0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixel_mask = pixel < pixels
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_mask = channel < channels
@@ -143,7 +144,8 @@ def _kernel(  # type: ignore[no-untyped-def]
         feature_mask = (feature < features)[None, :]
         row, column = top + down, left + right
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        at = x_row_ptr + ((down * width + right) * features + feature)[None, :]
+        at = ((down + reach * 0) * width + right) * features + feature
+        at = x_row_ptr + at[None, :]
         x = tl.load(at, mask=inside[:, None] & feature_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         at = weight_row_ptr + (tap * features + feature)[None, :]
         w = tl.load(at, mask=channel_mask[:, None] & feature_mask, other=0.0)  # [BLOCK_N, BLOCK_K]
@@ -194,14 +196,15 @@ def _launch(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tenso
         return y, mean, var
     x, weight = _channels_last(x), _channels_last(weight)
     images, channels, height, width = y.shape
-    features, pixels = x.shape[1], height * width
+    features, kernel, pixels = x.shape[1], weight.shape[2], height * width
     config = _launch_config(pixels, channels, features, x.dtype)
     tiles = triton.cdiv(pixels, config["BLOCK_M"])
     blocks = triton.cdiv(channels, config["BLOCK_N"])
     parts = torch.empty(3, images, tiles, channels, dtype=torch.float32, device=x.device)
     _kernel[(images * tiles * blocks,)](
         y, *parts, x, weight, features, *x.shape[2:], channels, width, pixels, stride, padding,
-        tiles, blocks, KERNEL=weight.shape[2], enable_fp_fusion=True, **config,
+        tiles, blocks, tiles * config["BLOCK_M"], kernel * x.shape[3] * (features + 64),
+        KERNEL=kernel, enable_fp_fusion=True, **config,
     )  # fmt: skip
     merge_moments(mean, var, parts, pixels, config["BLOCK_M"])
     return y, mean, var
@@ -301,15 +304,12 @@ def conv2d_stats(
         >>> mean, var
         (tensor([[3.]]), tensor([[3.5000]]))
     """
-    check_float(x=x)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    check_float(x=x, weight=weight)
     if weight.dtype != x.dtype:
         raise TypeError(f"weight must be {x.dtype} as x is, got {weight.dtype}")
     check_same_device(x=x, weight=weight)
-    for name, value, known in (("stride", stride, STRIDES), ("padding", padding, PADDINGS)):
-        if isinstance(value, bool) or value not in known:
-            raise ValueError(f"{name} must be of {known}, got {value!r}")
+    check_choice("stride", stride, STRIDES)
+    check_choice("padding", padding, PADDINGS)
     if weight.dim() != 4 or 0 in weight.shape[:2]:
         raise ValueError(
             f"weight must have shape (O, C, k, k), not empty, got {tuple(weight.shape)}"

@@ -31,6 +31,7 @@ from cgkernels.checks import (
     check_same_device,
     check_shape,
     check_table,
+    warn_of_repeated_noise,
 )
 from cgkernels.device import (
     STREAM_TRAINING,
@@ -103,7 +104,7 @@ def _difference_ref(
     alpha, sigma = (c.view(per_row) for c in table[t].to(dtype).unbind(1))
     p0, p1 = target_coefficients_ref(target, alpha, sigma)
     z = random.normal(
-        tuple(x0.shape), seed=seed, index=index, stream=random.STREAM_TRAINING, dtype=dtype
+        tuple(x0.shape), seed=seed, index=index, step=0, stream=random.STREAM_TRAINING, dtype=dtype
     )
     return pred.to(dtype) - (p0 * x0.to(dtype) + p1 * z), p0
 
@@ -332,7 +333,8 @@ def diffusion_loss(
     Args:
         pred: (B, *event), what the network made of `add_noise`'s x_t; any strides.
         x0: (B, *event), the clean sample given to `add_noise`.
-        table, t, seed, index, target: as they were given to `add_noise`.
+        table, t, seed, index, target: as they were given to `add_noise`; so seed or index must
+            change from step to step of training, as is said there, and by a warning like that.
         weight: (B,) floating, for instance a table of min-SNR weights at t; default 1.
 
     Returns:
@@ -358,6 +360,8 @@ def diffusion_loss(
     check_no_grad("diffusion_loss has no gradient for it; use reference()", table=table)
     check_noise_size("x0", tuple(x0.shape))
     rows = x0.shape[0]
+    if torch.is_grad_enabled() and (pred.requires_grad or x0.requires_grad):
+        warn_of_repeated_noise("diffusion_loss", seed, index, pred)
     t = as_step("t", t, rows, x0.device, table.shape[0])
     like = pred if pred.dtype == torch.float64 else x0
     weight = as_row_values("weight", 1.0 if weight is None else weight, rows, like)

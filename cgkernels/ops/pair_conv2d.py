@@ -11,7 +11,6 @@ Backward in x, y, weight, bias by PyTorch's convolutions, as often as one likes.
 Source   arXiv:1611.07004 (conditional patch discriminator); LeakyReLU: Maas et al., 2013.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -19,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_float, check_same_device, check_shape
+from cgkernels.checks import (
+    check_choice,
+    check_float,
+    check_int,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import compute_dtype
 
@@ -103,7 +109,8 @@ def _accumulate(  # type: ignore[no-untyped-def]
     for start in range(0, channels * taps, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         i, j = k % taps // KERNEL, k % KERNEL
-        tap = (k // taps).to(tl.int64) * x_strides[1] + i * x_strides[2] + j * x_strides[3]
+        tap = (k // taps).to(tl.int64) * x_strides[1]
+        tap += i.to(tl.int64) * x_strides[2] + j.to(tl.int64) * x_strides[3]
         i, j = row[:, None] + i[None, :], column[:, None] + j[None, :]
         inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
         inside = inside & (k < channels * taps)[None, :]
@@ -117,7 +124,7 @@ def _accumulate(  # type: ignore[no-untyped-def]
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
     out_ptr, x_ptr, x_strides, x_channels, y_ptr, y_strides, y_channels, weight_ptr, bias_ptr,
-    height, width, columns, pixels, outputs, padding, slope, tiles, blocks,
+    height, width, columns, pixels, outputs, padding, slope, tiles, blocks, extent,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +132,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     block, tile = program % blocks, program // blocks % tiles
     n = (program // blocks // tiles).to(tl.int64)
-    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    # 64 bits only where positions need them.
+    pixel = (tile + extent * 0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = block * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_mask = channel < outputs
     row, column = pixel // columns * STRIDE - padding, pixel % columns * STRIDE - padding
@@ -188,8 +196,8 @@ def _launch(
         out, x, x.stride(), channels, y, None if y is None else y.stride(),
         weight.shape[1] - channels, weight.contiguous(),
         None if bias is None else bias.contiguous(), x.shape[2], x.shape[3], columns,
-        rows * columns, outputs, padding, float(slope), tiles, blocks, KERNEL=kernel,
-        STRIDE=stride, enable_fp_fusion=True, **config,
+        rows * columns, outputs, padding, float(slope), tiles, blocks,
+        tiles * config["BLOCK_M"], KERNEL=kernel, STRIDE=stride, enable_fp_fusion=True, **config,
     )  # fmt: skip
     return out
 
@@ -227,7 +235,9 @@ def _cpu(
     """
     out = _fake(x, y, weight, bias, stride, padding, slope)
     dtype, channels, last = compute_dtype(x), x.shape[1], torch.channels_last
-    pair = torch.empty((1, weight.shape[1], *x.shape[2:]), dtype=dtype, memory_format=last)
+    pair = torch.empty(
+        (1, weight.shape[1], *x.shape[2:]), dtype=dtype, device=x.device, memory_format=last
+    )
     weight = weight.to(dtype, memory_format=last)
     bias = None if bias is None else bias.to(dtype)
     for n in range(x.shape[0]):
@@ -330,16 +340,13 @@ def pair_conv2d(
         )
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have output channels, got {tuple(weight.shape)}")
-    if isinstance(stride, bool) or stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < kernel:
-        raise ValueError(f"padding must be an integer from 0 to {kernel - 1}, got {padding!r}")
+    check_choice("stride", stride, (1, 2))
+    check_int("padding", padding, 0, kernel - 1)
     if min(x.shape[2:]) + 2 * padding < kernel:
         raise ValueError(
             f"x must have height and width of at least {kernel - 2 * padding}, got {tuple(x.shape)}"
         )
-    if isinstance(slope, bool) or not isinstance(slope, int | float) or not 0 <= slope < math.inf:
-        raise ValueError(f"slope must be a number that is not negative, got {slope!r}")
+    check_number("slope", slope, 0)
     if bias is not None:
         check_float(bias=bias)
         check_shape("bias", bias, (weight.shape[0],))

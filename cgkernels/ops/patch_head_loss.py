@@ -23,7 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cgkernels._triton import tl, triton
-from cgkernels.checks import check_choice, check_float, check_same_device, check_shape
+from cgkernels.checks import (
+    check_choice,
+    check_float,
+    check_int,
+    check_same_device,
+    check_shape,
+)
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import compute_dtype, row_strides, with_row_strides
 
@@ -116,7 +122,7 @@ def _dlogits_ref(logits: Tensor, loss: str, target: str) -> Tensor:
     elif form == _SOFTPLUS:
         slopes = -sign * torch.sigmoid(-sign * logits)
     elif form == _HINGE:
-        slopes = -sign * (sign * logits < 1).to(logits.dtype)
+        slopes = -sign * (~(sign * logits >= 1)).to(logits.dtype)  # as PyTorch's of NaN
     else:
         slopes = torch.full_like(logits, -sign)
     return slopes / logits[0:1].numel() if len(logits) else slopes
@@ -165,7 +171,9 @@ def _products_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program per BLOCK_M pixels of one image: their products with each tap of the weight."""
     program = tl.program_id(0)
-    n, m = (program // tiles).to(tl.int64), program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (program // tiles).to(tl.int64)
+    # 64 bits only where positions need them.
+    m = (program % tiles + pitch * 0) * BLOCK_M + tl.arange(0, BLOCK_M)
     tap = tl.arange(0, 16)
     x_row_ptr = x_ptr + n * x_strides[0] + m.to(tl.int64)[:, None] * x_strides[2]
     product = tl.zeros((BLOCK_M, 16), tl.float32)
@@ -184,13 +192,12 @@ def _products_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _patches_kernel(  # type: ignore[no-untyped-def]
     result_ptr, dlogits_ptr, product_ptr, bias_ptr, sign, height, width, columns, patches, pitch,
-    padding, KERNEL: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+    padding, extent, KERNEL: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per image: its logits from the products, their derivatives and mean loss."""
     n = tl.program_id(0).to(tl.int64)
-    image_ptr = product_ptr + n * (KERNEL * KERNEL) * pitch
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, patches, BLOCK):
+    for start in range(extent * 0, patches, BLOCK):
         patch = start + tl.arange(0, BLOCK)
         patch_mask = patch < patches
         logit = tl.zeros((BLOCK,), tl.float32)
@@ -198,7 +205,8 @@ def _patches_kernel(  # type: ignore[no-untyped-def]
             i = patch // columns + tap // KERNEL - padding
             j = patch % columns + tap % KERNEL - padding
             inside = patch_mask & (i >= 0) & (i < height) & (j >= 0) & (j < width)
-            logit += tl.load(image_ptr + tap * pitch + i * width + j, mask=inside, other=0.0)
+            at = (n * (KERNEL * KERNEL) + tap) * pitch + i * width + j
+            logit += tl.load(product_ptr + at, mask=inside, other=0.0)
         if bias_ptr is not None:
             logit += tl.load(bias_ptr).to(tl.float32)
         at = n * patches + patch
@@ -207,7 +215,7 @@ def _patches_kernel(  # type: ignore[no-untyped-def]
         else:
             loss, slope = _loss_and_slope(logit, sign, FORM)
             total += tl.where(patch_mask, loss, 0.0)
-            slope = tl.div_rn(slope, patches.to(tl.float32))
+            slope = tl.div_rn(slope, tl.full((), patches, tl.float32))  # 1 is no tensor
             tl.store(dlogits_ptr + at, slope, mask=patch_mask)
     if FORM != 0:
         tl.store(result_ptr + n, tl.sum(total, 0) / patches)
@@ -224,7 +232,8 @@ def _loss_and_slope(logit, sign, FORM: tl.constexpr):  # type: ignore[no-untyped
         return value, -sign * slope
     elif FORM == 3:
         margin = 1.0 - sign * logit
-        return tl.maximum(margin, 0.0), tl.where(sign * logit < 1.0, -sign, 0.0)
+        slope = tl.where(sign * logit >= 1.0, 0.0, -sign)
+        return tl.maximum(margin, 0.0, propagate_nan=tl.PropagateNan.ALL), slope
     else:
         return -sign * logit, tl.zeros_like(logit) - sign
 
@@ -285,7 +294,8 @@ def _launch(
     rows, columns = _patches(x, weight, padding)
     _patches_kernel[(n,)](
         result, dlogits, product, bias, sign, height, width, columns, rows * columns, pitch,
-        padding, KERNEL=kernel, FORM=form, BLOCK=1024, num_warps=16, enable_fp_fusion=True,
+        padding, triton.cdiv(rows * columns, 1024) * 1024, KERNEL=kernel, FORM=form, BLOCK=1024,
+        num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     return result, dlogits
 
@@ -410,8 +420,7 @@ def patch_head_loss(
             f"weight must have shape (1, {channels}, k, k) with k = 1, 3 or 4, "
             f"got {tuple(weight.shape)}"
         )
-    if isinstance(padding, bool) or not isinstance(padding, int) or not 0 <= padding < kernel:
-        raise ValueError(f"padding must be an integer from 0 to {kernel - 1}, got {padding!r}")
+    check_int("padding", padding, 0, kernel - 1)
     if min(x.shape[2:]) + 2 * padding < kernel:
         raise ValueError(
             f"x must have height and width of at least {kernel - 2 * padding}, got {tuple(x.shape)}"

@@ -14,6 +14,7 @@ Backward by PyTorch: once. Twice, and in forward mode, inside reference() or wit
 Source   arXiv:1706.03762; bidirectional prefixes: arXiv:1910.10683; softcap: arXiv:2408.00118.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from torch import Tensor
 from cgkernels.checks import (
     check_attention,
     check_float,
+    check_int,
     check_integers,
     check_same_device,
     check_shape,
+    readable,
 )
 from cgkernels.library import using_reference
-from cgkernels.rows import compute_dtype
+from cgkernels.rows import compute_dtype, lies_apart
 
 
 # Reference ----------------------------------------------------------------------------------------
@@ -93,8 +96,43 @@ def _compose(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, **how: Any) -> Tensor:
     how |= {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}  # no symbol, in a trace
+    if scale <= 0:  # PyTorch's kernels scale their maxima, and the -inf of what is masked, too
+        q, scale = q * (-1 if scale else 0), -scale or 1.0
+    q, k, v = (t if lies_apart(t, 1) else t.contiguous() for t in (q, k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale, **how).transpose(1, 2)
+
+
+# What is not finite -------------------------------------------------------------------------------
+def _isolate(
+    q: Tensor, k: Tensor, v: Tensor, bidirectional: int | Tensor,
+    left_pad: Tensor | None, window: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k and v made finite, and which outputs are not to be, (B, T, Hkv, G or 1, D).
+
+    In sums a weight of 0 does not keep NaN out: so it is put to 0, and counted. What a query sees
+    are neighbors: a count up to the last of them, less that before the first.
+    """
+    length, kv_heads = k.shape[1:3]
+    bad = ((k * 0).sum(3, keepdim=True) + v * 0) != 0  # (B, T, Hkv, D)
+    count = bad.cumsum(1, dtype=torch.int32)
+    at = torch.arange(length, device=q.device)
+    start = at.new_zeros(1) if left_pad is None else left_pad
+    stop = start + bidirectional
+    inside = (at >= start[:, None]) & (at < stop[:, None])  # (B or 1, T)
+    last = torch.where(inside, stop[:, None] - 1, at)
+    seen = _take(count, last)
+    if window < length:
+        before = torch.where(inside, start[:, None], at - window + 1) - 1
+        seen = seen - _take(count, before.clamp(min=0)) * (before >= 0)[..., None, None]
+    own = (q * 0).sum(3, keepdim=True).unflatten(2, (kv_heads, -1)) != 0  # (B, T, Hkv, G, 1)
+    q, k, v = (t.nan_to_num(0.0, 0.0, 0.0) for t in (q, k, v))
+    return q, k, v, (seen > 0).unsqueeze(3) | own
+
+
+def _take(count: Tensor, at: Tensor) -> Tensor:
+    """count (B, T, ...) at tokens (B or 1, T)."""
+    return count.gather(1, at[..., None, None].expand_as(count))
 
 
 # Public function ----------------------------------------------------------------------------------
@@ -130,7 +168,8 @@ def prefill_attention(
     options do; softcap also has all scores in memory.
 
     Returns:
-        (B, T, Hq, D) in q's dtype.
+        (B, T, Hq, D) in q's dtype. NaN or infinity in a token makes NaN of the tokens that see it,
+        of no others.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
@@ -160,16 +199,24 @@ def prefill_attention(
     check_same_device(q=q, k=k, v=v)
     if isinstance(bidirectional, Tensor):
         check_integers("bidirectional", bidirectional, (rows,), q.device, 0, length)
-    elif isinstance(bidirectional, bool) or not isinstance(bidirectional, int | torch.SymInt):
-        raise TypeError(f"bidirectional must be an int or a tensor, got {bidirectional!r}")
-    elif not 0 <= bidirectional <= length:
-        raise ValueError(f"bidirectional must be in [0, {length}], got {bidirectional}")
+    else:
+        check_int("bidirectional", bidirectional, 0, length)
     if left_pad is not None:
         check_integers("left_pad", left_pad, (rows,), q.device, 0, length)
     scale = head_size**-0.5 if scale is None else scale
     check_attention(window, softcap, scale)
-    window = length if window is None else window
+    window = length if window is None else min(window, length)
+    if left_pad is not None:  # what is there reaches nobody, nor does its gradient
+        padding = torch.arange(length, device=q.device) < left_pad[:, None]
+        q, k, v = (t.masked_fill(padding[..., None, None], 0) for t in (q, k, v))
+    bad = None
+    if not all(readable(t) and math.isfinite(t.detach().sum().item()) for t in (q, k, v)):
+        q, k, v, bad = _isolate(q, k, v, bidirectional, left_pad, window)
     if using_reference() or softcap is not None:
         out = prefill_attention_ref(q, k, v, bidirectional, left_pad, window, softcap, scale)
-        return out.to(q.dtype)
-    return _compose(q, k, v, bidirectional, left_pad, window, scale)
+        out = out.to(q.dtype)
+    else:
+        out = _compose(q, k, v, bidirectional, left_pad, window, scale)
+    if bad is None:
+        return out
+    return out.unflatten(2, (k.shape[2], -1)).masked_fill(bad, math.nan).flatten(2, 3)

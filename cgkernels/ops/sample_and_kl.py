@@ -2,11 +2,11 @@
 
     z  = mean + exp(log_variance / 2) epsilon
     kl = sum_d max(free_bits, kl_d)
-    kl_d = (r - 1 - ln r + (mean - prior_mean)^2 exp(-prior_log_variance)) / 2
-    r  = exp(log_variance - prior_log_variance)
+    kl_d = (e^r - 1 - r + (mean - prior_mean)^2 exp(-prior_log_variance)) / 2
+    r  = log_variance - prior_log_variance
 
 epsilon is drawn in registers; without a prior it is the standard normal one. With free_bits 0, kl
-is the divergence itself.
+is the divergence itself. Near the prior e^r - 1 - r is a series, or nothing of it would be left.
 
 Shapes   mean, log_variance, prior_mean, prior_log_variance, z: (B, *event); kl: (B,).
 Dtypes   float32, float16, bfloat16 (float64 on CPU), mixed as they come; float32 inside; z has
@@ -19,7 +19,6 @@ Source   arXiv:1312.6114, sections 2.4 and appendix B. Free bits: arXiv:1606.049
          here under each dimension of each sample, so that no row depends on another.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ from cgkernels.checks import (
     as_step,
     check_float,
     check_noise_size,
+    check_number,
     check_rows,
     check_same_device,
     check_shape,
@@ -42,12 +42,14 @@ from cgkernels.device import (
     STREAM_LATENTS,
     block_of_row,
     element_of,
+    expm1_and_minus,
     is_last_program,
     load_row,
     normal_of,
     store_row,
     sum_of_parts,
 )
+from cgkernels.functions import expm1_minus
 from cgkernels.library import define_op, needs_function, using_reference
 from cgkernels.rows import (
     compute_dtype,
@@ -73,8 +75,7 @@ def sample_and_kl_ref(
     dtype, std, noise, _, _, _, kl = _parts_ref(
         mean, log_variance, prior_mean, prior_log_variance, seed, index, step
     )
-    if free_bits > 0:
-        kl = kl.clamp(min=free_bits)
+    kl = kl.clamp(min=free_bits)
     z = (mean.to(dtype) + std * noise).to(mean.dtype)
     # Contiguous, so that the sum of a row has one order in any batch; (B,) has no event.
     return z, kl.unsqueeze(-1).flatten(1).contiguous().sum(1)
@@ -93,18 +94,17 @@ def sample_and_kl_bwd_ref(
     free_bits: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients with respect to mean, log_variance, prior_mean and prior_log_variance."""
-    dtype, std, noise, distance, precision, ratio, kl = _parts_ref(
+    dtype, std, noise, distance, precision, growth, kl = _parts_ref(
         mean, log_variance, prior_mean, prior_log_variance, seed, index, step
     )
     dz, dkl = dz.to(dtype), dkl.view(-1, *(1,) * (mean.dim() - 1)).expand(kl.shape)
-    if free_bits > 0:
-        dkl = torch.where(kl < free_bits, torch.zeros_like(dkl), dkl)
+    dkl = torch.where(kl < free_bits, torch.zeros_like(dkl), dkl)
     pull = dkl * distance * precision
     dmean = (dz + pull).to(mean.dtype)
-    dlog_variance = (0.5 * (dz * std * noise + dkl * (ratio - 1))).to(log_variance.dtype)
+    dlog_variance = (0.5 * (dz * std * noise + dkl * growth)).to(log_variance.dtype)
     if prior_mean is None or prior_log_variance is None:
         return dmean, dlog_variance, None, None
-    dprior = 0.5 * (dkl * (1 - ratio) - pull * distance)
+    dprior = -0.5 * (dkl * growth + pull * distance)
     dprior = dprior.to(prior_log_variance.dtype)
     return dmean, dlog_variance, (-pull).to(prior_mean.dtype), dprior
 
@@ -120,7 +120,7 @@ def _parts_ref(
 ) -> tuple[torch.dtype, Tensor, Tensor, Tensor, Tensor | float, Tensor, Tensor]:
     """The dtype of the computation, and in it what the formula consists of.
 
-    exp(log_variance / 2), epsilon, mean - prior_mean, exp(-prior_log_variance), r, kl_d.
+    exp(log_variance / 2), epsilon, mean - prior_mean, exp(-prior_log_variance), e^r - 1, kl_d.
     """
     dtype = compute_dtype(mean, log_variance, prior_mean, prior_log_variance)
     noise = random.normal(
@@ -134,9 +134,8 @@ def _parts_ref(
         distance = distance - prior_mean.to(dtype)
         log_ratio = log_ratio - prior_log_variance.to(dtype)
         precision = (-prior_log_variance.to(dtype)).exp()
-    ratio = log_ratio.exp()
-    kl = 0.5 * (ratio - 1 - log_ratio + distance.square() * precision)
-    return dtype, std, noise, distance, precision, ratio, kl
+    kl = 0.5 * (expm1_minus(log_ratio) + distance.square() * precision)
+    return dtype, std, noise, distance, precision, log_ratio.expm1(), kl
 
 
 # 2. Kernels ---------------------------------------------------------------------------------------
@@ -167,9 +166,9 @@ def _parts(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         log_ratio -= prior
         precision = tl.exp(-prior)
-    ratio = tl.exp(log_ratio)
-    kl = 0.5 * (ratio - 1.0 - log_ratio + distance * distance * precision)
-    return mean, std, noise, distance, precision, ratio, kl
+    growth, beyond = expm1_and_minus(log_ratio)
+    kl = 0.5 * (beyond + distance * distance * precision)
+    return mean, std, noise, distance, precision, growth, kl
 
 
 @triton.jit
@@ -219,7 +218,7 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
     """One program per BLOCK elements of one row."""
     row, first, position, mask = block_of_row(blocks, numel, BLOCK)
     element = element_of(position, channels, pixels, CHANNELS_LAST)
-    _, std, noise, distance, precision, ratio, kl = _parts(
+    _, std, noise, distance, precision, growth, kl = _parts(
         mean_ptr, mean_strides, log_variance_ptr, log_variance_strides,
         prior_mean_ptr, prior_mean_strides, prior_log_variance_ptr, prior_log_variance_strides,
         seed_ptr, index_ptr, step_ptr, step_stride, row, first, position, element, mask, pixels,
@@ -229,7 +228,7 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
     dkl = tl.where(kl < floor, 0.0, tl.load(dkl_ptr + row))
     pull = dkl * distance * precision
     store_row(dmean_ptr, dmean_strides, dz + pull, row, position, element, pixels, mask, DENSE)
-    value = 0.5 * (dz * std * noise + dkl * (ratio - 1.0))
+    value = 0.5 * (dz * std * noise + dkl * growth)
     store_row(
         dlog_variance_ptr, dlog_variance_strides, value, row, position, element, pixels, mask, DENSE
     )
@@ -237,7 +236,7 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
         store_row(
             dprior_mean_ptr, dprior_mean_strides, -pull, row, position, element, pixels, mask, DENSE
         )
-        value = 0.5 * (dkl * (1.0 - ratio) - pull * distance)
+        value = -0.5 * (dkl * growth + pull * distance)
         store_row(
             dprior_log_variance_ptr, dprior_log_variance_strides, value, row, position, element,
             pixels, mask, DENSE,
@@ -270,7 +269,7 @@ def _launch_fwd(
         count = torch.zeros(mean.shape[0], dtype=torch.int32, device=mean.device)
     _fwd_kernel[grid](
         *with_strides(*tensors), kl, sums, count, seed, index.contiguous(), step,
-        step.stride(0), _floor(free_bits), **arguments,
+        step.stride(0), free_bits, **arguments,
     )  # fmt: skip
     return z, kl
 
@@ -296,14 +295,9 @@ def _launch_bwd(
     grid, arguments = row_launch(*tensors)
     _bwd_kernel[grid](
         *with_strides(*tensors), dkl.contiguous(), seed, index.contiguous(), step, step.stride(0),
-        _floor(free_bits), **arguments,
+        free_bits, **arguments,
     )  # fmt: skip
     return gradients
-
-
-def _floor(free_bits: float) -> float:
-    """Of 0 none: rounding puts what is near 0 below it, where it must keep its gradient."""
-    return free_bits if free_bits > 0 else float("-inf")
 
 
 # 4. Registration ----------------------------------------------------------------------------------
@@ -399,7 +393,7 @@ def sample_and_kl(
     prior_log_variance: Tensor | None = None,
     seed: int | Tensor,
     index: Tensor | None = None,
-    step: int | Tensor = 0,
+    step: int | Tensor,
     free_bits: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """z ~ N(mean, exp(log_variance)), and the divergence of that from the prior, in one pass.
@@ -414,8 +408,9 @@ def sample_and_kl(
         prior_mean, prior_log_variance: like mean, or both None for the standard normal prior.
         seed: 64-bit int or one-element int64 tensor.
         index: (B,) int64, the number of each sample; default 0 .. B - 1.
-        step: int or integer tensor () or (B,), in [0, 2^24): several z of one sample. On a GPU
-            tensor this is not checked.
+        step: int or integer tensor () or (B,), in [0, 2^24): the number of the z of a sample, which
+            in training changes at every step, unless seed or index does. On a GPU tensor the range
+            is not checked.
         free_bits: nats; where the divergence of a dimension of a sample is less, this is added in
             its place, and it has no gradient. It does not touch z.
 
@@ -428,7 +423,7 @@ def sample_and_kl(
 
     Example:
         >>> mean, log_variance = torch.zeros(2, 3), torch.zeros(2, 3)
-        >>> z, kl = sample_and_kl(mean, log_variance, seed=0)
+        >>> z, kl = sample_and_kl(mean, log_variance, seed=0, step=0)
         >>> z.shape, kl
         (torch.Size([2, 3]), tensor([0., 0.]))
     """
@@ -444,10 +439,7 @@ def sample_and_kl(
         check_shape(name, tensor, tuple(mean.shape))
     check_same_device(mean=mean, log_variance=log_variance, **given)
     check_noise_size("mean", tuple(mean.shape))
-    if isinstance(free_bits, bool) or not isinstance(free_bits, int | float):
-        raise TypeError(f"free_bits must be a number, got {free_bits!r}")
-    if not 0 <= free_bits < math.inf:
-        raise ValueError(f"free_bits must be finite and not negative, got {free_bits}")
+    check_number("free_bits", free_bits, 0)
     rows = mean.shape[0]
     seed, _ = as_seed(seed, mean.device)
     index = as_index(index, rows, mean.device)

@@ -6,10 +6,12 @@ A command is imported when it is called, and what it needs of torch and matplotl
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cgm.cli.arguments import first_argument
+from cgm.cli.signals import SIGPIPE, discard_stdout, ending_by_signals, tell
 
 
 class Command(NamedTuple):
@@ -34,28 +36,46 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code.
 
-    0: done. 2: something that the user gave does not fit; stderr says what. 130: Ctrl-C.
+    0: done. 2: something that the user gave does not fit; stderr says what. 128 and the number of a
+    signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 where nobody reads stdout any more.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv and argv[0] in COMMANDS:
-            importlib.import_module(f"cgm.cli.{argv[0]}").run(argv[1:])
-            return 0
-        if argv and argv[0] == "--version":
-            from cgkernels import __version__
-
-            print(f"cgm {__version__}")
-            return 0
-        first_argument(argv, _usage())
-        raise ValueError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {argv[0]!r}")
-    except SystemExit as stop:  # after help, or what tyro says of a flag
-        return int(stop.code or 0)
+        with ending_by_signals(), warnings.catch_warnings():
+            warnings.showwarning = _tell_warning  # type: ignore[assignment]
+            _run(argv)
+            sys.stdout.flush()  # a closed pipe shows now
+        return 0
+    except SystemExit as stop:  # after help, a signal, or what tyro says of a flag
+        code = int(stop.code or 0)
+        return 128 + SIGPIPE if code == 1 else code  # 1: a closed pipe, as rich meets it
     except KeyboardInterrupt as stop:
-        print(f"cgm: {str(stop) or 'interrupted'}", file=sys.stderr)
+        tell(str(stop) or "interrupted")
         return 130
+    except BrokenPipeError:
+        discard_stdout()
+        return 128 + SIGPIPE
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print(f"cgm: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(str(error))
         return 2
+
+
+def _run(argv: Sequence[str]) -> None:
+    if argv and argv[0] in COMMANDS:
+        importlib.import_module(f"cgm.cli.{argv[0]}").run(argv[1:])
+    elif argv and argv[0] == "--version":
+        from cgkernels import __version__
+
+        print(f"cgm {__version__}")
+    else:
+        first_argument(argv, _usage())
+        from cgkernels.checks import check_choice
+
+        check_choice("COMMAND", argv[0], COMMANDS)
+
+
+def _tell_warning(message: Warning | str, category: type[Warning], *where: object) -> None:
+    tell(str(message))
 
 
 def _usage() -> str:

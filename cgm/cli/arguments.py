@@ -10,10 +10,16 @@ if TYPE_CHECKING:
 
 def first_argument(argv: Sequence[str], usage: str) -> tuple[str, Sequence[str]]:
     """The first argument, which decides what options there are, and the rest."""
-    if not argv or argv[0].startswith("-"):
-        helped = bool(argv) and argv[0] in ("-h", "--help")
+    helped = bool(argv) and argv[0] in ("-h", "--help")
+    if not argv or helped:
         print(f"usage: {usage}", file=sys.stdout if helped else sys.stderr)
         raise SystemExit(0 if helped else 2)
+    if argv[0].startswith("-"):
+        line = usage.splitlines()[0]
+        first = next(word for word in line.split() if word.isupper())
+        raise ValueError(
+            f"{first} must come before the options, which depend on it, got {argv[0]} first: {line}"
+        )
     return argv[0], argv[1:]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from cgm.cli.arguments import find_device
-from cgm.cli.options import Device, parse
+from cgm.cli.options import Device, flags_of, naming_flags, parse
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BenchOptions:
     rows: int = 16
     # Seconds of timing for each way.
     seconds: float = 2.0
-    # Folder for bench.csv and bench.png.
+    # Folder for bench.csv and bench.png, made if need be.
     out: Path = Path(".")
     # cpu, cuda or cuda:N.
     device: Device = None
@@ -43,11 +43,12 @@ def run(argv: Sequence[str]) -> None:
     options = parse(BenchOptions, prog="cgm bench", args=argv)
     from cgm.studies.throughput import bench
 
-    bench(
-        options.out,
-        device=find_device(options.device),
-        models=options.models,
-        ways=options.ways,
-        rows=options.rows,
-        seconds=options.seconds,
-    )
+    with naming_flags(flags_of(options)):
+        bench(
+            options.out,
+            device=find_device(options.device),
+            models=options.models,
+            ways=options.ways,
+            rows=options.rows,
+            seconds=options.seconds,
+        )

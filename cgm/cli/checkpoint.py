@@ -1,12 +1,13 @@
 """The argument CHECKPOINT of `cgm sample` and `cgm evaluate`."""
 
+import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cgm.cli.arguments import first_argument
-from cgm.cli.options import parse, with_defaults
+from cgm.cli.options import as_flags, checked, parse
 
 
 def checkpoint_options(
@@ -28,9 +29,10 @@ def checkpoint_options(
     if model_class.sampling_config is None:
         raise ValueError(f"{path}: is a model of the family {info['family']}, which draws nothing")
     prog = f"cgm {command} {shlex.quote(checkpoint)}"
-    solver = with_defaults(model_class.sampling_config, sampling_preset(path))
+    solver = as_flags(model_class.sampling_config, sampling_preset(path))
     parsed = parse(options, solver, prog=prog, args=rest)
-    return path, info.get("data", {}), parsed
+    chosen = checked(model_class.sampling_config, parsed.solver)
+    return path, info.get("data", {}), dataclasses.replace(parsed, solver=chosen)
 
 
 def task_of(data: dict[str, Any]) -> str | None:
@@ -44,12 +46,17 @@ def task_of(data: dict[str, Any]) -> str | None:
 
 
 def find_checkpoint(name: str) -> Path:
+    """The folder of a run, or of the shipped checkpoint of this name."""
+    from cgkernels.checks import did_you_mean
     from cgm.checkpoints import drawable_names, shipped
 
+    known = drawable_names()
     if Path(name).is_dir():
         return Path(name)
-    if name in drawable_names():
+    if name in known:
         return shipped(name)
+    runs = [str(path) for path in Path("runs").glob("*") if path.is_dir()]
     raise ValueError(
-        f"CHECKPOINT must be a folder, or one of {', '.join(drawable_names())}; got {name!r}"
+        f"CHECKPOINT must be a folder, or one of {', '.join(known)}; got {name!r}"
+        f"{did_you_mean(name, [*known, *runs])}"
     )

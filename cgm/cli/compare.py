@@ -8,7 +8,8 @@ from typing import Annotated
 import tyro
 
 from cgm.cli.arguments import find_device
-from cgm.cli.options import Device, parse
+from cgm.cli.options import Device, flags_of, naming_flags, parse
+from cgm.cli.signals import tell
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,16 @@ def run(argv: Sequence[str]) -> None:
     options = parse(CompareOptions, prog="cgm compare", args=argv)
     from cgm.studies.compare import compare
 
-    compare(
-        options.task,
-        options.out or Path("runs") / f"compare-{options.task}",
-        families=options.families,
-        seconds=options.seconds,
-        device=find_device(options.device),
-    )
+    out = options.out or Path("runs") / f"compare-{options.task}"
+    with naming_flags(flags_of(options)):
+        try:
+            compare(
+                options.task,
+                out,
+                families=options.families,
+                seconds=options.seconds,
+                device=find_device(options.device),
+            )
+        except (KeyboardInterrupt, SystemExit):
+            tell(f"what is done stays in {out}; the same command goes on with the other families")
+            raise

@@ -10,7 +10,7 @@ import tyro
 
 from cgm.cli.arguments import find_device
 from cgm.cli.checkpoint import checkpoint_options, task_of
-from cgm.cli.options import Device
+from cgm.cli.options import Device, flags_of, naming_flags
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +48,8 @@ class EvaluateOptions(Generic[_Solver]):
     samples: int = 200
     # Held-out images of the task, the first ones; a sample is drawn for each.
     rows: int = 200
-    # Folder for evaluation.json and nearest.png, samples beside the training images nearest to
-    # them.
+    # Folder, made if need be, for evaluation.json and nearest.png, samples beside the training
+    # images nearest to them.
     out: Annotated[
         Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")
     ] = None
@@ -61,30 +61,41 @@ class EvaluateOptions(Generic[_Solver]):
 
 def run(argv: Sequence[str]) -> None:
     path, data, options = checkpoint_options("evaluate", argv, EvaluateOptions)
+    with naming_flags(flags_of(options)):
+        _evaluate(path, data, options, argv[0])
+
+
+def _evaluate(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -> None:
     from rich.console import Console
 
+    from cgkernels.checks import check_choice
     from cgm.checkpoints import load_model
     from cgm.data import load_task
     from cgm.evaluation.features import load_features
     from cgm.evaluation.likelihood import check_rows, evaluate
-    from cgm.evaluation.sample_quality import against_real, check_measures, write_nearest
+    from cgm.evaluation.sample_quality import MEASURES, against_real, check_measures, write_nearest
+    from cgm.studies.targets import make_folder, replaced
+    from cgm.training.progress import Status
 
     task = task_of(data)
     if task is None:
         raise ValueError(f"{path}: was not trained on a shipped task, so nothing is held out")
-    if options.out is not None and not options.out.is_dir():
-        raise ValueError(f"--out must be a folder, got {options.out}")
     device, console = find_device(options.device), Console()
     training, held_out = load_task(task), load_task(task, "test")
     check_rows(options.rows, held_out)
     settings: dict[str, Any] = {"seed": options.seed, **dataclasses.asdict(options.solver)}
+    for name in options.measures:
+        check_choice("measures", name, ("task", *MEASURES))
     asked = tuple(name for name in options.measures if name != "task")
     extractor, tables = None, []
     if asked or not options.measures:
         extractor = load_features(options.features, held_out.event_shape, device)
         asked = check_measures(asked or None, held_out, extractor)
-    with console.status("") as status:
-        model, samples, comparison = load_model(path, device), None, None
+    model = load_model(path, device)
+    if options.out is not None:
+        make_folder("out", options.out)
+    with Status() as status:
+        samples, comparison = None, None
         if extractor is not None:
             comparison = against_real(
                 model,
@@ -119,12 +130,16 @@ def run(argv: Sequence[str]) -> None:
         return
     if comparison is not None and comparison.first is not None:
         file = options.out / "nearest.png"
+        note = replaced([file])
         write_nearest(file, comparison, training, held_out, stacked=task == "complete")
-        print(f"{file}: samples, and the training images nearest to them")
-    what = {"checkpoint": argv[0], "task": task, "samples": options.samples, **settings}
+        print(f"{file}{note}: samples, and the training images nearest to them")
+    what = {"checkpoint": checkpoint, "task": task, "samples": options.samples, **settings}
     if extractor is not None:
         what["features"] = {"name": extractor.name, "fingerprint": extractor.fingerprint}
-    _write_measures(options.out / "evaluation.json", what, [m for _, part in tables for m in part])
+    file = options.out / "evaluation.json"
+    note = replaced([file])
+    _write_measures(file, what, [m for _, part in tables for m in part])
+    print(f"{file}{note}: the figures")
 
 
 # What the second table cannot say in its columns.
@@ -176,4 +191,3 @@ def _write_measures(file: Path, what: dict[str, Any], measures: "list[Measure]")
     with replacing(file) as temporary:
         text = json.dumps({**what, "measures": found}, indent=2)
         temporary.write_text(text + "\n", encoding="utf-8")
-    print(f"{file}: the figures")

@@ -1,8 +1,9 @@
 """`cgm train`: a model learns a task, or a folder of images."""
 
+import contextlib
 import dataclasses
 import shlex
-import typing
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 import tyro
 
 from cgm.cli.arguments import find_device, first_argument
-from cgm.cli.options import Device, parse, with_defaults
+from cgm.cli.options import Device, as_flags, checked, flags_of, naming_flags, parse
+from cgm.cli.signals import SIGPIPE, discard_stdout, tell
+from cgm.cli.start import Start, find_start
 
 if TYPE_CHECKING:
     from cgm.data import Dataset
@@ -25,7 +28,8 @@ _Training = TypeVar("_Training")
 class TrainOptions(Generic[_Model, _Training]):
     """Trains a model on one of the tasks, or on a folder of your own images.
 
-    Ctrl-C saves and stops; the same command with --resume continues with the same bits.
+    Ctrl-C, SIGTERM, SIGHUP and a closed output save and stop; the same command with --resume
+    continues with the same bits.
     """
 
     model: _Model
@@ -46,6 +50,10 @@ class TrainOptions(Generic[_Model, _Training]):
     flip: tyro.conf.FlagCreatePairsOff[bool] = False
     # 3 to read its images in color, 1 in gray.
     channels: int = 3
+    # The same of the images that are conditions, if they are others.
+    cond_channels: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as --channels)")
+    ] = None
     # AtoB makes B from A, BtoA makes A from B.
     direction: str = "AtoB"
     # Folder of the run.
@@ -53,16 +61,21 @@ class TrainOptions(Generic[_Model, _Training]):
         Path | None,
         tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/FAMILY-DATA)"),
     ] = None
-    # Continue the run in that folder.
+    # Begin with the weights of a trained, converted or shipped model, whose config is then the
+    # default of the flags: fine-tuning. The optimizer begins anew.
+    init: Annotated[str | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    # Continue the run in that folder. Steps, learning rate, warmup, decay and what is written how
+    # often may be others than before.
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     # cpu, cuda or cuda:N.
     device: Device = None
 
 
 def run(argv: Sequence[str]) -> None:
+    from cgkernels.checks import check_choice
     from cgm.data import DATA_FIELDS
-    from cgm.model import FAMILIES, config_class, family_class, make_model
-    from cgm.training import TrainingConfig, TrainingInterrupted, train
+    from cgm.model import FAMILIES, config_class, family_class
+    from cgm.training import TrainingConfig
 
     families = [name for name in FAMILIES if name != "classifier"]  # that one is no model of y
     family, rest = first_argument(
@@ -70,25 +83,46 @@ def run(argv: Sequence[str]) -> None:
         "cgm train FAMILY [OPTIONS]\n\n"
         f"FAMILY is one of {', '.join(families)}.\ncgm train FAMILY --help lists its options.",
     )
-    if family not in families:
-        raise ValueError(f"FAMILY must be one of {', '.join(families)}, got {family!r}")
+    check_choice("FAMILY", family, families)
     model_class = family_class(family)
     model_config = config_class(model_class)
-    defaults = with_defaults(TrainingConfig, model_class.training_defaults)
-    configs = _without_data_fields(model_config), defaults
+    start = find_start(rest, family)
+    configs = (
+        as_flags(model_config, {} if start is None else start.config, hidden=DATA_FIELDS),
+        as_flags(TrainingConfig, model_class.training_defaults),
+    )
     options = parse(TrainOptions, *configs, prog=f"cgm train {family}", args=rest)
+    training = checked(TrainingConfig, options.training, "training.")
+    flags = flags_of(options)
+    with naming_flags(flags):
+        _train(family, dataclasses.replace(options, training=training), start, flags)
+
+
+def _train(family: str, options: Any, start: Start | None, flags: dict[str, str]) -> None:
+    from cgm.model import family_class, make_model
+    from cgm.studies.contests import preset_for
+    from cgm.training import TrainingInterrupted, train
+
+    model_class = family_class(family)
     device = find_device(options.device)
     dataset = _load_data(options)
     if not dataset.paired and not model_class.unpaired:
-        raise ValueError(f"--layout must be another one: {family} learns from pairs, got unpaired")
-    chosen = {
-        f.name: getattr(dataset if f.name in DATA_FIELDS else options.model, f.name)
-        for f in dataclasses.fields(model_config)
-    }
-    model = make_model(model_class, model_config(**chosen), seed=options.training.seed)
-    from cgm.studies.contests import preset_for
-
+        raise ValueError(f"layout must be another one: {family} learns from pairs, got unpaired")
+    config = _model_config(family, options, dataset)
     out = options.out or Path("runs") / f"{family}-{dataset.name}"
+    with (
+        naming_flags({name: flags[f"model.{name}"] for name in vars(options.model)}),
+        warnings.catch_warnings(record=True, action="always") as notes,
+    ):
+        model = make_model(model_class, config, seed=options.training.seed)
+
+    def say_notes(*_: object) -> None:
+        """After the first step: of a training that is refused only the reason is said."""
+        while notes:
+            tell(str(notes.pop(0).message))
+
+    if start is not None:
+        start.load_into(model)
     try:
         train(
             model,
@@ -97,11 +131,15 @@ def run(argv: Sequence[str]) -> None:
             out,
             device=device,
             resume=options.resume,
+            on_step=say_notes,
             shown=_shown(options),
             sampling=preset_for(options.task, model) if options.task else {},
         )
     except TrainingInterrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from None
+        tell(str(stop))
+        if stop.signal == SIGPIPE:
+            discard_stdout()
+        raise SystemExit(128 + stop.signal) from None
     if options.training.sheet_every:
         print(f"What it drew while it learned is in {out / 'index.html'}.")
     if model_class.sampling_config is None:
@@ -110,6 +148,44 @@ def run(argv: Sequence[str]) -> None:
     print(f"The model is in {out}. To draw from it:")
     cond = " --cond IMAGE" if options.data and dataset.cond_kind == "image" else ""
     print(f"  cgm sample {shlex.quote(str(out))}{cond}")
+
+
+def _model_config(family: str, options: Any, dataset: "Dataset") -> Any:
+    """The config of the model on these data; what does not fit is said of the data's flags."""
+    from cgm.data import DATA_FIELDS, TASKS, load_task
+    from cgm.model import config_class, family_class
+
+    config = config_class(family_class(family))
+
+    def on(data: "Dataset") -> Any:
+        names = [f.name for f in dataclasses.fields(config) if f.name in DATA_FIELDS]
+        given = {name: getattr(data, name) for name in names}
+        return checked(config, options.model, "model.", **given)
+
+    try:
+        return on(dataset)
+    except ValueError as error:
+        text = str(error)
+        if not text.startswith(("--model.event-shape", "--model.cond-", "--model.num-classes")):
+            raise
+    fitting = []
+    for task in TASKS if options.task else ():
+        with contextlib.suppress(ValueError):
+            on(load_task(task))
+            fitting.append(task)
+    sides = f"--crop {options.crop}" if options.crop else f"--size {options.size}"
+    if options.task:
+        sides = f"--task {options.task}"
+    kind = f"--task {options.task}" if options.task else f"--layout {options.layout}"
+    for name, words in (
+        ("event-shape", f"{sides}: the images"),
+        ("cond-shape", f"{sides}: the conditions"),
+        ("cond-kind", f"{kind}: the kind of condition"),
+        ("num-classes", f"{kind}: the number of classes"),
+    ):
+        text = text.replace(f"--model.{name}", words)
+    fits = f"; {family} can learn {', '.join(fitting)}" if fitting else ""
+    raise ValueError(text + fits)
 
 
 def _shown(options: Any) -> "Shown | None":
@@ -122,39 +198,22 @@ def _shown(options: Any) -> "Shown | None":
     return first_rows(load_task(options.task, "test"), stacked=options.task == "complete")
 
 
-def _without_data_fields(model_config: type) -> type:
-    """The config as flags, not checked: that waits for the data, whose fields are no flags."""
-    from cgm.data import DATA_FIELDS
-
-    hints = typing.get_type_hints(model_config)
-
-    class Options(model_config):  # type: ignore[valid-type, misc]
-        __doc__ = model_config.__doc__
-        __annotations__ = {
-            name: tyro.conf.Suppress[hint]  # type: ignore[misc, valid-type]
-            for name, hint in hints.items()
-            if name in DATA_FIELDS
-        }
-
-        def __post_init__(self) -> None:
-            pass
-
-    return dataclass(frozen=True)(Options)
-
-
 def _load_data(options: TrainOptions) -> "Dataset":
+    from cgkernels.checks import check_choice
     from cgm.data import TASKS, load_folder, load_task
 
     if (options.task is None) == (options.data is None):
         raise ValueError(
             f"one of --task and --data must be given; --task is one of {', '.join(TASKS)}"
         )
-    of_folder = ("layout", "size", "crop", "flip", "channels", "direction")
+    if options.task is not None:
+        check_choice("task", options.task, TASKS)
+    of_folder = ("layout", "size", "crop", "flip", "channels", "cond_channels", "direction")
     values = {name: getattr(options, name) for name in of_folder}
     if options.data is not None:
         return load_folder(options.data, **values)
     for name, value in values.items():
         if value != getattr(TrainOptions, name):
-            raise ValueError(f"--{name} belongs to --data; a task has its own images")
+            raise ValueError(f"{name} belongs to --data; a task has its own images")
     assert options.task is not None
     return load_task(options.task)

@@ -29,8 +29,8 @@ class Dataset:
     """N rows of what is generated, y, and of what it is generated from, cond.
 
     Images are held as uint8 (a quarter of the memory) and become float32 in [-1, 1] in `batch`;
-    float32 tensors pass unchanged. A wrong dtype, length or crop, or a value that is not finite,
-    raises ValueError or TypeError.
+    float32 tensors pass unchanged. A wrong dtype, length or crop, a value that is not finite, and
+    what looks like images (N, H, W, C), or float32 ones in [0, 255], raise ValueError or TypeError.
     """
 
     name: str
@@ -44,6 +44,13 @@ class Dataset:
     flip: bool = False  # `batch` mirrors half of the images, left to right
 
     def __post_init__(self) -> None:
+        for name in ("y", "cond"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and (name, value) != ("cond", None):
+                raise TypeError(
+                    f"{name} must be a tensor, such as torch.from_numpy makes of an array, got "
+                    f"{type(value).__name__}"
+                )
         if self.y.dim() < 2 or len(self.y) == 0:
             raise ValueError(f"y must be (N, *event) with N > 0, got {tuple(self.y.shape)}")
         _check_pixels("y", self.y)
@@ -72,6 +79,10 @@ class Dataset:
         if low < 0 or high >= self.num_classes:
             raise ValueError(
                 f"cond must be in [0, num_classes = {self.num_classes}), got {low} to {high}"
+            )
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"class_names must be {self.num_classes} names, got {len(self.class_names)}"
             )
 
     def _check_augmentation(self) -> None:
@@ -193,9 +204,25 @@ def _row_uniform(rows: Tensor, seed: int, epoch: int, step: int, *event: int) ->
 
 def _check_pixels(name: str, pixels: Tensor) -> None:
     _check_dtype(name, pixels, torch.uint8, torch.float32)
-    if pixels.is_floating_point() and not (finite := pixels.isfinite()).all():
+    floating = pixels.is_floating_point()
+    if floating and not (finite := pixels.isfinite()).all():
         row = int((~finite).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"{name} must be finite, got row {row} with values that are not")
+    if pixels.dim() != 4:
+        return
+    _, channels, height, width = pixels.shape
+    if channels > 4 and height > 4 and width in (1, 3, 4) and (channels == height or not floating):
+        raise ValueError(
+            f"{name} must be (N, C, H, W), got {tuple(pixels.shape)}, which looks like "
+            f"(N, H, W, C): pass {name}.movedim(3, 1)"
+        )
+    if floating and channels in (1, 3, 4) and height * width > 1:
+        low, high = (float(v) for v in pixels.aminmax())
+        if low >= 0 and high > 2:
+            raise ValueError(
+                f"{name} must be in [-1, 1] if float32, got values from {low:g} to {high:g}: pass "
+                "images in [0, 255] as uint8"
+            )
 
 
 def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

@@ -1,7 +1,5 @@
 """Values in [-1, 1] as whole numbers: bins of the range, or the colors of a palette."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -44,8 +42,5 @@ def check_palette(palette: Palette, event_shape: tuple[int, int, int]) -> None:
         return
     if event_shape[0] != 2:
         raise ValueError(f"palette must be () but for two channels, got event_shape {event_shape}")
-    values = [value for color in palette for value in color]
-    if any(len(color) != 2 for color in palette) or not all(map(math.isfinite, values)):
-        raise ValueError(f"palette must have two finite numbers a color, got {palette}")
     if len(set(palette)) != len(palette) or len(palette) < 2:
         raise ValueError(f"palette must have two colors or more, all different, got {palette}")

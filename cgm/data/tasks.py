@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cgkernels.checks import check_choice
 from cgm.data import fashion, synthetic
 from cgm.data.dataset import Dataset, to_float
 
@@ -39,8 +40,7 @@ def load_task(name: str, split: str = "train") -> Dataset:
     """
     if name in _SYNTHETIC:
         return _SYNTHETIC[name](split)
-    if name not in _MAKERS:
-        raise ValueError(f"name must be one of {', '.join(TASKS)}, got {name!r}")
+    check_choice("name", name, TASKS)
     rows = fashion.rows_of(split)
     images, labels = fashion.read()
     return _MAKERS[name](images[rows], labels[rows])

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from cgkernels.rows import compute_dtype
 from cgm.checkpoints import load_model, save_model, shipped
 from cgm.data import load_task
 from cgm.data.dataset import to_float
-from cgm.model import ImageConfig, Model, Step, make_model
+from cgm.model import Count, ImageConfig, Interval, Model, Natural, Step, make_model
 from cgm.training import TrainingConfig, describe_data, train
 
 CHECKPOINT = "fashion_classifier"
@@ -51,19 +51,24 @@ class ClassifierConfig(ImageConfig):
     # What it learns is the class given the image: the class is its condition.
     cond_kind: Literal["class"] = "class"
     # Number of classes.
-    num_classes: int = 10
+    num_classes: Natural = 10
     # Channels of each block, multiples of 8.
-    width: tuple[int, ...] = (24, 48, 72, 72)
+    width: tuple[Count, ...] = (24, 48, 72, 72)
     # Number of blocks, from the first, that halve the resolution.
-    pools: int = 2
+    pools: Natural = 2
     # Side of the grid that the last features are averaged to.
-    grid: int = 3
+    grid: Count = 3
     # Share of the target that is spread over all classes.
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, Interval(0, 1)] = 0.1
     # Training images are shifted by up to this many pixels each way.
-    shift: int = 1
+    shift: Natural = 1
     # Training images are mirrored with probability one half.
     mirror: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.width or any(channels % 8 for channels in self.width):
+            raise ValueError(f"width must be multiples of 8, one a block, got {self.width}")
 
 
 class Classifier(Model):
@@ -117,6 +122,7 @@ class Classifier(Model):
             (n, 3),
             seed=seed,
             index=index,
+            step=0,
             stream=STREAM_AUGMENTATION,
             dtype=torch.float32,
             device=y.device,

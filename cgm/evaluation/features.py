@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cgkernels.checks import check_choice
 from cgm.evaluation.classifier import load_classifier
 
 FEATURES = ("classifier", "pixels", "inception")
@@ -46,17 +47,16 @@ def load_features(
     shape = load_classifier().config.event_shape
     if name is None:
         name = "classifier" if tuple(event_shape) == shape else "pixels"
+    check_choice("features", name, FEATURES)
     if name == "pixels":
         return Pixels()
     if name == "classifier":
         if tuple(event_shape) != shape:
             raise ValueError(f"features must be pixels for y {event_shape}: classifier is {shape}")
         return ClassifierFeatures()
-    if name == "inception":
-        if len(event_shape) != 3 or event_shape[0] not in (1, 3):
-            raise ValueError(f"features must be pixels for y {event_shape}: inception is (3, H, W)")
-        return InceptionFeatures(device)
-    raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {name!r}")
+    if len(event_shape) != 3 or event_shape[0] not in (1, 3):
+        raise ValueError(f"features must be pixels for y {event_shape}: inception is (3, H, W)")
+    return InceptionFeatures(device)
 
 
 class Pixels:

@@ -112,7 +112,10 @@ def gaussian_scores(points: Tensor, truth: Tensor) -> Scores:
     least share     the smallest share of a Gaussian times 8; truth about 1
     on a Gaussian   share within 3 sigma of a center; truth 0.989
     """
-    distances = torch.cdist(points.double().flatten(1), gaussian_centers().to(points.device))
+    distances = torch.cdist(
+        points.double().flatten(1), gaussian_centers().to(points.device),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )  # fmt: skip
     nearest, which = distances.min(1)
     counts = torch.bincount(which, minlength=distances.shape[1]).double()
     return {

@@ -45,11 +45,10 @@ import torch
 from torch import Tensor
 
 from cgkernels.random import STREAM_MEASURES, uniform
+from cgm.evaluation.distances import BLOCK, TIE, as_rows, balls_of, nearest, squares_of
 
 # What the measures draw, one step number of their stream each.
 _STEP_KEEP, _STEP_SPLIT, _STEP_REAL, _STEP_GENERATED = 0, 1, 2, 3
-
-_BLOCK = 256  # rows whose distances to all others are held at a time
 
 
 # Frechet distance ---------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Takes rows (n, d), n may be 0."""
-        rows = _rows("rows", rows, like=self.mean if self.n else None)
+        rows = as_rows("rows", rows, like=self.mean if self.n else None)
         if len(rows):
             mean = rows.mean(0)
             centered = rows - mean
@@ -98,18 +97,25 @@ class Moments:
 def frechet_distance(one: Moments, other: Moments) -> float:
     """|m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2), the "FID" of any features.
 
-    The trace of the root is the sum of the square roots of the eigenvalues of a symmetric matrix:
-    real and stable also where there are fewer rows than features. The distance of finite samples is
-    too large by about 1 / n, the more the more features there are: compare at equal n.
+    The trace of the root is the sum of the singular values of R^T R' with S = R R^T, S' = R' R'^T,
+    without the directions in which a covariance is 0 but for round-off, whose root is no small
+    number: right to all digits also where there are fewer rows than features. The distance of
+    finite samples is too large by about 1 / n, the more the more features there are: compare at
+    equal n.
     """
     if one.n and other.n and len(one.mean) != len(other.mean):
         raise ValueError(f"other must be of {len(one.mean)} features, got {len(other.mean)}")
     first, second = one.covariance, other.covariance
-    values, vectors = torch.linalg.eigh(first)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
+    shared = torch.linalg.svdvals(_root(first).T @ _root(second)).sum()
     apart = (one.mean - other.mean).square().sum()
     return max(0.0, (apart + first.trace() + second.trace() - 2 * shared).item())
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R (d, rank) with R R^T the covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 # Kernel distance ----------------------------------------------------------------------------------
@@ -124,8 +130,8 @@ def kernel_distance(
     with the sixth power of the features' scale: `standardize` them to compare extractors. The
     deviation is customary, but no standard error: subsets overlap.
     """
-    real = _rows("real", real, least=2)
-    generated = _rows("generated", generated, like=real[0], least=2)
+    real = as_rows("real", real, least=2)
+    generated = as_rows("generated", generated, like=real[0], least=2)
     if subsets < 1 or size < 2:
         raise ValueError(f"subsets and size must be at least 1 and 2, got {subsets} and {size}")
     size = min(size, len(real), len(generated))
@@ -145,7 +151,7 @@ def standardize(rows: Tensor, real: Moments) -> Tensor:
 
     One scale for all features: a feature that hardly varies among real rows is not blown up.
     """
-    rows = _rows("rows", rows, like=real.mean if real.n else None)
+    rows = as_rows("rows", rows, like=real.mean if real.n else None)
     scale = real.covariance.diagonal().mean().sqrt().item()
     return (rows - real.mean) / (scale or 1.0)
 
@@ -182,7 +188,7 @@ class Kept:
 
     def add(self, rows: Tensor) -> None:
         """Takes rows (n, d), n may be 0."""
-        rows = _rows("rows", rows, like=self._rows[0] if self.n else None)
+        rows = as_rows("rows", rows, like=self._rows[0] if self.n else None)
         index = torch.arange(self.n, self.n + len(rows))
         u = _uniform((len(rows), 1), self.seed, index, _STEP_KEEP)
         all_u = torch.cat([self._u, u[:, 0]])
@@ -216,7 +222,7 @@ class InceptionScore:
 
     def add(self, probabilities: Tensor) -> None:
         """Takes class probabilities (n, classes), n may be 0."""
-        p = _rows("probabilities", probabilities, like=self._sum[0] if self.n else None)
+        p = as_rows("probabilities", probabilities, like=self._sum[0] if self.n else None)
         if len(p) and (p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3):
             raise ValueError("probabilities must not be negative, and sum to 1 in each row")
         if self.n == 0:
@@ -260,9 +266,10 @@ class PrecisionRecall:
         coverage    share of real balls with a sample in them
 
     Precision and recall with k = 3 and <=; density and coverage with k = 5 and <, as their sources
-    have them. A row is not its own neighbor. Compare as many real rows as samples: all four depend
-    on both numbers. Noise or one image may have a high precision and density; their recall and
-    coverage are near 0.
+    have them, where squared distances that differ by 1e-12 of the rows' squared lengths are equal:
+    no round-off decides of a tie. A row is not its own neighbor. Compare as many real rows as
+    samples: all four depend on both numbers. Noise or one image may have a high precision and
+    density; their recall and coverage are near 0.
 
     held: recall is of so many samples at most, a random choice. The others are of all samples.
     """
@@ -272,21 +279,21 @@ class PrecisionRecall:
     ) -> None:
         if k < 1 or density_k < 1:
             raise ValueError(f"k and density_k must be at least 1, got {k} and {density_k}")
-        self._real = _rows("real", real, least=max(k, density_k) + 1)
+        self._real = as_rows("real", real, least=max(k, density_k) + 1)
         self._k, self._density_k = k, density_k
-        self._narrow, self._wide = _radii(self._real, k, density_k)
+        self._narrow, self._wide = balls_of(self._real, k, density_k)
         self._kept = Kept(held, seed)
         self._precise, self._inside = 0, 0
         self._covered = torch.zeros(len(self._real), dtype=torch.bool)
 
     def add(self, generated: Tensor) -> None:
         """Takes samples (n, d), n may be 0."""
-        generated = _rows("generated", generated, like=self._real[0])
+        generated = as_rows("generated", generated, like=self._real[0])
         self._kept.add(generated)
-        for block in generated.split(_BLOCK):
-            distances = _distances(block, self._real)
-            self._precise += int((distances <= self._narrow).any(1).sum())
-            inside = distances < self._wide
+        for block in generated.split(BLOCK):
+            squares, error = squares_of(block, self._real)
+            self._precise += int((squares - error <= self._narrow.most).any(1).sum())
+            inside = squares + error < self._wide.least
             self._inside += int(inside.sum())
             self._covered |= inside.any(0)
 
@@ -295,24 +302,17 @@ class PrecisionRecall:
         n, kept = self._kept.n, self._kept.rows
         if n <= self._k:
             raise ValueError(f"generated must be more than k = {self._k} rows, got {n}")
-        radii = _radii(kept, self._k)[0]
-        recalled = [(_distances(block, kept) <= radii).any(1) for block in self._real.split(_BLOCK)]
+        (balls,) = balls_of(kept, self._k)
+        recalled = []
+        for block in self._real.split(BLOCK):
+            squares, error = squares_of(block, kept)
+            recalled.append((squares - error <= balls.most).any(1))
         return Neighborhoods(
             precision=self._precise / n,
             recall=torch.cat(recalled).double().mean().item(),
             density=self._inside / (n * self._density_k),
             coverage=self._covered.double().mean().item(),
         )
-
-
-def _radii(rows: Tensor, *ks: int) -> list[Tensor]:
-    """Distance (N,) of each row to its k-th nearest other row, for each k."""
-    parts = []
-    for block in rows.split(_BLOCK):
-        # The nearest of all is the row itself, or another that is equal to it.
-        nearest = _distances(block, rows).topk(max(ks) + 1, largest=False, sorted=True).values
-        parts.append(nearest[:, list(ks)])
-    return list(torch.cat(parts).unbind(1))
 
 
 # Memorization -------------------------------------------------------------------------------------
@@ -348,21 +348,22 @@ class Memorization:
     """
 
     def __init__(self, training: Tensor, unseen: Tensor) -> None:
-        self._training = _rows("training", training, least=1)
-        self._unseen = _rows("unseen", unseen, like=self._training[0], least=2)
+        self._training = as_rows("training", training, least=1)
+        self._unseen = as_rows("unseen", unseen, like=self._training[0], least=2)
         self._limits = nearest(self._unseen, self._training)[0].sort().values
         self._quantile = self._limits.quantile(0.01)
         self._n, self._u, self._close, self._nearer = 0, 0.0, 0, 0
 
     def add(self, generated: Tensor) -> tuple[Tensor, Tensor]:
         """Takes samples (n, d), n may be 0; returns what `nearest` says of them."""
-        generated = _rows("generated", generated, like=self._training[0])
+        generated = as_rows("generated", generated, like=self._training[0])
         distance, row = nearest(generated, self._training)
-        below = torch.searchsorted(self._limits, distance)
-        up_to = torch.searchsorted(self._limits, distance, right=True)
+        below = torch.searchsorted(self._limits, distance * (1 - TIE))
+        up_to = torch.searchsorted(self._limits, distance * (1 + TIE), right=True)
         self._u += (below + up_to).sum().item() / 2
-        self._close += int((distance < self._quantile).sum())
-        self._nearer += int((distance < nearest(generated, self._unseen)[0]).sum())
+        self._close += int((distance < self._quantile * (1 - TIE)).sum())
+        unseen = nearest(generated, self._unseen)[0]
+        self._nearer += int((distance < unseen * (1 - TIE)).sum())
         self._n += len(generated)
         return distance, row
 
@@ -374,14 +375,6 @@ class Memorization:
         z = (self._u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12)
         expected = len(self._training) / (len(self._training) + m)
         return Copying(z, self._close / n, self._nearer / n, expected)
-
-
-def nearest(rows: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance (n,) of each row (n, d) to the nearest of reference (N, d), and its number (n,)."""
-    reference = _rows("reference", reference, least=1)
-    rows = _rows("rows", rows, like=reference[0])
-    parts = [_distances(block, reference).min(1) for block in rows.split(_BLOCK)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
 # Birthday paradox ---------------------------------------------------------------------------------
@@ -419,7 +412,7 @@ class Birthday:
     def add(self, generated: Tensor) -> None:
         """Takes samples (n, d), n may be 0: `size` that follow one another are a batch."""
         like = self._waiting[0] if len(self._waiting) else None
-        rows = _rows("generated", generated, like=like)
+        rows = as_rows("generated", generated, like=like)
         rows = torch.cat([self._waiting, rows]) if len(self._waiting) else rows
         while len(rows) >= self.size:
             batch, rows = rows[: self.size], rows[self.size :]
@@ -445,7 +438,7 @@ def best_of_n(distances: Tensor) -> Tensor:
     distances: of n draws for each of B conditions to the real y. More draws lower it if they
     differ; a model without noise gains nothing.
     """
-    return _rows("distances", distances, least=1).cummin(0).values.mean(1)
+    return as_rows("distances", distances, least=1).cummin(0).values.mean(1)
 
 
 def diversity(draws: Tensor) -> float:
@@ -453,34 +446,7 @@ def diversity(draws: Tensor) -> float:
 
     Divided by that of real rows that share the condition it is 1 for the right diversity.
     """
-    return torch.pdist(_rows("draws", draws, least=2)).mean().item()
-
-
-# Rows ---------------------------------------------------------------------------------------------
-def _rows(name: str, rows: Tensor, *, like: Tensor | None = None, least: int = 0) -> Tensor:
-    """The rows (n, d) in float64 on the CPU; `like` is a row they must be as wide as."""
-    if rows.dim() != 2 or rows.shape[1] == 0:
-        raise ValueError(f"{name} must be (N, d) with d > 0, got {tuple(rows.shape)}")
-    if not rows.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {rows.dtype}")
-    if like is not None and len(like) != rows.shape[1]:
-        raise ValueError(f"{name} must be (N, {len(like)}), got {tuple(rows.shape)}")
-    if len(rows) < least:
-        raise ValueError(f"{name} must be at least {least} rows, got {len(rows)}")
-    rows = rows.detach().to("cpu", torch.float64)
-    if not rows.isfinite().all():
-        raise ValueError(f"{name} must be finite, got infinities or NaN")
-    return rows
-
-
-def _distances(rows: Tensor, others: Tensor) -> Tensor:
-    """(n, N) Euclidean distances by one matrix product; those of equal rows are exactly 0."""
-    center = others.mean(0)
-    rows, others = rows - center, others - center
-    lengths = rows.square().sum(1)[:, None] + others.square().sum(1)
-    squares = torch.addmm(lengths, rows, others.T, alpha=-2)
-    # What is left of two equal rows is round-off of their lengths.
-    return squares.masked_fill_(squares <= 1e-12 * lengths, 0).sqrt_()
+    return torch.pdist(as_rows("draws", draws, least=2)).mean().item()
 
 
 def _uniform(shape: tuple[int, int], seed: int, index: Tensor, step: int) -> Tensor:

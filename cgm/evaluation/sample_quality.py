@@ -16,6 +16,7 @@ and their traps, `cgm.evaluation.features` what images are compared by.
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cgkernels.checks import check_choice
 from cgm.data import Dataset
+from cgm.evaluation.distances import nearest
 from cgm.evaluation.features import Extractor, Pixels
 from cgm.evaluation.likelihood import Measure, mean_measure
 from cgm.evaluation.metrics import (
@@ -39,10 +42,10 @@ from cgm.evaluation.metrics import (
     diversity,
     frechet_distance,
     kernel_distance,
-    nearest,
     standardize,
 )
 from cgm.model import Model
+from cgm.training.progress import time_left
 from cgm.viz.plots import as_images, image_grid
 
 LEAST = 20  # fewest samples
@@ -181,8 +184,7 @@ def check_measures(
     if measures is None:
         return tuple(name for name in MEASURES if name not in needs)
     for name in measures:
-        if name not in MEASURES:
-            raise ValueError(f"measures must be of {', '.join(MEASURES)}, got {name!r}")
+        check_choice("measures", name, MEASURES)
         if name in needs:
             raise ValueError(f"measures must not have {name}: it needs {needs[name]}")
     return measures
@@ -212,9 +214,10 @@ def _drawn(
     say: Callable[[str], None],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(rows of the conditions, samples on the CPU), part by part."""
-    device = model.device
+    device, since = model.device, time.perf_counter()
     for numbers in torch.arange(samples).split(_AT_ONCE):
-        say(f"drawing, {int(numbers[0])} of {samples}")
+        done = int(numbers[0])
+        say(f"drawing, {done} of {samples}{time_left(since, done, samples)}")
         rows, draws = numbers % len(held_out), numbers // len(held_out)
         cond = held_out.batch(rows)["cond"]
         if cond is None:

@@ -12,15 +12,26 @@ Source   PixelRNN arXiv:1601.06759; Image Transformer arXiv:1802.05751; image GP
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cgkernels.checks import readable
 from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
-from cgm.model import Density, Draws, GuidedConfig, Model, Step
+from cgm.model import (
+    Count,
+    Density,
+    Draws,
+    GuidedConfig,
+    Interval,
+    Model,
+    Natural,
+    Positive,
+    Step,
+)
 from cgm.networks.transformer import Transformer, TransformerConfig
 from cgm.sampling.decoding import Decoder, SamplingConfig
 
@@ -31,20 +42,20 @@ class AutoregressiveConfig(GuidedConfig):
     """What is generated from what, and the network."""
 
     # Values that a channel of a pixel can have; 256 loses nothing of an 8-bit image.
-    levels: int = 16
+    levels: Annotated[int, Interval(2, 256)] = 16
     # Colors of two channels that a pixel of what is generated can have, in place of levels: both
     # channels are one choice.
     palette: Palette = ()
     # Blocks of the transformer.
-    depth: int = 4
+    depth: Count = 4
     # Channels of its residual stream.
-    width: int = 96
+    width: Count = 96
     # Query heads.
-    heads: int = 4
+    heads: Count = 4
     # Key and value heads, a divisor of `heads`; 0: as many as query heads.
-    kv_heads: int = 0
+    kv_heads: Natural = 0
     # Width of the MLP.
-    hidden: int = 256
+    hidden: Count = 256
     # Normalization.
     norm: Literal["rms", "layer"] = "rms"
     # Activation of the MLP.
@@ -54,12 +65,10 @@ class AutoregressiveConfig(GuidedConfig):
     positions: Literal["rotary", "rotary_2d", "learned"] = "rotary_2d"
     # Base of the wavelengths of rotary positions: they are up to 2 pi times it, in positions or
     # rows.
-    rope_base: float = 10000.0
+    rope_base: Positive = 10000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"levels must be from 2 to 256, got {self.levels}")
         check_palette(self.palette, self.event_shape)
         if self.positions == "rotary_2d" and self.width // self.heads % 4:
             raise ValueError(
@@ -69,7 +78,7 @@ class AutoregressiveConfig(GuidedConfig):
 
     def _check_image_cond(self) -> None:
         """The sides of a condition can be others than those of what is generated."""
-        if len(self.cond_shape) != 3 or min(self.cond_shape) < 1:
+        if len(self.cond_shape) != 3:
             raise ValueError(f"cond_shape must be (C, H, W) for images, got {self.cond_shape}")
 
     @property
@@ -159,10 +168,11 @@ class ConditionalTransformer(Model):
         dropout = self.config.cond_dropout
         if cond is not None and dropout > 0:
             u = uniform(
-                (len(y),), seed=step.seed, index=step.index, stream=STREAM_CONDITION_DROPOUT
+                (len(y),), seed=step.seed, index=step.index, step=0, stream=STREAM_CONDITION_DROPOUT
             )
             prefix = torch.where((u < dropout)[:, None], self.null, prefix)
-        total = -self._log_probs(y, prefix).sum(1) / math.prod(self.config.event_shape)
+        nats = -_nan_where(_not_finite(y, cond), self._log_probs(y, prefix).sum(1))
+        total = nats / math.prod(self.config.event_shape)
         return {"total": total, "bits": total / math.log(2)}
 
     @torch.no_grad()
@@ -172,7 +182,8 @@ class ConditionalTransformer(Model):
         In bits per dimension it is -log_prob / (C H W ln 2).
         """
         self.check_inputs(y, cond)
-        return self._log_probs(y, self._prefix(cond, len(y), y.device)).sum(1)
+        log_probs = self._log_probs(y, self._prefix(cond, len(y), y.device)).sum(1)
+        return _nan_where(_not_finite(y, cond), log_probs)
 
     def _log_probs(self, y: Tensor, prefix: Tensor) -> Tensor:
         """log p of each value (B, L) of y, float32."""
@@ -210,7 +221,8 @@ class ConditionalTransformer(Model):
         if given is not None:
             self._check_given(given, conditions)
         prefix = self._prefix(draws.cond, conditions, device)
-        total, guided = math.prod(config.sequence_shape), options.guidance != 1
+        total = math.prod(config.sequence_shape)
+        guided = draws.guidance is not None or options.guidance != 1
         if guided:  # the unconditional prefixes differ by what is given, if at all
             null = torch.full_like(prefix if given is not None else prefix[:1], self.null)
             prefix = torch.cat([null, prefix])
@@ -225,11 +237,15 @@ class ConditionalTransformer(Model):
             order = torch.cat([order % nulls, nulls + order])
         run = Decoder(
             self.transformer, prefix, order, total - known.shape[1], options,
-            seed=draws.seed, index=index, rope=self._rope(device), first=known.shape[1],
+            seed=draws.seed, index=index, guidance=draws.guidance, rope=self._rope(device),
+            first=known.shape[1],
             offsets=self._offsets(total, device) if config.sequence_shape[0] > 1 else None,
         )  # fmt: skip
         values = torch.cat([known[condition_of_sample], run.run()], 1)
-        return self._images(values)
+        unknown = _not_finite(draws.cond, given)
+        if unknown is not None:
+            unknown = unknown[condition_of_sample]
+        return _nan_where(unknown, self._images(values))
 
     def _check_given(self, given: Tensor, conditions: int) -> None:
         channels, height, width = self.config.event_shape
@@ -242,15 +258,21 @@ class ConditionalTransformer(Model):
     def _values(self, y: Tensor) -> Tensor:
         """Values (B, L) of images (B, C, H, W), in the order of the sequence."""
         if self.config.palette:
-            return to_palette(y, self.palette).flatten(1)
+            return to_palette(_wide(y), self.palette).flatten(1)
         return quantize(y, self.config.levels)
 
     def _images(self, values: Tensor) -> Tensor:
-        """Images (B, C, H, W) of values (B, L)."""
-        if self.config.palette:
-            colors = self.palette[values].movedim(1, 2)
-            return colors.unflatten(2, self.config.event_shape[1:]).contiguous()
-        return dequantize(values, self.config.levels, self.config.event_shape)
+        """Images (B, C, H, W) of values (B, L), in the model's dtype; NaN where one is -1."""
+        config = self.config
+        # A draw from logits that are NaN is -1: there is no distribution, and so no value.
+        drawn = (values >= 0).view(
+            -1, config.event_shape[1], config.event_shape[2], config.sequence_shape[0]
+        )
+        if config.palette:
+            images = self.palette[values].movedim(1, 2).unflatten(2, config.event_shape[1:])
+        else:
+            images = dequantize(values, config.levels, config.event_shape)
+        return images.to(self.dtype).where(drawn.movedim(3, 1), torch.nan).contiguous()
 
     def _tokens(self, values: Tensor) -> Tensor:
         """Tokens of values (B, L)."""
@@ -294,7 +316,7 @@ def quantize(y: Tensor, levels: int) -> Tensor:
 
     They are the bins of `cgm.data.quantization`.
     """
-    return to_bins(y.movedim(1, 3).flatten(1), levels)
+    return to_bins(_wide(y).movedim(1, 3).flatten(1), levels)
 
 
 def dequantize(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
@@ -302,6 +324,31 @@ def dequantize(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
     channels, height, width = shape
     images = from_bins(values, levels).view(-1, height, width, channels)
     return images.movedim(3, 1).contiguous()
+
+
+def _wide(y: Tensor) -> Tensor:
+    """In float32 at least: half types cannot tell the 256 values of 8 bits apart midway."""
+    return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+def _not_finite(*images: Tensor | None) -> Tensor | None:
+    """Rows (B,) with a value that is not finite, of images that no check could look at before.
+
+    None: there are none. As whole numbers they would be as good as any.
+    """
+    rows = [
+        ~image.isfinite().flatten(1).all(1)
+        for image in images
+        if image is not None and image.is_floating_point() and not readable(image)
+    ]
+    return torch.stack(rows).any(0) if rows else None
+
+
+def _nan_where(rows: Tensor | None, result: Tensor) -> Tensor:
+    """result (B, ...), NaN in these rows."""
+    if rows is None:
+        return result
+    return result.masked_fill(rows.view(-1, *[1] * (result.dim() - 1)), torch.nan)
 
 
 def _raster(shape: tuple[int, ...], device: torch.device) -> Tensor:

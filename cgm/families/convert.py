@@ -6,17 +6,18 @@ PREFIXnet_G.pth        PREFIXnet_D.pth                                  Pix2Pix
 any other              -                                                Pix2Pix
 
 Discriminators may be missing; those get initial weights. What a file cannot tell is asked for, the
-side of the images and the dropout of a U-Net, or has its default: the objective, which only
-further training needs.
+side of the images, the dropout of a U-Net and the border in the blocks of a ResNet, or has its
+default: the objective, which only further training needs. `assumed` says it in words.
 """
 
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from cgkernels.checks import check_choice
 from cgm.families.cyclegan import CycleGAN, CycleGANConfig
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.model import Model, make_model
@@ -26,10 +27,15 @@ from cgm.networks.resnet_generator import ResnetGenerator
 from cgm.networks.unet_generator import UNetGenerator
 
 Generator = UNetGenerator | ResnetGenerator
+Border = Literal["reflect", "replicate"]
 
 
 def convert_published(
-    file: str | Path, *, size: int = 256, dropout: bool = True
+    file: str | Path,
+    *,
+    size: int = 256,
+    dropout: bool = True,
+    padding: Border = "reflect",
 ) -> tuple[Model, dict[str, str]]:
     """The model of a generator's file, and in words where each of its networks comes from.
 
@@ -37,6 +43,8 @@ def convert_published(
         file: of a generator, as above; read without running code.
         size: side of the images in pixels.
         dropout: whether a U-Net for pix2pix has it; its parameters do not tell.
+        padding: border in the blocks of a ResNet, unless it is of zeros; its parameters do not
+            tell.
 
     Raises:
         ValueError: a file cannot be read, is no such network or does not fit the others, the other
@@ -46,20 +54,35 @@ def convert_published(
     file = Path(file)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a positive whole number of pixels, got {size!r}")
+    check_choice("padding", padding, ("reflect", "replicate"))
     named = re.fullmatch(r"(.*)net_(G|G_A|G_B)\.pth", file.name)
     prefix, part = named.groups() if named else ("", "")
     if part == "G_B":
         raise ValueError(f"{file}: is for the way back; convert {prefix}net_G_A.pth beside it")
     if part == "G_A":
         sides = {s: file.with_name(f"{prefix}net_D_{s.upper()}.pth") for s in "ab"}
-        return _cyclegan(file, file.with_name(f"{prefix}net_G_B.pth"), sides, size)
-    return _pix2pix(file, file.with_name(f"{prefix}net_D.pth") if named else None, size, dropout)
+        return _cyclegan(file, file.with_name(f"{prefix}net_G_B.pth"), sides, size, padding)
+    judge = file.with_name(f"{prefix}net_D.pth") if named else None
+    return _pix2pix(file, judge, size, dropout, padding)
+
+
+def assumed(model: Model) -> list[str]:
+    """What a converted model is that its file does not tell, and how that is asked for."""
+    config = model.config
+    words = [f"images of {config.event_shape[1]} pixels a side (size)"]
+    if config.generator == "resnet" and config.padding != "zero":
+        words.append(f"{config.padding} padding in the blocks of the ResNet (padding)")
+    if config.generator == "unet" and isinstance(config, Pix2PixConfig) and config.depth >= 6:
+        words.append(f"a U-Net {'with' if config.dropout else 'without'} dropout (dropout)")
+    if config.norm == "batch":
+        words.append("batch norms that use the statistics of the file, not those of the batch")
+    return words
 
 
 def _pix2pix(
-    file: Path, discriminator_file: Path | None, size: int, dropout: bool
+    file: Path, discriminator_file: Path | None, size: int, dropout: bool, padding: Border
 ) -> tuple[Model, dict[str, str]]:
-    generator = _generator(file, dropout)
+    generator = _generator(file, dropout, padding)
     fields = _fields(generator, size) | {"dropout": generator.config.dropout}
     channels = generator.config.in_channels + generator.config.out_channels
     networks: dict[str, tuple[nn.Module, Path]] = {"generator": (generator, file)}
@@ -74,11 +97,16 @@ def _pix2pix(
 
 
 def _cyclegan(
-    file: Path, backward_file: Path, discriminator_files: dict[str, Path], size: int
+    file: Path,
+    backward_file: Path,
+    discriminator_files: dict[str, Path],
+    size: int,
+    padding: Border,
 ) -> tuple[Model, dict[str, str]]:
     if not backward_file.exists():
         raise ValueError(f"{backward_file}: is missing: a CycleGAN has it beside {file.name}")
-    forward, backward = _generator(file, False), _generator(backward_file, False)
+    forward = _generator(file, False, padding)
+    backward = _generator(backward_file, False, padding)
     for generator, of in ((forward, file), (backward, backward_file)):
         if generator.config.dropout:
             raise ValueError(f"{of}: has dropout, which a CycleGAN has not here")
@@ -144,21 +172,25 @@ def _fields(generator: Generator, size: int) -> dict[str, Any]:
         **(
             {"generator": "unet", "depth": generator.config.downs}
             if isinstance(generator, UNetGenerator)
-            else {"generator": "resnet", "depth": generator.config.blocks}
+            else {
+                "generator": "resnet",
+                "depth": generator.config.blocks,
+                "padding": generator.config.padding,
+            }
         ),
     }
 
 
-def _network(file: Path, dropout: bool) -> nn.Module:
+def _network(file: Path, dropout: bool, padding: Border) -> nn.Module:
     state = load_published(file)
     try:
-        return network_of(state, dropout=dropout)
+        return network_of(state, dropout=dropout, padding=padding)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _generator(file: Path, dropout: bool) -> Generator:
-    network = _network(file, dropout)
+def _generator(file: Path, dropout: bool, padding: Border) -> Generator:
+    network = _network(file, dropout, padding)
     if not isinstance(network, Generator):
         raise ValueError(f"{file}: must be of a generator, holds a {type(network).__name__}")
     return network
@@ -166,7 +198,7 @@ def _generator(file: Path, dropout: bool) -> Generator:
 
 def _discriminator(file: Path, generator: Generator, channels: int) -> PatchDiscriminator:
     """One that judges so many channels, normalized as the generator is."""
-    network = _network(file, False)
+    network = _network(file, False, "reflect")
     if not isinstance(network, PatchDiscriminator):
         raise ValueError(f"{file}: must be of a discriminator, holds a {type(network).__name__}")
     got, norm = network.config, generator.config.norm

@@ -30,7 +30,7 @@ from cgm.families.gan_losses import (
     mean_distance,
     row_loss,
 )
-from cgm.model import Draws, Step, check_choices, check_not_negative
+from cgm.model import Config, Draws, Natural, NotNegative, Step
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 
 
@@ -46,17 +46,16 @@ class CycleGANConfig(ImageToImageConfig):
     # Loss of a patch.
     loss: Loss = "lsgan"
     # Weight of what the discriminators say.
-    adversarial_weight: float = 1.0
+    adversarial_weight: NotNegative = 1.0
     # Weight lambda of the way there and back.
-    cycle_weight: float = 10.0
+    cycle_weight: NotNegative = 10.0
     # Weight mu, a factor of lambda, of leaving alone what is of the wanted kind.
-    identity_weight: float = 0.5
+    identity_weight: NotNegative = 0.5
     # Images of earlier steps that are kept for each discriminator; 0: none.
-    pool: int = 50
+    pool: Natural = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(self, "adversarial_weight", "cycle_weight", "identity_weight", "pool")
         if self.identity_weight and self.event_shape != self.cond_shape:
             raise ValueError(
                 f"identity_weight must be 0 between images of different channels, "
@@ -65,14 +64,11 @@ class CycleGANConfig(ImageToImageConfig):
 
 
 @dataclass(frozen=True)
-class CycleGANSampling:
+class CycleGANSampling(Config):
     """Which way."""
 
     # forward makes y of conditions, back makes conditions of y.
     way: Literal["forward", "back"] = "forward"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
 
 # Model --------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ Source   DDPM arXiv:2006.11239; v prediction arXiv:2202.00512; classifier-free g
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import cgkernels
+from cgkernels.functions import expm1_minus
 from cgkernels.random import (
     STREAM_CONDITION_DROPOUT,
     STREAM_INITIAL,
@@ -24,7 +25,17 @@ from cgkernels.random import (
     uniform,
 )
 from cgkernels.samplers import make_schedule, make_table, x0_coefficients
-from cgm.model import Draws, GuidedConfig, Model, Step, check_not_negative, check_positive
+from cgm.model import (
+    Config,
+    Count,
+    Draws,
+    GuidedConfig,
+    Interval,
+    Model,
+    Natural,
+    NotNegative,
+    Step,
+)
 from cgm.networks.unet import KeysValues, UNet
 from cgm.sampling.cuda_graph import capture
 
@@ -35,20 +46,20 @@ class DiffusionConfig(GuidedConfig):
     """What is generated from what, the network, and what it learns."""
 
     # Channels of the U-Net at full resolution.
-    width: int = 32
+    width: Count = 32
     # Channels at each resolution as a multiple of `width`; each is half of the one above.
-    width_multipliers: tuple[int, ...] = (1, 2)
+    width_multipliers: tuple[Count, ...] = (1, 2)
     # Residual blocks of a resolution.
-    blocks: int = 2
+    blocks: Count = 2
     # Self-attention (and cross-attention to tokens) in this many of the lowest resolutions.
-    attention_depth: int = 1
+    attention_depth: Natural = 1
     # Attention heads.
-    heads: int = 4
+    heads: Count = 4
     # Side of the squares of pixels that enter the U-Net as one.
-    patch: int = 2
+    patch: Count = 2
 
     # Timesteps of the noise schedule.
-    timesteps: int = 1000
+    timesteps: Count = 1000
     # Noise schedule.
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "cosine"
     # Shift the schedule so that its last timestep is noise alone.
@@ -60,51 +71,46 @@ class DiffusionConfig(GuidedConfig):
     # Predict the variance of the steps too, for the sampler ddpm.
     learned_variance: bool = False
     # Weight of the variational bound, from which the variance is learned.
-    bound_weight: float = 0.001
+    bound_weight: NotNegative = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "width", "blocks", "heads", "patch", "timesteps")
-        check_not_negative(self, "bound_weight")
-        if not self.width_multipliers or min(self.width_multipliers) < 1:
-            raise ValueError(f"width_multipliers must be positive, got {self.width_multipliers}")
-        if not 0 <= self.attention_depth <= len(self.width_multipliers):
+        if not self.width_multipliers:
+            raise ValueError("width_multipliers must have a number for each resolution, got ()")
+        if self.attention_depth > len(self.width_multipliers):
             raise ValueError(
                 f"attention_depth must be from 0 to {len(self.width_multipliers)}, the number of "
                 f"width_multipliers, got {self.attention_depth}"
             )
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
-                f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
+                f"patch must divide height and width {self.event_shape[1:]}, as 1 does, "
+                f"got {self.patch}"
             )
         if self.prediction == "epsilon" and self.zero_terminal_snr:
             raise ValueError("prediction must be x0 or v with zero_terminal_snr, got epsilon")
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Config):
     """How `ConditionalDiffusion.sample` solves."""
 
     # Solver.
     sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "dpmpp_2m"] = "ddim"
     # Number of steps, each one call of the network.
-    steps: int = 50
+    steps: Count = 50
     # Guidance scale s of u + s (c - u); 1 is the plain conditional model and half the work.
     guidance: float = 1.0
     # Which of the training timesteps are used.
     spacing: Literal["leading", "linspace", "trailing"] = "trailing"
     # Noise of ddim: 0 is deterministic, 1 as much as ddpm.
-    eta: float = 0.0
+    eta: Annotated[float, Interval(0, 1)] = 0.0
     # Variance of ddpm; a model with a learned variance uses that one.
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     # Clip each prediction of y to the range of the data, [-1, 1].
     clip: bool = True
     # On a GPU, replay one captured step instead of launching every kernel.
     graph: bool = True
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be finite, got {self.guidance}")
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -165,7 +171,7 @@ class ConditionalDiffusion(Model):
         if cond is None:
             cond = null
         elif null is not None and config.cond_dropout > 0:
-            u = uniform((rows,), stream=STREAM_CONDITION_DROPOUT, **draws)
+            u = uniform((rows,), step=0, stream=STREAM_CONDITION_DROPOUT, **draws)
             drop = (u < config.cond_dropout).view(-1, *(1,) * (cond.dim() - 1))
             cond = torch.where(drop, null, cond)
         ids = {"class": "classes", "tokens": "tokens"}.get(config.cond_kind)
@@ -187,15 +193,13 @@ class ConditionalDiffusion(Model):
         arXiv:2102.09672, section 3.1.
         """
         y, x_t, prediction, v = (a.float() for a in (y, x_t, prediction, v))
-        a0, a1, from_y, from_x, log_small, log_large = self.bound_table[t].T[..., None, None, None]
+        a0, a1, from_y, from_x, log_small, log_ratio = self.bound_table[t].T[..., None, None, None]
         y_hat = (a0 * x_t + a1 * prediction).clamp(-1, 1)
-        log_variance = log_small + (v + 1) / 2 * (log_large - log_small)
+        excess = (v + 1) / 2 * log_ratio  # of the logarithm of the variance over the true one
+        log_variance = log_small + excess
         distance = from_y * (y - y_hat)  # between the two means
         mean = from_y * y_hat + from_x * x_t
-        kl = 0.5 * (
-            log_variance - log_small + (log_small - log_variance).exp() - 1
-            + distance.square() * (-log_variance).exp()
-        )  # fmt: skip
+        kl = 0.5 * (expm1_minus(-excess) + distance.square() * (-log_variance).exp())
         nll = -_log_discretized_normal(y, mean, log_variance)
         terms = torch.where((t == 0)[:, None, None, None], nll, kl)
         return terms.flatten(1).mean(1) / math.log(2)
@@ -258,10 +262,13 @@ class _Run:
         self.unet, self.options, self.learned = model.unet, options, learned
         self.dtype = model.dtype
         self.channels = config.event_shape[0]
-        self.guided = options.guidance != 1
+        self.guided = draws.guidance is not None or options.guidance != 1
         # The state of a float64 model is float64, of any other float32.
         dtype = torch.float64 if model.noise_table.dtype == torch.float64 else torch.float32
-        self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
+        if draws.guidance is None:
+            self.scale = torch.full((), float(options.guidance), dtype=dtype, device=device)
+        else:
+            self.scale = draws.guidance.to(dtype)
         self.index = index
         self.seed = draws.seed
         self.table = plan.table.to(device, dtype)
@@ -306,6 +313,7 @@ class _Run:
             tuple(self.x.shape),
             seed=self.seed,
             index=self.index,
+            step=0,
             stream=STREAM_INITIAL,
             dtype=self.x.dtype,
         )
@@ -340,7 +348,7 @@ class _Run:
 def _bound_table(alphas_cumprod: np.ndarray, prediction: str) -> Tensor:
     """(T, 6) float32: y = a0 x_t + a1 prediction; of q(x_{t-1} | x_t, y) factors and logarithms.
 
-    The last four are the factors of y and of x_t in its mean, log beta~ and log beta.
+    The last four are the factors of y and of x_t in its mean, log beta~ and log (beta / beta~).
     """
     before = np.append(1.0, alphas_cumprod[:-1])
     beta = 1 - alphas_cumprod / before
@@ -352,16 +360,29 @@ def _bound_table(alphas_cumprod: np.ndarray, prediction: str) -> Tensor:
         np.sqrt(before) * beta / (1 - alphas_cumprod),
         np.sqrt(alphas_cumprod / before) * (1 - before) / (1 - alphas_cumprod),
         np.log(small),
-        np.log(beta),
+        np.log(beta / small),
     )
     return torch.from_numpy(np.stack(columns, 1)).float()
 
 
 def _log_discretized_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Log probability of the bin of width 2 / 255 around y; the outermost bins are unbounded."""
+    """Log probability of the bin of width 2 / 255 around y; the outermost bins are unbounded.
+
+    In float64, and by logarithms of the tail in which the bin lies: log P = log Phi(b) +
+    log(1 - Phi(a) / Phi(b)) with a, b its borders or, above the mean, -b, -a. A bin that is narrow
+    for the density has that of its middle, (b - a) phi(m) (1 + (b - a)^2 (m^2 - 1) / 24).
+    """
+    out = y.dtype
+    y, mean, log_variance = y.double(), mean.double(), log_variance.double()
     scale = (-0.5 * log_variance).exp()
-    upper = torch.special.ndtr((y + 1 / 255 - mean) * scale)
-    lower = torch.special.ndtr((y - 1 / 255 - mean) * scale)
-    upper = torch.where(y > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(y < -0.999, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp(min=1e-12).log()
+    middle, half = (y - mean) * scale, scale / 255
+    narrow = half < 1e-3
+    wide = torch.where(narrow, 1.0, half)  # no gradient of a difference that may be 0
+    near = torch.special.log_ndtr(wide - middle.abs())
+    far = torch.special.log_ndtr(-wide - middle.abs())
+    inside = near + (-torch.expm1(far - near)).log()
+    width = math.log(2 / 255 / math.sqrt(2 * math.pi)) - 0.5 * log_variance
+    density = width + (half.square() * (middle.square() - 1) / 6) - 0.5 * middle.square()
+    logs = torch.where(narrow, density, inside)
+    logs = torch.where(y > 0.999, torch.special.log_ndtr(half - middle), logs)
+    return torch.where(y < -0.999, torch.special.log_ndtr(half + middle), logs).to(out)

@@ -24,7 +24,7 @@ Source   contrastive divergence: Hinton, "Training products of experts by minimi
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,18 @@ from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_INITIAL, STREAM_POOL, STREAM_TRAINING, uniform
 from cgkernels.rows import compute_dtype
 from cgm.model import (
+    Config,
+    Count,
     Density,
     Draws,
     ImageConfig,
+    Interval,
     Model,
+    Natural,
+    NotNegative,
+    Positive,
     PreciseBuffers,
     Step,
-    check_not_negative,
-    check_positive,
 )
 from cgm.networks.residual import ConditionPlanes
 from cgm.sampling.langevin import annealed_weights, langevin
@@ -54,63 +58,56 @@ class EnergyConfig(ImageConfig):
     """What is generated from what, the network, and the chains that it learns from."""
 
     # Channels at full resolution; twice as many at each resolution below.
-    width: int = 16
+    width: Count = 16
     # Resolutions, each half of the one above, rounded up.
-    depth: int = 3
+    depth: Count = 3
     # Units of the layer that sees the whole image.
-    hidden: int = 128
+    hidden: Count = 128
     # Side of the squares of pixels that enter the network as one; 1 where sides are odd.
-    patch: int = 2
+    patch: Count = 2
 
     # Temperature T: the density is exp(-f / T). The more values an image has, the less it should
     # be: f does not grow with them.
-    temperature: float = 2e-4
+    temperature: Positive = 2e-4
     # Length a of a Langevin step: a step adds noise of the variance 2 a T.
-    step_size: float = 5.0
+    step_size: Positive = 5.0
     # Langevin steps of the chains in a training step.
-    chain_steps: int = 10
+    chain_steps: Count = 10
     # Standard deviation r of the noise that chains begin with.
-    start_std: float = 0.5
+    start_std: Positive = 0.5
     # What a step leads to is clamped to [-bound, bound].
-    bound: float = 2.0
+    bound: Positive = 2.0
     # Chains that are kept from one training step to the next; 0: all begin anew.
-    chains: int = 512
+    chains: Natural = 512
     # Share of them that begin anew when their turn comes.
-    renewal: float = 0.05
+    renewal: Annotated[float, Interval(0, 1)] = 0.05
     # Standard deviation s of the noise on the data.
-    data_noise: float = 0.1
+    data_noise: NotNegative = 0.1
     # Weight w of the squares of f, which keep it near 0.
-    square_weight: float = 0.02
+    square_weight: NotNegative = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "width", "depth", "hidden", "patch", "chain_steps")
         if any(n % self.patch for n in self.event_shape[1:]):
             raise ValueError(
-                f"patch must divide height and width {self.event_shape[1:]}, got {self.patch}"
+                f"patch must divide height and width {self.event_shape[1:]}, as 1 does, "
+                f"got {self.patch}"
             )
-        check_positive(self, "temperature", "step_size", "start_std", "bound")
-        check_not_negative(self, "data_noise", "square_weight", "chains")
-        if not 0 <= self.renewal <= 1:
-            raise ValueError(f"renewal must be in [0, 1], got {self.renewal}")
 
 
 @dataclass(frozen=True)
-class EnergySampling:
+class EnergySampling(Config):
     """How `ConditionalEBM.sample` draws."""
 
     # Langevin steps. A chain of the training lives chain_steps / renewal of them on average, and of
     # what comes later training knows less.
-    steps: int = 300
+    steps: Natural = 300
     # Length of a step; 0: that of the training.
-    step_size: float = 0.0
+    step_size: NotNegative = 0.0
     # Temperature as a multiple of the model's: below 1 samples are more likely, and less varied.
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     # On a GPU, replay one captured step instead of launching every kernel.
     graph: bool = True
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "steps", "step_size", "temperature")
 
 
 # Network ------------------------------------------------------------------------------------------
@@ -213,7 +210,7 @@ class Chains(PreciseBuffers):
             raise ValueError(f"chains must be at least the batch of {rows}, got {self.size}")
         turn = self.count + torch.arange(rows, device=start.device)
         slots = turn % self.size
-        u = uniform((rows,), seed=seed, index=index, stream=STREAM_POOL)
+        u = uniform((rows,), seed=seed, index=index, step=0, stream=STREAM_POOL)
         new = (turn < self.size) | (u < self.renewal)
         y = torch.where(new.view(-1, 1, 1, 1), start, self.y[slots].to(start.dtype))
         if cond is not None:
@@ -342,10 +339,10 @@ class ConditionalEBM(Model):
         shape = tuple(y.shape)
         noisy = y
         if config.data_noise:
-            z = cgkernels.philox_normal(shape, stream=STREAM_TRAINING, **draws)
+            z = cgkernels.philox_normal(shape, step=0, stream=STREAM_TRAINING, **draws)
             noisy = y + config.data_noise * z
         with torch.no_grad():
-            start = cgkernels.philox_normal(shape, stream=STREAM_INITIAL, **draws)
+            start = cgkernels.philox_normal(shape, step=0, stream=STREAM_INITIAL, **draws)
             start, chain_cond = config.start_std * start, cond
             kept = self.training and self.chains.size > 0
             if kept:
@@ -388,13 +385,13 @@ class ConditionalEBM(Model):
         config, total = self.config, len(draws.index)
         if start is None:
             z = cgkernels.philox_normal(
-                (total, *config.event_shape), seed=draws.seed, index=draws.index,
+                (total, *config.event_shape), seed=draws.seed, index=draws.index, step=0,
                 stream=STREAM_INITIAL, dtype=torch.promote_types(self.dtype, torch.float32),
             )  # fmt: skip
             start = config.start_std * z
         else:
             conditions = total if draws.cond is None else draws.rows
-            self._check_image("start", start, conditions, config.event_shape)
+            self._check_image("start", start, conditions, config.event_shape, bounded=False)
             start = start.to(compute_dtype(start)).repeat(total // conditions, 1, 1, 1)
         planes = draws.repeat(self.planes(draws.cond, draws.rows))
         return langevin(

@@ -18,7 +18,7 @@ Source   NICE arXiv:1410.8516; RealNVP arXiv:1605.08803 (scales, coupling); Glow
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,18 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import check_shape
 from cgkernels.library import using_reference
 from cgkernels.random import STREAM_LATENTS, STREAM_TRAINING, uniform
 from cgkernels.rows import compute_dtype
 from cgm.model import (
+    Config,
+    Count,
     Density,
     Draws,
     ImageConfig,
+    Interval,
     Model,
+    NotNegative,
     Step,
-    check_not_negative,
-    check_positive,
 )
 from cgm.networks.layers import ActNorm, full_precision, is_unhooked
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
@@ -50,34 +51,28 @@ class FlowConfig(ImageConfig):
     """What is generated from what, the scales and their networks, and what is done to the data."""
 
     # Steps of each scale, the finest first; a scale halves the sides where both are even.
-    steps: tuple[int, ...] = (2, 4)
+    steps: tuple[Count, ...] = (2, 4)
     # Channels of the network of a coupling, twice as many at each of its resolutions below.
-    width: int = 32
+    width: Annotated[int, Interval(4, ends="[)")] = 32
     # Resolutions of the network of a coupling, as far as the sides allow.
-    depth: int = 2
+    depth: Count = 2
     # Residual blocks of a resolution, on the way down and again on the way up.
-    blocks: int = 1
+    blocks: Count = 1
     # Couplings only shift, and the volume changes by the maps of the channels and by priors alone.
     additive: bool = False
     # Bound of |log s| of a coupling.
-    limit: float = 2.0
+    limit: Annotated[float, Interval(0, 80, "(]")] = 2.0
     # Values that y can have, evenly spaced from -1 to 1; 0: any real number.
-    levels: int = 256
+    levels: Annotated[int, Interval(0, 65536)] = 256
     # Standard deviation of normal noise on the data of real numbers; samples have it too.
-    noise: float = 0.0
+    noise: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps must be positive, one number a scale, got {self.steps}")
-        check_positive(self, "depth", "blocks")
-        if self.width < 4:
-            raise ValueError(f"width must be at least 4, got {self.width}")
-        if not 0 < self.limit <= 80:
-            raise ValueError(f"limit must be above 0 and at most 80, got {self.limit}")
-        if self.levels and not 2 <= self.levels <= 65536:
-            raise ValueError(f"levels must be 0 or from 2 to 65536, got {self.levels}")
-        check_not_negative(self, "noise")
+        if not self.steps:
+            raise ValueError("steps must be positive, one number a scale, got ()")
+        if self.levels == 1:
+            raise ValueError("levels must be 0 or from 2 to 65536, got 1")
         if self.noise and self.levels:
             raise ValueError(
                 f"noise is for real numbers, levels 0: those of images have noise of their own, "
@@ -86,17 +81,14 @@ class FlowConfig(ImageConfig):
 
 
 @dataclass(frozen=True)
-class FlowSampling:
+class FlowSampling(Config):
     """How a sample is drawn."""
 
     # Factor of the latent numbers; less than 1 is nearer to the usual image, and less varied.
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     # On a GPU, replay a captured call instead of launching every kernel; one is kept for the last
     # number of samples.
     graph: bool = True
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "temperature")
 
 
 # Layers -------------------------------------------------------------------------------------------
@@ -368,7 +360,9 @@ class ConditionalFlow(Model):
     ) -> Tensor:
         """Of y with its noise: the bound of an image, the density of real numbers."""
         config, y = self.config, y.to(compute_dtype(y))
-        draws: dict[str, Any] = {"seed": seed, "index": index, "stream": STREAM_TRAINING}
+        draws: dict[str, Any] = {
+            "seed": seed, "index": index, "step": 0, "stream": STREAM_TRAINING,
+        }  # fmt: skip
         constant = 0.0
         if config.levels:
             v = ((y + 1) * ((config.levels - 1) / 2)).round().clamp(0, config.levels - 1)
@@ -397,7 +391,7 @@ class ConditionalFlow(Model):
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """The y (B, C, H, W) that has these latent numbers, (B, C H W)."""
-        check_shape("z", z, (len(z), self.dimensions))
+        self._check_image("z", z, None, (self.dimensions,), bounded=False)
         self.check_cond(cond, len(z))
         return self._decode(z.to(compute_dtype(z)), self._planes(cond, len(z))).to(self.dtype)
 
@@ -448,7 +442,7 @@ class ConditionalFlow(Model):
         rows = 1 if cond is None else len(cond)
         planes = self._planes(cond, rows)
         z = temperature * cgkernels.philox_normal(
-            (len(index), self.dimensions), seed=seed, index=index, stream=STREAM_LATENTS,
+            (len(index), self.dimensions), seed=seed, index=index, step=0, stream=STREAM_LATENTS,
             dtype=temperature.dtype, device=index.device,
         )  # fmt: skip
         y = self._decode(z, [p.repeat(len(index) // rows, 1, 1, 1) for p in planes])

@@ -12,6 +12,8 @@ Source   Goodfellow et al., arXiv:1406.2661; Mirza, Osindero, arXiv:1411.1784; p
          al., arXiv:1704.00028; hinge: Lim, Ye, arXiv:1705.02894.
 """
 
+import dataclasses
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -31,10 +33,13 @@ from cgm.families.gan_losses import (
     image_generator,
     mean_distance,
     row_loss,
+    usual_depth,
 )
-from cgm.model import Draws, ImageConfig, Step, check_not_negative, check_positive
+from cgm.model import Config, Count, Draws, ImageConfig, NotNegative, Step
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
+
+DROPOUT_DEPTH = 6  # of a U-Net: below there are no blocks that have it
 
 
 # pix2pix ------------------------------------------------------------------------------------------
@@ -43,22 +48,21 @@ class Pix2PixConfig(ImageToImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
     # Dropout in the generator, its only noise: without it a condition has one image. A U-Net has
-    # it from depth 6 on.
+    # it from depth 6 on, for sides that are multiples of 64; the config of a model says if it has.
     dropout: bool = True
     # Weight lambda of the distance to the true image.
-    l1_weight: float = 100.0
+    l1_weight: NotNegative = 100.0
     # Weight of the R1 penalty on the discriminator, which excludes batch norm; 0: none.
-    r1_weight: float = 0.0
+    r1_weight: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(self, "l1_weight", "r1_weight")
         if self.r1_weight and self.norm == "batch":
             raise ValueError("norm must not be batch with r1_weight: rows would depend on another")
 
 
 @dataclass(frozen=True)
-class Pix2PixSampling:
+class Pix2PixSampling(Config):
     """How an image is drawn."""
 
     # Keep the dropout on: without it all draws of a condition are one.
@@ -75,6 +79,17 @@ class Pix2Pix(AdversarialModel):
 
     def __init__(self, config: Pix2PixConfig) -> None:
         super().__init__()
+        depth = usual_depth(config)
+        if config.dropout and config.generator == "unet" and depth < DROPOUT_DEPTH:
+            height, width = config.event_shape[1:]
+            warnings.warn(
+                f"this model of {height} x {width} pixels has no dropout, so all draws of a "
+                f"condition are one: its U-Net has depth {depth}, and dropout needs "
+                f"{DROPOUT_DEPTH}, with sides that are multiples of {2**DROPOUT_DEPTH}; "
+                "generator resnet has it for others",
+                stacklevel=2,
+            )
+            config = dataclasses.replace(config, dropout=False)
         self.config = config
         self.generator = image_generator(
             config, config.cond_shape[0], config.event_shape[0], dropout=config.dropout
@@ -131,37 +146,29 @@ class GANConfig(ImageConfig):
     """What is generated from what, the two networks, and the objective."""
 
     # Numbers of the latent vector z.
-    latents: int = 64
+    latents: Count = 64
     # Channels of the last hidden layer of the generator.
-    width: int = 32
+    width: Count = 32
     # Resolutions of a generator from images, or of sides that are no multiples of 4.
-    depth: int = 3
+    depth: Count = 3
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 34
     # Channels of its first layer.
-    discriminator_width: int = 32
+    discriminator_width: Count = 32
     # Loss of a patch.
     loss: Loss = "nonsaturating"
     # Weight of the R1 penalty on the discriminator; 0: none.
-    r1_weight: float = 1.0
+    r1_weight: NotNegative = 1.0
     # Weight of the WGAN-GP penalty on the discriminator, 10 as published with loss wgan; 0: none.
-    penalty_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "latents", "width", "depth", "discriminator_width")
-        check_not_negative(self, "r1_weight", "penalty_weight")
+    penalty_weight: NotNegative = 0.0
 
 
 @dataclass(frozen=True)
-class GANSampling:
+class GANSampling(Config):
     """How an image is drawn."""
 
     # Factor of the latent vector; less than 1 is nearer to the usual image, and less varied.
-    truncation: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "truncation")
+    truncation: NotNegative = 1.0
 
 
 class LatentGenerator(nn.Module):
@@ -260,7 +267,7 @@ class ConditionalGAN(AdversarialModel):
         share = None
         if config.penalty_weight:
             share = uniform(
-                (len(y),), seed=step.seed, index=step.index, stream=STREAM_TRAINING,
+                (len(y),), seed=step.seed, index=step.index, step=0, stream=STREAM_TRAINING,
                 dtype=y.dtype,
             )  # fmt: skip
         return discriminator_loss(
@@ -278,7 +285,7 @@ class ConditionalGAN(AdversarialModel):
     ) -> Tensor:
         config = self.config
         z = truncation * normal(
-            (len(index), config.latents), seed=seed, index=index, stream=STREAM_LATENTS,
+            (len(index), config.latents), seed=seed, index=index, step=0, stream=STREAM_LATENTS,
             dtype=self.dtype, device=index.device,
         )  # fmt: skip
         if isinstance(self.generator, TranslatingGenerator):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cgkernels.random import STREAM_POOL, uniform
 from cgkernels.rows import compute_dtype
-from cgm.model import ImageConfig, Model, check_positive
-from cgm.networks.patch_discriminator import PatchDiscriminator
-from cgm.networks.resnet_generator import ResnetGenerator, ResnetGeneratorConfig
+from cgm.model import Count, ImageConfig, Model, Natural
+from cgm.networks.patch_discriminator import PatchDiscriminator, fitting_patches
+from cgm.networks.resnet_generator import Padding, ResnetGenerator, ResnetGeneratorConfig
 from cgm.networks.unet_generator import UNetGenerator, UNetGeneratorConfig
 
 Loss = Literal["lsgan", "vanilla", "hinge", "nonsaturating", "wgan"]
@@ -34,33 +34,32 @@ class ImageToImageConfig(ImageConfig):
     """What models from images to images share: what is made of what, and the networks."""
 
     # Shape (C, H, W) of what is generated.
-    event_shape: tuple[int, int, int] = (3, 256, 256)
+    event_shape: tuple[Count, Count, Count] = (3, 256, 256)
     # Kind of condition: images.
     cond_kind: Literal["image"] = "image"
     # Shape (C, H, W) of one condition, with the sides of event_shape.
-    cond_shape: tuple[int, int, int] = (3, 256, 256)
+    cond_shape: tuple[Count, Count, Count] = (3, 256, 256)
 
     # Generator: a U-Net, for sides that are multiples of 2^depth, or residual blocks.
     generator: Literal["unet", "resnet"] = "unet"
     # Resolutions of the U-Net, or residual blocks; 0: as many as the sides allow, up to 8 for 256
     # pixels, or 9 blocks for 256 pixels and 6 for fewer.
-    depth: int = 0
+    depth: Natural = 0
     # Channels of the first layer of a generator.
-    width: int = 64
+    width: Count = 64
     # Normalization in all networks.
     norm: Literal["batch", "instance", "none"] = "batch"
+    # Border of the convolutions in the residual blocks.
+    padding: Padding = "reflect"
     # Side of the patches that a discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
     # Channels of the first layer of a discriminator.
-    discriminator_width: int = 64
+    discriminator_width: Count = 64
     # Loss of a patch.
     loss: Loss = "vanilla"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "width", "discriminator_width")
-        if self.depth < 0:
-            raise ValueError(f"depth must not be negative, got {self.depth}")
         sides = self.event_shape[1:]
         unit = 2 ** max(self.depth, 2) if self.generator == "unet" else 4
         if any(side % unit for side in sides):
@@ -116,6 +115,13 @@ def row_loss(
     discriminator: PatchDiscriminator, x: Tensor | None, y: Tensor, loss: Loss, target: Target
 ) -> Tensor:
     """What the discriminator says of images y, beside their conditions x if there are: (B,)."""
+    height, width = y.shape[2:]
+    fitting = fitting_patches(min(height, width))
+    if (patch := discriminator.config.patch) not in fitting:
+        raise ValueError(
+            f"patch must be {'one of ' if len(fitting) > 1 else ''}{', '.join(map(str, fitting))} "
+            f"for images of {height} x {width} pixels, got {patch}"
+        )
     return discriminator.row_losses(*_pair(x, y), loss=loss, target=target)
 
 
@@ -134,16 +140,18 @@ def image_generator(
 ) -> nn.Module:
     """The network from images of so many channels to images that a config asks for."""
     kind: dict[str, Any] = {"width": config.width, "norm": config.norm}
-    depth = config.depth or _usual_depth(config)
-    if config.generator == "unet":  # which has dropout from depth 6 on
-        kind["dropout"] = dropout and depth >= 6
-        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
     kind["dropout"] = dropout
+    depth = usual_depth(config)
+    if config.generator == "unet":
+        return UNetGenerator(UNetGeneratorConfig(channels, out, downs=depth, **kind))
+    kind["padding"] = config.padding
     return ResnetGenerator(ResnetGeneratorConfig(channels, out, blocks=depth, **kind))
 
 
-def _usual_depth(config: ImageToImageConfig) -> int:
-    """Of a U-Net as many resolutions as the sides allow, 8 at most; of residual blocks 9 or 6."""
+def usual_depth(config: ImageToImageConfig) -> int:
+    """That of the config; for 0 the resolutions that sides allow, 8 at most, or 9 or 6 blocks."""
+    if config.depth:
+        return config.depth
     sides = config.event_shape[1:]
     if config.generator == "unet":
         return next(depth for depth in range(8, 0, -1) if not any(n % 2**depth for n in sides))

@@ -6,7 +6,7 @@ Source   colors as classes, annealed mean: Zhang et al., arXiv:1603.08511.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 from cgm.data import Dataset
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
 from cgm.families.regression import Regression, anneal, batches, choose, likeliest
-from cgm.model import Draws
+from cgm.model import Draws, Interval
 from cgm.networks.layers import full_precision
 from cgm.networks.residual import ResidualConfig
 
@@ -25,14 +25,12 @@ class QuantizedClassifierConfig(ResidualConfig):
     """What is generated from what, the network, and the classes."""
 
     # Values that a channel of a pixel can have, each channel by itself.
-    levels: int = 16
+    levels: Annotated[int, Interval(2, 256)] = 16
     # Colors of two channels that a pixel can have, in place of levels: both channels as one choice.
     palette: Palette = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"levels must be from 2 to 256, got {self.levels}")
         check_palette(self.palette, self.event_shape)
 
 

@@ -31,7 +31,7 @@ import cgkernels
 from cgkernels.random import STREAM_INITIAL, uniform
 from cgkernels.rows import compute_dtype
 from cgm.data import Dataset
-from cgm.model import Density, Draws, Model, Step, check_not_negative, check_positive
+from cgm.model import Config, Count, Density, Draws, Model, NotNegative, Positive, Step
 from cgm.networks.residual import ConditionPlanes, ResidualConfig, ResidualUNet
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -42,15 +42,12 @@ _STEP_CHOICE, _STEP_VALUE = 0, 1  # of the noise: which component, or class; whe
 
 # Config -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class RegressionSampling:
+class RegressionSampling(Config):
     """How a sample is drawn."""
 
     # Below 1 sharpens what is drawn from: each distribution to the power 1 / temperature, of a
     # mixture its weights and each of its parts; 0 takes the likeliest (of a mixture, part) alone.
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "temperature")
+    temperature: NotNegative = 1.0
 
 
 # What all have ------------------------------------------------------------------------------------
@@ -261,11 +258,7 @@ class LeastSquaresConfig(ResidualConfig):
     error: Literal["l2", "l1"] = "l2"
     # Standard deviation of the noise around the prediction, normal for l2, Laplace for l1, that
     # makes it a density; 0: none, so that all samples of a condition are one.
-    sigma: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative(self, "sigma")
+    sigma: NotNegative = 0.0
 
 
 class LeastSquares(Regression):
@@ -328,11 +321,7 @@ class GaussianConfig(ResidualConfig):
     """What is generated from what, the network, and the narrowest density."""
 
     # Smallest standard deviation: where y is always the same, the likelihood has no other bound.
-    min_sigma: float = 0.02
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "min_sigma")
+    min_sigma: Positive = 0.02
 
 
 class GaussianRegression(Regression):
@@ -392,11 +381,7 @@ class MixtureConfig(GaussianConfig):
     """What is generated from what, the network, and the mixture of each value."""
 
     # Normal densities of each value.
-    components: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "components")
+    components: Count = 5
 
 
 class MixtureDensity(Regression):

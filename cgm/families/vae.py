@@ -16,24 +16,26 @@ Source   Kingma, Welling, arXiv:1312.6114; conditions and learned priors: Sohn e
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cgkernels
-from cgkernels.checks import check_shape
 from cgkernels.random import STREAM_LATENTS, STREAM_SAMPLER, uniform
 from cgkernels.rows import compute_dtype
 from cgm.model import (
+    Config,
+    Count,
     Density,
     Draws,
+    Interval,
     Model,
+    NotNegative,
+    Positive,
     PreciseBuffers,
     Step,
-    check_not_negative,
-    check_positive,
 )
 from cgm.networks.residual import (
     ConditionPlanes,
@@ -53,13 +55,9 @@ class LatentConfig(ResidualConfig):
     """What is generated from what, and the two networks."""
 
     # Numbers of the latent vector z.
-    latents: int = 16
+    latents: Count = 16
     # Make z of means over all places of the image: where something is does not get into it.
     pooled: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "latents")
 
 
 @dataclass(frozen=True)
@@ -72,40 +70,33 @@ class VAEConfig(LatentConfig):
     # discretized_logistic takes it for one of `levels`.
     likelihood: Literal["gaussian", "bernoulli", "discretized_logistic"] = "gaussian"
     # Standard deviation of the Gaussian, scale of the logistic; y is in [-1, 1].
-    scale: float = 0.1
+    scale: Positive = 0.1
     # Learn that number, one for all pixels; `scale` is where it starts.
     learn_scale: bool = False
     # Values that y can have, evenly spaced from -1 to 1.
-    levels: int = 256
+    levels: Annotated[int, Interval(2, ends="[)")] = 256
     # Weight of the divergence in the loss; with 1 the loss is the bound.
-    beta: float = 1.0
+    beta: NotNegative = 1.0
     # Nats of divergence that each number of z has for nothing, so that it does not fall silent.
-    free_bits: float = 0.0
+    free_bits: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prior == "learned" and self.cond_kind == "none":
             raise ValueError("prior must be standard without a condition, got learned")
-        check_positive(self, "scale")
         if self.learn_scale and self.likelihood == "bernoulli":
             raise ValueError("learn_scale must be False for bernoulli, which has no scale")
-        if self.levels < 2:
-            raise ValueError(f"levels must be at least 2, got {self.levels}")
-        check_not_negative(self, "beta", "free_bits")
 
 
 @dataclass(frozen=True)
-class VAESampling:
+class VAESampling(Config):
     """How an image is drawn."""
 
     # Factor of the spread of z around the middle of its prior; less than 1 is less varied.
-    truncation: float = 1.0
+    truncation: NotNegative = 1.0
     # Draw from p(y | z) instead of taking its mean: the samples of the model itself, but of a
     # image they are noisy.
     noise: bool = False
-
-    def __post_init__(self) -> None:
-        check_not_negative(self, "truncation")
 
 
 # Likelihoods --------------------------------------------------------------------------------------
@@ -131,7 +122,7 @@ class GaussianLikelihood(PreciseBuffers):
     def draw(self, out: Tensor, seed: Tensor, index: Tensor) -> Tensor:
         """A sample of each row, by the noise of its number."""
         noise = cgkernels.philox_normal(
-            tuple(out.shape), seed=seed, index=index, stream=STREAM_SAMPLER, dtype=out.dtype
+            tuple(out.shape), seed=seed, index=index, step=0, stream=STREAM_SAMPLER, dtype=out.dtype
         )
         return out + self.log_scale.to(out.dtype).exp() * noise
 
@@ -145,8 +136,9 @@ class BernoulliLikelihood(nn.Module):
     def log_prob(self, out: Tensor, y: Tensor) -> Tensor:
         """A probability if all y are -1 or 1."""
         share = (y + 1) / 2
-        entropy = F.binary_cross_entropy_with_logits(out, share, reduction="none")
-        return -entropy.flatten(1).sum(1)
+        # Of F.binary_cross_entropy_with_logits a likely value has no gradient: sigmoid(out) - 1.
+        logs = share * F.logsigmoid(out) + (1 - share) * F.logsigmoid(-out)
+        return logs.flatten(1).sum(1)
 
     def mean(self, out: Tensor) -> Tensor:
         """Of y."""
@@ -174,17 +166,18 @@ class LogisticLikelihood(PreciseBuffers):
     def log_prob(self, out: Tensor, y: Tensor) -> Tensor:
         """The probability of the values nearest to y.
 
-        S(b) - S(a) = S(b) S(-a) (1 - exp(a - b)), which loses no digits wherever y is.
+        S(b) - S(a) = S(b) S(-a) (1 - exp(a - b)), which loses no digits wherever y is; in float64,
+        for the borders of a narrow density and the slopes of a wide one.
         """
-        number = ((y + 1) / 2 * self.gaps).round().clamp(0, self.gaps)
-        per_scale = (-self.log_scale.to(out.dtype)).exp()
+        number = ((y + 1) / 2 * self.gaps).round().clamp(0, self.gaps).double()
+        dtype, out, per_scale = out.dtype, out.double(), (-self.log_scale.double()).exp()
         middle = (2 * number / self.gaps - 1 - out) * per_scale
         half = per_scale / self.gaps
         below, above = F.logsigmoid(middle + half), F.logsigmoid(half - middle)
         # The outermost reach to infinity.
         inside = below + above + torch.log(-torch.expm1(-2 * half))
         logs = torch.where(number == 0, below, torch.where(number == self.gaps, above, inside))
-        return logs.flatten(1).sum(1)
+        return logs.flatten(1).sum(1).to(dtype)
 
     def mean(self, out: Tensor) -> Tensor:
         """Of the density, as far as there are values."""
@@ -214,7 +207,7 @@ def _log_scale(config: VAEConfig) -> Tensor:
 
 def _uniform(like: Tensor, seed: Tensor, index: Tensor) -> Tensor:
     return uniform(
-        tuple(like.shape), seed=seed, index=index, stream=STREAM_SAMPLER, dtype=like.dtype
+        tuple(like.shape), seed=seed, index=index, step=0, stream=STREAM_SAMPLER, dtype=like.dtype
     )
 
 
@@ -252,7 +245,7 @@ class LatentModel(Model):
         return self.encoder(torch.cat([y, planes], 1))
 
     def _check_latents(self, z: Tensor, cond: Tensor | None) -> None:
-        check_shape("z", z, (len(z), self.config.latents))
+        self._check_image("z", z, None, (self.config.latents,), bounded=False)
         self.check_cond(cond, len(z))
 
 
@@ -287,7 +280,7 @@ class ConditionalVAE(LatentModel):
         prior_mean, prior_log_variance = self._prior(planes)
         z, kl = cgkernels.sample_and_kl(
             mean, log_variance, prior_mean=prior_mean, prior_log_variance=prior_log_variance,
-            seed=step.seed, index=step.index, free_bits=config.free_bits,
+            seed=step.seed, index=step.index, step=0, free_bits=config.free_bits,
         )  # fmt: skip
         reconstruction = -self.likelihood.log_prob(
             _at_least_float32(self.decoder(planes, z)), _at_least_float32(y)
@@ -362,7 +355,7 @@ class ConditionalVAE(LatentModel):
     def _draw(self, draws: Draws, options: VAESampling) -> Tensor:
         """The prior's network runs once for each condition."""
         z = options.truncation * cgkernels.philox_normal(
-            (len(draws.index), self.config.latents), seed=draws.seed, index=draws.index,
+            (len(draws.index), self.config.latents), seed=draws.seed, index=draws.index, step=0,
             stream=STREAM_LATENTS, dtype=self.dtype,
         )  # fmt: skip
         planes = self.planes(draws.cond, draws.rows)

@@ -6,29 +6,38 @@ from typing import Any
 
 import torch
 
+from cgkernels.checks import check_choice
 from cgm.model.base import Density, Draws, Model, PreciseBuffers, Step, number_samples
 from cgm.model.config import (
+    Config,
+    Count,
     GuidedConfig,
     ImageConfig,
-    check_choices,
-    check_not_negative,
-    check_positive,
+    Interval,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
     config_from_dict,
     solver_options,
 )
 
 __all__ = [
     "FAMILIES",
+    "Config",
+    "Count",
     "Density",
     "Draws",
     "GuidedConfig",
     "ImageConfig",
+    "Interval",
     "Model",
+    "Natural",
+    "NotNegative",
+    "Positive",
     "PreciseBuffers",
+    "Share",
     "Step",
-    "check_choices",
-    "check_not_negative",
-    "check_positive",
     "config_class",
     "config_from_dict",
     "family_class",
@@ -58,8 +67,7 @@ FAMILIES = {
 
 def family_class(family: str) -> type[Model]:
     """The class of a family; ValueError for a name that is not in FAMILIES."""
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    check_choice("family", family, FAMILIES)
     return pkgutil.resolve_name(FAMILIES[family])
 
 

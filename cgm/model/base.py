@@ -10,7 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cgkernels.checks import as_seed, check_shape, readable
+from cgkernels.checks import (
+    as_index,
+    as_row_values,
+    as_seed,
+    check_shape,
+    readable,
+    say_noise_is_repeated,
+)
 from cgkernels.rows import compute_dtype
 from cgm.model.config import solver_options
 
@@ -44,6 +51,7 @@ class Draws:
     cond: Tensor | None  # (B, ...); None: no condition, B = 1
     seed: Tensor  # (1,) int64
     index: Tensor  # (N,) int64
+    guidance: Tensor | None = None  # (N,) where each condition has its own
 
     @property
     def rows(self) -> int:
@@ -150,11 +158,14 @@ class Model(PreciseBuffers):
         """The objective of each example; the `_loss` of a family says which.
 
         Args:
-            y: (B, C, H, W) in [-1, 1], of the model's dtype and on its device, as is an image cond.
+            y: (B, C, H, W) in [-1, 1], of the model's dtype and on its device, as is an image cond;
+                on the CPU 8-bit values are refused.
             cond: (B,) class ids, (B, C, H, W) images or (B, M) tokens; None for a model without
                 condition, or for p(y) where training drops conditions.
             phase: of `phases`; None: the first.
-            seed: 64-bit int or one-element int64 tensor.
+            seed: 64-bit int or one-element int64 tensor. It or index must change at every step of
+                training, as in seed=step, or index = row + 2^32 epoch for rows of a data set; a
+                warning says so, once, where an int comes again, without index, for other weights.
             index: (B,) int64, the number of each example; default 0 .. B - 1. What is random of an
                 example depends on (seed, index) alone.
             shared: the same dict for each phase of a step, empty at first, for what they have in
@@ -169,8 +180,26 @@ class Model(PreciseBuffers):
         phase = self.phases[0] if phase is None else phase
         self.check_phase(phase)
         self.check_inputs(y, cond)
-        index = torch.arange(len(y), device=y.device) if index is None else index
+        if shared is not None and not isinstance(shared, dict):
+            raise TypeError(f"shared must be a dict or None, got {type(shared).__name__}")
+        if index is None:
+            self._warn_of_repeated_noise(phase, seed)
+        seed, _ = as_seed(seed, y.device)
+        index = as_index(index, len(y), y.device)
         return self._loss(y, cond, Step(phase, seed, index, {} if shared is None else shared))
+
+    def _warn_of_repeated_noise(self, phase: str, seed: int | Tensor) -> None:
+        """Where weights were changed by a gradient of the same noise, to be changed by it again."""
+        if not isinstance(seed, int) or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            return
+        weights = sum(p._version for p in self.phase_parameters(phase) if p.requires_grad)
+        noise: dict[str, tuple[int, int]] = self.__dict__.setdefault("_trained_on", {})
+        before, old_weights = noise.get(phase, (None, weights))
+        if before == seed and old_weights != weights:
+            say_noise_is_repeated(f"{type(self).__name__}.loss", seed)
+        noise[phase] = seed, weights
 
     def forward(self, y: Tensor, **given: Any) -> dict[str, Tensor]:
         """`loss`, as what wraps a module calls it: `DistributedDataParallel`, `fully_shard`.
@@ -253,14 +282,17 @@ class Model(PreciseBuffers):
             cond: (B,) class ids, (B, C, H, W) images or (B, M) tokens; None for a model without
                 condition, or for p(y) where training dropped conditions.
             seed: 64-bit int or one-element int64 tensor.
-            index: (B,) int64, the number of each condition; default 0 .. B - 1. Without cond (n,),
-                the number of each sample.
-            solver: fields of `sampling_config`.
+            index: (B,) int64, the number of each condition; default 0 .. B - 1. Its draw d has the
+                number index + 2^32 d: to draw on, add that. Without cond (n,), the number of each
+                sample, by default 2^32 d.
+            solver: fields of `sampling_config`; guidance may be a floating tensor (B,), one scale
+                for each condition.
 
         Returns:
             (B, C, H, W), or (n, B, C, H, W), or without cond (n, C, H, W). A sample depends on
-            (seed, number of its condition, draw) and on nothing else. It has the dtype of the
-            model, under autocast too.
+            (seed, number of its condition, draw) and on nothing else: not on the default dtype and
+            device. It has the dtype of the model, under autocast too, where a network rounds
+            otherwise.
 
         Raises:
             ValueError, TypeError: an argument that does not fit, by name.
@@ -280,14 +312,23 @@ class Model(PreciseBuffers):
         """`sample`; inputs: what `_draw` of a family takes besides."""
         if self.sampling_config is None:
             raise NotImplementedError(f"{type(self).__name__} has no sample; it has a loss")
+        guidance = solver.get("guidance")
+        if not isinstance(guidance, Tensor) or "guidance" not in self.sampling_options():
+            guidance = None
+        else:
+            solver = {name: value for name, value in solver.items() if name != "guidance"}
         options = solver_options(self.sampling_config, solver)
         self._check_sampling(cond, options)
+        self._check_guidance(cond, self._guidance(options) if guidance is None else guidance)
         rows = None if cond is None else len(cond)
         shape, index = number_samples(n, rows, index, self.device)
         event_shape = self._sample_shape(options)
         if index.numel() == 0:
             return torch.empty((*shape, *event_shape), dtype=self.dtype, device=self.device)
-        draws = Draws(cond, as_seed(seed, self.device)[0], index)
+        if cond is not None and guidance is not None:
+            guidance = as_row_values("guidance", guidance, len(cond), self._first())
+            guidance = guidance.repeat(len(index) // len(cond))
+        draws = Draws(cond, as_seed(seed, self.device)[0], index, guidance)
         drawn = self._draw(draws, options, **inputs).to(self.dtype)
         return drawn.contiguous().view(*shape, *event_shape)
 
@@ -348,12 +389,15 @@ class Model(PreciseBuffers):
                 )
 
     def _check_sampling(self, cond: Tensor | None, options: Any) -> None:
-        """As `check_cond`; and a model can be guided if it learned without its condition too."""
+        """`check_cond` of what `sample` is given, with its options."""
         self.check_cond(cond)
-        guidance = self._guidance(options)
-        if guidance != 1 and cond is None:
+
+    def _check_guidance(self, cond: Tensor | None, guidance: float | Tensor) -> None:
+        """A model can be guided if it learned without its condition too."""
+        guided = isinstance(guidance, Tensor) or guidance != 1
+        if guided and cond is None:
             raise ValueError(f"guidance must be 1 without cond, got {guidance}")
-        if guidance != 1 and self.config.cond_dropout == 0:
+        if guided and self.config.cond_dropout == 0:
             raise ValueError(
                 "guidance must be 1: this model was trained without dropping its condition"
             )
@@ -363,16 +407,32 @@ class Model(PreciseBuffers):
         return self.config.num_classes - 1
 
     def _check_image(
-        self, name: str, image: Tensor, rows: int | None, shape: tuple[int, ...]
+        self,
+        name: str,
+        image: Tensor,
+        rows: int | None,
+        shape: tuple[int, ...],
+        *,
+        bounded: bool = True,
     ) -> None:
+        """bounded: it is one in [-1, 1], and no state or vector that may be anywhere."""
         _check_rows(name, image, rows, shape)
         if image.dtype != self.dtype:
             raise TypeError(
                 f"{name} must be floating, {self.dtype} as the model is, got {image.dtype}"
             )
         self._check_device(name, image)
-        if readable(image) and not image.isfinite().all():
+        if not readable(image) or image.numel() == 0:
+            return
+        low, high = (bound.item() for bound in image.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):  # NaN is both where there is one
             raise ValueError(f"{name} must be finite, got values that are not")
+        # Real numbers reach beyond [-1, 1], but so far, and without a value below 0, only bytes do.
+        if bounded and math.prod(shape[1:]) > 1 and low >= 0 and high > 16:
+            raise ValueError(
+                f"{name} must be in [-1, 1], got values from {low:g} to {high:g}; of 8 bits it is "
+                f"{name} / 127.5 - 1"
+            )
 
     def _check_device(self, name: str, tensor: Tensor) -> None:
         if tensor.device != self.device:
@@ -387,6 +447,11 @@ def _check_rows(name: str, tensor: object, rows: int | None, shape: tuple[int, .
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have a row for each example, got a tensor without")
+    if len(shape) == 3 and tensor.shape[1:] == (*shape[1:], shape[0]) != shape:
+        raise ValueError(
+            f"{name} must have its channels first, (B, C, H, W), got {tuple(tensor.shape)}; that "
+            f"is {name}.permute(0, 3, 1, 2)"
+        )
     check_shape(name, tensor, (len(tensor) if rows is None else rows, *shape))
 
 
@@ -395,11 +460,13 @@ def number_samples(
 ) -> tuple[list[int], Tensor]:
     """Leading shape of the result, and the number of each sample, (samples,).
 
-    Sample (draw, row) has the number of its condition + 2^32 draw; without conditions, rows None,
-    draws alone are numbered. Samples of one draw stand together.
+    Sample (draw, row) has the number of its condition + 2^32 draw, so 2^32 + i is draw 1 of number
+    i; without conditions, rows None, draws alone are numbered. Samples of one draw stand together.
     """
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
         raise ValueError(f"n must be None or an int of at least 0, got {n!r}")
+    if n is not None and n >= 2**31:
+        raise ValueError(f"n must be below 2^31, the draws that are numbered, got {n}")
     if rows is None:
         if n is None:
             raise ValueError("n must be given without cond")
@@ -415,6 +482,9 @@ def number_samples(
     check_shape("index", index, (expected,))
     index = index.to(device)
     if rows is not None and n is not None:
+        last = 2**63 - 1 - max(0, n - 1) * 2**32
+        if readable(index) and bool((index > last).any()):
+            raise ValueError(f"index must be at most {last} for {n} draws, got {int(index.max())}")
         draws = torch.arange(n, device=device)[:, None] * 2**32
         index = (draws + index).flatten()
     return shape, index

@@ -1,31 +1,152 @@
 """Configs: what is generated from what, their checks, and their way from JSON and keywords."""
 
 import dataclasses
+import functools
 import math
+import reprlib
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from cgkernels.checks import did_you_mean
 
 _Options = TypeVar("_Options")
 
 
+# Checks -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class ImageConfig:
+class Interval:
+    """Where a number must lie, as part of its annotation: Annotated[int, Interval(2, 256)].
+
+    As text, what the number must be.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    # A bracket belongs to the interval, a parenthesis does not. An infinite end in a bracket lets
+    # infinity pass; NaN never does.
+    ends: str = "[]"
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low <= value if self.ends[0] == "[" else self.low < value
+        return above and (value <= self.high if self.ends[1] == "]" else value < self.high)
+
+    def __str__(self) -> str:
+        low, high, closed = self.low, self.high, self.ends[0] == "["
+        if high == math.inf:
+            positive = (low, closed) in ((0, False), (1, True))
+            least = "not be negative" if low == 0 else f"be at least {low}"
+            return "be finite" if low == -math.inf else "be positive" if positive else least
+        if not closed:
+            return f"be above {low} and at most {high}"
+        if self.ends[1] == "]" and high > 1:
+            return f"be from {low} to {high}"
+        return f"be in [{low}, {high}{self.ends[1]}"
+
+
+_FINITE = Interval(ends="()")
+# What the fields of configs are annotated with, beside bool, Literal, plain (finite) numbers.
+Count = Annotated[int, Interval(1, ends="[)")]
+Natural = Annotated[int, Interval(0, ends="[)")]
+Positive = Annotated[float, Interval(0, ends="()")]
+NotNegative = Annotated[float, Interval(0, ends="[)")]
+Share = Annotated[float, Interval(0, 1, "[)")]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all configs: the annotation of a field says which values fit, and is checked.
+
+    Raises TypeError or ValueError, which names the field, what it got and what fits.
+    """
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for name, hint in _hints(cls).items():
+            value = getattr(self, name)
+            if (misfit := _misfit(hint, value)) is not None:
+                error, must = misfit
+                choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+                meant = did_you_mean(value, choices)
+                raise error(f"{name} must {must}, got {reprlib.repr(value)}{meant}")
+
+
+@functools.cache  # a call of `sample` makes a config
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _misfit(
+    hint: Any, value: Any, interval: Interval = _FINITE
+) -> tuple[type[Exception], str] | None:
+    """None for a value that fits an annotation, else an error and what the value must be."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    wrong_type = TypeError, f"be {_kind(hint)}"
+    if origin is Annotated:
+        return _misfit(parts[0], value, next(p for p in parts if isinstance(p, Interval)))
+    if origin is Literal:
+        same = [choice for choice in parts if type(choice) is type(value)]  # True is not 1
+        return None if value in same else (ValueError, wrong_type[1])
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return wrong_type
+        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+        if len(kinds) != len(value):
+            return ValueError, wrong_type[1]
+        for kind, part in zip(kinds, value, strict=True):
+            if (found := _misfit(kind, part)) is not None:
+                error, must = found
+                return error, wrong_type[1] if must == f"be {_kind(kind)}" else must
+        return None
+    if not isinstance(value, (int, float) if hint is float else hint):
+        return wrong_type
+    if hint not in (int, float):
+        return None
+    if isinstance(value, bool):
+        return wrong_type
+    try:
+        number = hint(value)
+    except OverflowError:  # an int that no float holds
+        number = math.inf
+    if number in interval:
+        return None
+    endless = number in (-math.inf, math.inf) and interval != _FINITE
+    return ValueError, f"{interval}{' and finite' if endless else ''}"
+
+
+def _kind(hint: Any, many: bool = False) -> str:
+    """The values of an annotation, in words."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _kind(parts[0], many)
+    if origin is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    if origin is tuple:
+        count = "" if parts[-1] is ... else f"{len(parts)} "
+        return f"{'tuples' if many else 'a tuple'} of {count}{_kind(parts[0], True)}"
+    if hint is bool:
+        return "True or False"
+    kind = {int: "whole number", float: "number"}.get(hint, hint.__name__)
+    return f"{kind}s" if many else f"a {kind}"
+
+
+# What is generated from what ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class ImageConfig(Config):
     """What models of images share: what is generated from what."""
 
     # Shape (C, H, W) of what is generated; a point of the plane is (2, 1, 1).
-    event_shape: tuple[int, int, int] = (1, 28, 28)
+    event_shape: tuple[Count, Count, Count] = (1, 28, 28)
     # Kind of condition.
     cond_kind: Literal["none", "class", "image"] = "none"
     # Number of classes.
-    num_classes: int = 0
+    num_classes: Natural = 0
     # Shape of one condition: (C, H, W) of an image with the sides of event_shape, else ().
-    cond_shape: tuple[int, ...] = ()
+    cond_shape: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if len(self.event_shape) != 3 or min(self.event_shape) < 1:
-            raise ValueError(f"event_shape must be (C, H, W), got {self.event_shape}")
+        super().__post_init__()
         kind: str = self.cond_kind  # "tokens" too, of the families that take them
         if (kind in ("class", "tokens")) != (self.num_classes > 0):
             raise ValueError(
@@ -35,16 +156,14 @@ class ImageConfig:
         shape = self.cond_shape
         if kind == "image":
             self._check_image_cond()
-        elif kind == "tokens" and (len(shape) != 1 or shape[0] < 1):
+        elif kind == "tokens" and len(shape) != 1:
             raise ValueError(f"cond_shape must be (M,) for tokens, got {shape}")
         elif kind in ("none", "class") and shape:
             raise ValueError(f"cond_shape must be () without an image as condition, got {shape}")
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"cond_dropout must be in [0, 1), got {self.cond_dropout}")
 
     def _check_image_cond(self) -> None:
         shape = self.cond_shape
-        if len(shape) != 3 or min(shape) < 1 or shape[1:] != self.event_shape[1:]:
+        if len(shape) != 3 or shape[1:] != self.event_shape[1:]:
             raise ValueError(
                 f"cond_shape must have the sides of event_shape {self.event_shape} as (C, H, W), "
                 f"got {shape}"
@@ -63,39 +182,11 @@ class GuidedConfig(ImageConfig):
     # Kind of condition.
     cond_kind: Literal["none", "class", "image", "tokens"] = "none"  # type: ignore[assignment]
     # Number of classes, or of different tokens.
-    num_classes: int = 0
+    num_classes: Natural = 0
     # Shape of one condition: (C, H, W) of an image, (M,) of tokens, else ().
-    cond_shape: tuple[int, ...] = ()
+    cond_shape: tuple[Count, ...] = ()
     # Share of training examples whose condition is dropped, so that guidance has its other half.
-    cond_dropout: float = 0.1
-
-
-# Checks -------------------------------------------------------------------------------------------
-def check_positive(config: object, *names: str) -> None:
-    """ValueError unless these fields of a config are positive and finite."""
-    for name in names:
-        if not 0 < (value := getattr(config, name)) < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
-
-
-def check_not_negative(config: object, *names: str) -> None:
-    """ValueError unless these fields of a config are finite and not negative."""
-    for name in names:
-        if not 0 <= (value := getattr(config, name)) < math.inf:
-            raise ValueError(f"{name} must not be negative, got {value}")
-
-
-def check_choices(config: object) -> None:
-    """ValueError unless each field of a config that is a Literal has one of its values."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(hint) is not Literal:
-            continue
-        choices, value = typing.get_args(hint), getattr(config, name)
-        if value not in choices:
-            one_of = "one of " if len(choices) > 1 else ""
-            raise ValueError(
-                f"{name} must be {one_of}{', '.join(map(str, choices))}, got {value!r}"
-            )
+    cond_dropout: Share = 0.1
 
 
 # From JSON and keywords ---------------------------------------------------------------------------
@@ -123,10 +214,12 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def solver_options(cls: type[_Options], solver: dict[str, Any]) -> _Options:
-    """The solver options of `sample` as their dataclass; TypeError for one that it has not."""
+def solver_options(
+    cls: type[_Options], solver: dict[str, Any], function: str = "sample"
+) -> _Options:
+    """The solver options of a function as their dataclass; TypeError for one that it has not."""
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in solver:
         if name not in known:
-            raise TypeError(f"{name} is no option of sample; it has {', '.join(known)}")
+            raise TypeError(f"{name} is no option of {function}; it has {', '.join(known)}")
     return cls(**solver)

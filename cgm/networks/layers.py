@@ -157,8 +157,9 @@ def norm_act(
         (B, C, H + 2 pad, W + 2 pad), channels_last if x is.
     """
     if _uses_batch_stats(norm):
-        options: dict[str, Any] = {"activation": activation, "slope": slope, "pad": pad}
-        return _norm_with_stats(norm, x, residual=residual, **options)[0]
+        options: dict[str, Any] = {"slope": slope} if activation == "leaky_relu" else {}
+        options |= {"activation": activation, "residual": residual, "pad": pad}
+        return _norm_with_stats(norm, x, **options)[0]
     h = norm(x)
     if activation is not None:
         h = F.relu(h) if activation == "relu" else F.leaky_relu(h, slope)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 import cgkernels
-from cgm.model import check_choices, check_positive
+from cgm.model import Config, Count
 from cgm.networks.layers import (
     check_image,
     conv_before_norm,
@@ -39,23 +39,19 @@ PATCHES = {1: 0, 16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
 
 
 @dataclass(frozen=True)
-class PatchDiscriminatorConfig:
+class PatchDiscriminatorConfig(Config):
     """Sizes and kinds of the parts."""
 
     # Channels of x and y together.
-    in_channels: int = 6
+    in_channels: Count = 6
     # Side of the square of pixels that one score sees.
     patch: Literal[1, 16, 34, 70, 142, 286] = 70
     # Channels of the first block; they double with each further one, up to eight times as many.
-    width: int = 64
+    width: Count = 64
     # Normalization; actnorm is an affine map that the first batch initializes.
     norm: Literal["batch", "instance", "none", "actnorm"] = "batch"
     # Weights divided by their largest singular value.
     spectral_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(self, "in_channels", "width")
-        check_choices(self)
 
 
 class PatchDiscriminator(nn.Module):
@@ -229,6 +225,11 @@ def _geometry(config: PatchDiscriminatorConfig) -> list[tuple[int, int, int]]:
     if config.patch == 1:
         return [(1, 1, 0)] * 3
     return [(4, 2, 1)] * PATCHES[config.patch] + [(4, 1, 1)] * 2
+
+
+def fitting_patches(side: int) -> list[int]:
+    """The patches that images of this side have a score for."""
+    return [p for p in PATCHES if _least_side(PatchDiscriminatorConfig(patch=p)) <= side]  # type: ignore[arg-type]
 
 
 def _least_side(config: PatchDiscriminatorConfig) -> int:

@@ -6,15 +6,17 @@ Files    a bare state_dict as torch.save wrote it, with the names of pix2pix, Cy
 Source   the networks are those of arXiv:1611.07004, arXiv:1703.10593 and arXiv:2012.09841.
 """
 
+import functools
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cgm.checkpoints import load_weights
+from cgm.checkpoints import check_file, network_with
 from cgm.networks.patch_discriminator import (
     PATCHES,
     PatchDiscriminator,
@@ -34,12 +36,17 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
     files of 2018 and before have, are dropped, as the published code does: an image is normalized
     by its own. Batch norms from before PyTorch 0.4 gain their counters.
 
+    The archives that PyTorch writes since 1.6 carry checksums, which are compared; older files have
+    none, and a value that changed there shows only if it is not finite.
+
     Raises:
-        ValueError: the file cannot be read, would run code, or holds anything but one dict of
-            tensors. The message names the file.
+        ValueError: the file cannot be read, is damaged, would run code, or holds anything but one
+            dict of tensors. The message names the file.
     """
+    check_file(path)
     try:
         with Path(path).open("rb") as file:
+            _check_archive(file, path)
             loaded = _tensors_of(file, path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
@@ -51,6 +58,8 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path}: must be a dict of tensors, but {name!r} is a {type(value).__name__}"
             )
+        if value.layout != torch.strided or value.untyped_storage().nbytes() < value.nbytes:
+            raise ValueError(f"{path}: {name} must be dense, holds fewer values than its shape")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     for name in [name for name in state if name.endswith(".running_mean")]:
@@ -63,6 +72,23 @@ def load_published(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def _check_archive(file: BinaryIO, path: str | Path) -> None:
+    """Compares the checksums, which `torch.load` passes over; of an older file there are none."""
+    if file.read(4) == b"PK\3\4":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                # Nothing that PyTorch wrote unpacks to more than it is.
+                stored = all(i.compress_type == zipfile.ZIP_STORED for i in archive.infolist())
+                damaged = archive.testzip() if stored else None
+        except Exception as error:  # a damaged file can raise anything
+            raise ValueError(f"{path}: is damaged: {error}") from error
+        if not stored:
+            raise ValueError(f"{path}: must be as torch.save wrote it, is a compressed archive")
+        if damaged is not None:
+            raise ValueError(f"{path}: is damaged: the checksum of {damaged} is wrong")
+    file.seek(0)
+
+
 def _tensors_of(file: BinaryIO, path: str | Path) -> Any:
     try:
         # Only tensors and containers are unpickled: no file can run code.
@@ -71,7 +97,12 @@ def _tensors_of(file: BinaryIO, path: str | Path) -> Any:
         raise ValueError(f"{path}: is damaged, or holds more than tensors, so not read") from error
 
 
-def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Module:
+def network_of(
+    state: Mapping[str, Tensor],
+    *,
+    dropout: bool = True,
+    padding: Literal["reflect", "replicate"] = "reflect",
+) -> nn.Module:
     """The network whose parameters these are, with them, in evaluation mode.
 
     A PatchDiscriminator, a UNetGenerator or a ResnetGenerator, its config read from names and
@@ -80,6 +111,7 @@ def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Modul
     Args:
         state: as of `load_published`.
         dropout: whether a U-Net has it where one of its size can; its parameters do not tell.
+        padding: border in the blocks of a ResNet that is not of zeros; its parameters do not tell.
 
     Raises:
         ValueError: the names are of no such network, or tensors are missing, are left over or have
@@ -87,16 +119,17 @@ def network_of(state: Mapping[str, Tensor], *, dropout: bool = True) -> nn.Modul
     """
     state = dict(state)
     accept_main(state)
-    network: nn.Module
+    make: Callable[[], nn.Module]
+    if "model.model.0.weight" in state:
+        kind, make = "UNetGenerator", functools.partial(UNetGenerator, _unet(state, dropout))
+    elif any(".conv_block." in name for name in state):
+        kind, make = "ResnetGenerator", functools.partial(ResnetGenerator, _resnet(state, padding))
+    else:
+        kind = "PatchDiscriminator"
+        make = functools.partial(PatchDiscriminator, _discriminator(state))
+    where = f"state of a {kind}"
     with torch.random.fork_rng(devices=[]):  # the initial weights are of no interest
-        if "model.model.0.weight" in state:
-            network = UNetGenerator(_unet(state, dropout))
-        elif any(".conv_block." in name for name in state):
-            network = ResnetGenerator(_resnet(state))
-        else:
-            network = PatchDiscriminator(_discriminator(state))
-    load_weights(network, state, f"state of a {type(network).__name__}")
-    return network.eval()
+        return network_with(make, state, where, config=where).eval()
 
 
 def _unet(state: Mapping[str, Tensor], dropout: bool) -> UNetGeneratorConfig:
@@ -114,11 +147,14 @@ def _unet(state: Mapping[str, Tensor], dropout: bool) -> UNetGeneratorConfig:
     )
 
 
-def _resnet(state: Mapping[str, Tensor]) -> ResnetGeneratorConfig:
+def _resnet(
+    state: Mapping[str, Tensor], padding: Literal["reflect", "replicate"]
+) -> ResnetGeneratorConfig:
     blocks = len({name.split(".")[1] for name in state if ".conv_block." in name})
     width, in_channels = _shape(state, "model.1.weight")
-    # Without dropout number 6 is a normalization.
-    second = state.get("model.10.conv_block.6.weight")
+    # A border of zeros has no number of its own. Without dropout this one is a normalization.
+    zero = "model.10.conv_block.0.weight" in state
+    second = state.get(f"model.10.conv_block.{4 if zero else 6}.weight")
     return ResnetGeneratorConfig(
         in_channels=in_channels,
         out_channels=_shape(state, f"model.{17 + blocks}.weight")[0],
@@ -126,6 +162,7 @@ def _resnet(state: Mapping[str, Tensor]) -> ResnetGeneratorConfig:
         width=width,
         norm=_norm(state, "model.1.bias"),
         dropout=second is not None and second.dim() == 4,
+        padding="zero" if zero else padding,
     )
 
 

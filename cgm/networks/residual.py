@@ -10,12 +10,13 @@ Source   residual blocks, GroupNorm, SiLU: Ho et al., arXiv:2006.11239; a vector
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgm.model import ImageConfig, check_positive
+from cgm.model import Count, ImageConfig, Interval
 from cgm.networks.unet import ResidualBlock, group_norm, zero_init
 
 
@@ -24,17 +25,11 @@ class ResidualConfig(ImageConfig):
     """What is generated from what, and the size of the networks."""
 
     # Channels of the networks at full resolution, twice as many at each resolution below.
-    width: int = 32
+    width: Annotated[int, Interval(4, ends="[)")] = 32
     # Resolutions of the networks, each half of the one above, rounded up.
-    depth: int = 3
+    depth: Count = 3
     # Residual blocks of a resolution of a U-Net, on the way down and again on the way up.
-    blocks: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width < 4:
-            raise ValueError(f"width must be at least 4, got {self.width}")
-        check_positive(self, "depth", "blocks")
+    blocks: Count = 1
 
 
 class ConditionPlanes(nn.Module):
@@ -84,7 +79,7 @@ class ResidualUNet(nn.Module):
         *,
         width: int,
         depth: int,
-        blocks: int = 1,
+        blocks: Count = 1,
         features: int = 0,
         start_at_zero: bool = True,
     ) -> None:

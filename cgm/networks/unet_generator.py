@@ -10,13 +10,13 @@ Source   Isola et al., arXiv:1611.07004; Ronneberger et al., arXiv:1505.04597.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgm.model import check_choices, check_positive
+from cgm.model import Config, Count, Interval
 from cgm.networks.layers import (
     check_image,
     conv_before_norm,
@@ -42,27 +42,24 @@ _NONE = nn.Identity()
 
 
 @dataclass(frozen=True)
-class UNetGeneratorConfig:
+class UNetGeneratorConfig(Config):
     """Sizes and kinds of the parts."""
 
     # Channels of the image that comes in.
-    in_channels: int = 3
+    in_channels: Count = 3
     # Channels of the image that goes out.
-    out_channels: int = 3
+    out_channels: Count = 3
     # Levels, each of which halves the sides: 8 for 256 pixels, 7 for 128, 5 for 32.
-    downs: int = 8
+    downs: Annotated[int, Interval(2, ends="[)")] = 8
     # Channels of the outermost level; they double with each further one, up to eight times as many.
-    width: int = 64
+    width: Count = 64
     # Normalization.
     norm: Literal["batch", "instance", "none"] = "batch"
     # Dropout in the inner levels of full width, which there are from 6 levels on.
     dropout: bool = True
 
     def __post_init__(self) -> None:
-        check_positive(self, "in_channels", "out_channels", "width")
-        check_choices(self)
-        if self.downs < 2:
-            raise ValueError(f"downs must be at least 2, got {self.downs}")
+        super().__post_init__()
         if self.dropout and self.downs < 6:
             raise ValueError(f"dropout must be False with fewer than 6 downs, got {self.downs}")
 

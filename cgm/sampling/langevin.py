@@ -89,7 +89,7 @@ def langevin_table(steps: int, step_size: float, temperature: float, bound: floa
 
     All rows are one: the number of a row is that of the noise.
     """
-    table = torch.zeros(steps, 12, dtype=torch.float64)
+    table = torch.zeros(steps, 12, dtype=torch.float64, device="cpu")
     a0, a1, _, b1, _, _, _, b5, clip_min, clip_max, _, _ = table.T
     a0[:], a1[:], b1[:], b5[:] = 1, -step_size, 1, math.sqrt(2 * step_size * temperature)
     clip_min[:], clip_max[:] = -bound, bound
@@ -142,9 +142,10 @@ def annealed_weights(
     def of_start(y: Tensor) -> Tensor:
         return y.flatten(1).square().sum(1) / (2 * std**2)
 
-    y = std * normal(shape, stream=STREAM_INITIAL, **draws)
+    y = std * normal(shape, step=0, stream=STREAM_INITIAL, **draws)
     log_start = 0.5 * math.prod(shape[1:]) * math.log(2 * math.pi * std**2)
-    weights = torch.full((shape[0],), log_start, dtype=y.dtype, device=device)
+    # float64: a sum of many small terms.
+    weights = torch.full((shape[0],), log_start, dtype=torch.float64, device=device)
     for number in range(1, temperatures + 1):
         b = number / temperatures
         with torch.no_grad():
@@ -159,7 +160,7 @@ def annealed_weights(
             z = normal(shape, step=2 * step, stream=STREAM_LANGEVIN, **draws)
             u = uniform((shape[0],), step=2 * step + 1, stream=STREAM_LANGEVIN, **draws)
             y = _metropolis_step(between, y, step_size, z, u)
-    return weights
+    return weights.to(y.dtype)
 
 
 def _metropolis_step(energy: Energy, y: Tensor, a: float, z: Tensor, u: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,12 +27,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from cgkernels.checks import check_choice
 from cgm.checkpoints import load_model, read_tensors, replacing, sampling_preset, write_tensors
 from cgm.data import Batch, Dataset, load_task
 from cgm.evaluation.ground_truth import Scores
 from cgm.model import Model, family_class, make_model
 from cgm.studies.contests import CONTESTS, Contest, Entry, entry_config
+from cgm.studies.targets import make_folder, replaced
 from cgm.training import TrainingConfig, train
+from cgm.training.progress import Status, duration, stderr_console
 from cgm.viz.plots import POINT, as_images, image_grid, point_map
 
 _TIMED, _WARM = 6, 2  # steps that are timed, and those before
@@ -77,51 +79,91 @@ def compare(
     Raises:
         ValueError: an argument that does not fit, by name.
     """
-    if task not in CONTESTS:
-        raise ValueError(f"task must be one of {', '.join(CONTESTS)}, got {task!r}")
+    check_choice("task", task, CONTESTS)
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be positive, got {seconds}")
     contest = CONTESTS[task]
     entries = {entry.family: entry for entry in contest.entries}
     for name in families:
-        if name not in entries:
-            raise ValueError(f"families must be of {', '.join(entries)}, got {name!r}")
+        check_choice("families", name, entries)
     chosen = [entry for name, entry in entries.items() if not families or name in families]
     for entry in chosen:
         _check_folder(out / entry.family, seconds)
-    console = console or Console()
-    out.mkdir(parents=True, exist_ok=True)
+    console, progress = console or Console(), stderr_console()
+    make_folder("out", out)
+    note = replaced([out / "compare.csv", out / "compare.png"])
+    new = sum(not (out / entry.family / RESULT_FILE).exists() for entry in chosen)
+    progress.print(
+        f"{task}: {len(chosen)} families, {new} of them to be trained for {seconds:g} s each; "
+        f"about {duration(new * seconds)}, and the drawing",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
     results, images = [], {}
-    spawned = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(1, spawned, max_tasks_per_child=1) as pool,
-        console.status("") as status,
-    ):
-        for entry in chosen:
-            status.update(f"{task}: {entry.family}")
-            job = pool.submit(
-                run_entry, task, contest, entry, out / entry.family, seconds, str(device)
-            )
-            results.append(job.result())
-            images[entry.family] = read_tensors(out / entry.family / SAMPLES_FILE)[0]["samples"]
-            _write_csv(out / "compare.csv", results)  # what is done survives an interruption
+    for number, entry in enumerate(chosen, 1):
+        title = f"{number} of {len(chosen)}: {entry.family}"
+        job = task, contest, entry, out / entry.family, seconds, str(device), title
+        results.append(_in_a_process(run_entry, job))
+        images[entry.family] = read_tensors(out / entry.family / SAMPLES_FILE)[0]["samples"]
+        _write_csv(out / "compare.csv", results)  # what is done survives an interruption
     _print(console, f"{task}, {contest.draws} draws for each of {contest.rows}", results)
     held_out = load_task(task, "test").batch(torch.arange(contest.rows))
     _draw(out / "compare.png", images, held_out, stacked=task == "complete")
-    console.print(f"{out / 'compare.csv'}, {out / 'compare.png'}", highlight=False, soft_wrap=True)
+    files = f"{out / 'compare.csv'}, {out / 'compare.png'}{note}"
+    console.print(files, highlight=False, markup=False, soft_wrap=True)
     return results
 
 
+def _in_a_process(function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+    """function(*arguments) in a process of its own, which ends with this one."""
+    spawned = multiprocessing.get_context("spawn")
+    receiving, sending = spawned.Pipe(duplex=False)
+    process = spawned.Process(target=_send, args=(sending, function, arguments), daemon=True)
+    process.start()
+    sending.close()
+    try:
+        found = receiving.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(
+            f"the process of {arguments[-1]} ended with code {process.exitcode}"
+        ) from None
+    except BaseException:  # a signal: nobody waits for the result any more
+        process.kill()
+        raise
+    finally:
+        process.join()
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def _send(sending: Any, function: Callable[..., Result], arguments: tuple[Any, ...]) -> None:
+    try:
+        sending.send(function(*arguments))
+    except Exception as error:
+        sending.send(error)
+
+
 def run_entry(
-    task: str, contest: Contest, entry: Entry, folder: Path, seconds: float, device: str
+    task: str,
+    contest: Contest,
+    entry: Entry,
+    folder: Path,
+    seconds: float,
+    device: str,
+    title: str = "",
 ) -> Result:
-    """The result of one family; its samples (draws, rows, *event) are written into its folder."""
+    """The result of one family; its samples (draws, rows, *event) are written into its folder.
+
+    title: what progress, on stderr, is headed with; without it there is none.
+    """
+    progress = stderr_console() if title else Console(quiet=True)
     file = folder / RESULT_FILE
     if not file.exists():
         # Under its own name only when it is finished; another's folder is never touched.
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        steps, took = _train(entry, load_task(task), partial, seconds, device)
+        steps, took = _train(entry, load_task(task), partial, seconds, device, progress, title)
         trained = {
             "seconds": seconds,
             "steps": steps,
@@ -134,8 +176,9 @@ def run_entry(
     trained = json.loads(file.read_text(encoding="utf-8"))
     model = load_model(folder, device, expected_family=entry.family)
     held_out = load_task(task, "test").batch(torch.arange(contest.rows))
-    samples, rate = _samples(model, held_out, contest, sampling_preset(folder))
-    judged = {} if contest.judge is None else contest.judge(model, held_out)
+    with Status(f"{title}: drawing {contest.draws} for each of {contest.rows}", progress):
+        samples, rate = _samples(model, held_out, contest, sampling_preset(folder))
+        judged = {} if contest.judge is None else contest.judge(model, held_out)
     write_tensors(folder / SAMPLES_FILE, {"samples": samples}, {"task": task})
     return Result(
         entry.family,
@@ -149,14 +192,20 @@ def run_entry(
 
 
 def _train(
-    entry: Entry, dataset: Dataset, folder: Path, seconds: float, device: str
+    entry: Entry,
+    dataset: Dataset,
+    folder: Path,
+    seconds: float,
+    device: str,
+    progress: Console,
+    title: str,
 ) -> tuple[int, float]:
     """Steps and seconds of a training that lasts about so long."""
     model_class = family_class(entry.family)
     config = entry_config(entry, dataset)
     chosen = model_class.training_defaults | dict(entry.training)
 
-    def run(steps: int, out: Path) -> list[float]:
+    def run(steps: int, out: Path, console: Console) -> list[float]:
         lines: dict[str, Any] = {
             "steps": steps,
             "save_every": steps,
@@ -168,15 +217,19 @@ def _train(
         train(
             model, dataset, training, out, device=device,
             on_step=lambda step, model: times.append(time.perf_counter()),
-            console=Console(quiet=True), sampling=entry.solver,
+            console=console, sampling=entry.solver,
         )  # fmt: skip
         return times
 
-    with tempfile.TemporaryDirectory() as scratch:
-        times = run(_WARM + _TIMED, Path(scratch))
+    with (
+        Status(f"{title}: timing {_WARM + _TIMED} steps", progress),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        times = run(_WARM + _TIMED, Path(scratch), Console(quiet=True))
     each = statistics.median(after - before for before, after in pairwise(times[_WARM:]))
     steps = max(1, round(seconds / each))
-    times = run(steps, folder)
+    progress.print(f"{title}: {steps} steps", highlight=False, markup=False)
+    times = run(steps, folder, progress)
     return steps, times[-1] - times[0]
 
 

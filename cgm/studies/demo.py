@@ -30,6 +30,8 @@ from cgm.evaluation.classifier import class_accuracy, held_out_accuracy
 from cgm.evaluation.ground_truth import color_scores
 from cgm.model import Model
 from cgm.studies.contests import CONTESTS
+from cgm.studies.targets import make_folder, replaced
+from cgm.training.progress import Status
 from cgm.viz.plots import as_images, image_grid
 
 CHECKPOINT, COMPLETING = "class_to_image_diffusion", "complete_autoregressive"
@@ -100,8 +102,8 @@ def demo(
     """
     console = console or Console()
     file, sheet = out / "demo.png", out / "families.png"
-    if not out.is_dir():
-        raise ValueError(f"out must be a folder, got {out}")
+    make_folder("out", out)
+    note = replaced([file, sheet])
     diffusion = _load(CHECKPOINT, "diffusion", device)
     completing = _load(COMPLETING, "autoregressive", device)
     translating = _load(TRANSLATING, "pix2pix", device)
@@ -112,7 +114,9 @@ def demo(
     real, edges = to_float(pixels), to_float(edge_map(pixels))
     threads = torch.get_num_threads()
     try:
-        with console.status("drawing") as status:
+        with Status(
+            f"drawing for at most {seconds:g} s; all of it takes about twice as long"
+        ) as status:
             drawn, rates, difference = _draw(diffusion, seconds, samples, timed, status.update)
             status.update("completing upper halves")
             completed, completions = _complete(completing, real)
@@ -154,16 +158,18 @@ def demo(
     _print(console, measured, torch.device(device))
     _print_colors(console, colored, luminance)
     console.print(
-        f"{file}: clothes that diffusion drew; upper halves of images that no model ever saw, "
-        f"each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; the "
-        "real ones.",
+        f"{file}{note}: clothes that diffusion drew; upper halves of images that no model ever "
+        f"saw, each completed in {_WAYS_ON} ways; edges of the same, and what a GAN makes of them; "
+        "the real ones.",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     console.print(
         f"{sheet}: garments colored {_COLORED} times by each family; each is teal or pink, as "
         "likely the one as the other.",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     return measured

@@ -18,10 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from cgkernels.checks import check_choice
 from cgkernels.timing import Timing, measure
 from cgm.checkpoints import drawable_names, load_model, replacing, sampling_preset, shipped
 from cgm.evaluation.execution import WAYS, compiled_copy, conditions, difference_of, model_call
 from cgm.model import Model
+from cgm.studies.targets import make_folder, replaced
+from cgm.training.progress import Status, duration
 
 _VISIBLE = 1 / 255  # half a level of an image with 256 of them
 
@@ -72,23 +75,32 @@ def bench(
     known = drawable_names()
     for argument, given, fitting in (("models", models, known), ("ways", ways, WAYS)):
         for name in given:
-            if name not in fitting:
-                raise ValueError(f"{argument} must be of {', '.join(fitting)}, got {name!r}")
+            check_choice(argument, name, fitting)
     if not ways:
         raise ValueError(f"ways must be of {', '.join(WAYS)}, got none")
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds}")
-    if not out.is_dir():
-        raise ValueError(f"out must be a folder, got {out}")
+    make_folder("out", out)
     console = console or Console()
     results: list[Result] = []
-    for name in models or known:
-        with console.status(f"{name}: first calls") as status:
+    chosen = models or known
+    note = replaced([out / "bench.csv", out / "bench.png"])
+    with Status(
+        f"{len(chosen)} models, {seconds:g} s of timing for each of {', '.join(ways)}, about "
+        f"{duration(len(chosen) * len(ways) * seconds)} beside first calls, which take minutes "
+        "where they compile"
+    ) as status:
+        for number, name in enumerate(chosen, 1):
+
+            def say(text: str, number: int = number) -> None:
+                status.update(f"{number} of {len(chosen)}: {text}")
+
+            say(f"{name}: loading")
             model = load_model(shipped(name), device)
-            results += _bench_model(name, model, ways, rows, seconds, status.update)
-        _write_csv(out / "bench.csv", results)  # what is done survives an interruption
+            results += _bench_model(name, model, ways, rows, seconds, say)
+            _write_csv(out / "bench.csv", results)  # what is done survives an interruption
     device = torch.device(device)
     cuda = device.type == "cuda"
     where = (
@@ -96,7 +108,8 @@ def bench(
     )
     _print(console, results, where)
     _plot(out / "bench.png", results, where)
-    console.print(f"{out / 'bench.csv'}, {out / 'bench.png'}", highlight=False, soft_wrap=True)
+    files = f"{out / 'bench.csv'}, {out / 'bench.png'}{note}"
+    console.print(files, highlight=False, markup=False, soft_wrap=True)
     return results
 
 

@@ -1,9 +1,11 @@
 """The loop, and the state that it keeps: see `cgm.training`."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,32 +16,44 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cgm.checkpoints import (
+    check_weights,
     describe_model,
+    is_vacant,
     load_weights,
     read_tensors,
     save_model,
     write_tensors,
 )
 from cgm.data import Dataset, epoch_order
-from cgm.model import Model
+from cgm.model import Model, config_from_dict
 from cgm.training.config import RESUME_FREE, TrainingConfig, learning_rate
-from cgm.training.progress import Display, Log, fixed_arithmetic, interruptible
+from cgm.training.lock import locked
+from cgm.training.progress import Display, Log, duration, fixed_arithmetic, interruptible
 
 if TYPE_CHECKING:
-    from cgm.viz.sample_page import Shown
+    from cgm.viz.sample_page import Sheets, Shown
 
 STATE_FILE, LOG_FILE = "training.safetensors", "log.csv"
+_SIGPIPE = 13  # which Windows has not
+_SLOW = 30.0  # seconds of a step that are said beforehand
 
 
 class TrainingInterrupted(Exception):
-    """Ctrl-C: the step was finished and everything saved. A command line exits with 130."""
+    """A signal, or nobody reads the progress: the step was finished and everything saved.
 
-    def __init__(self, out: Path, step: int, steps: int) -> None:
-        super().__init__(
-            f"interrupted after step {step} of {steps}, which is saved in {out}; "
+    A command line exits with 128 + signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, and 141
+    (SIGPIPE) where the output was closed.
+    """
+
+    def __init__(self, out: Path, step: int, steps: int, signal: int) -> None:
+        super().__init__(out, step, steps, signal)  # so that it can be pickled
+        self.out, self.step, self.steps, self.signal = out, step, steps, signal
+
+    def __str__(self) -> str:
+        return (
+            f"interrupted after step {self.step} of {self.steps}, which is saved in {self.out}; "
             "the same command with --resume continues there"
         )
-        self.out, self.step = out, step
 
 
 def train(
@@ -60,7 +74,7 @@ def train(
     Args:
         model: made by `cgm.model.make_model` with config.seed for a run that can be repeated.
         out: folder of the run; must be empty or absent, or with resume hold a run of the same
-            model, data and config (steps, save_every, log_every and sheet_every may differ).
+            model, data and config, of which the fields in RESUME_FREE may differ.
         on_step: called after each step with the number of finished steps and the average.
         console: where progress goes; bars on a terminal, plain lines elsewhere.
         shown: what the sheets show, default the first rows of the data (see `cgm.viz.sample_page`).
@@ -70,11 +84,13 @@ def train(
         ValueError: an argument does not fit; nothing was written.
         FloatingPointError: a loss or gradient is not finite. The weights were not touched by that
             step or a later one, and the last checkpoint stays.
-        TrainingInterrupted: Ctrl-C. A second one, while the step finishes, is a KeyboardInterrupt.
+        TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP in the main thread, or the console's output
+            was closed. A second signal, while the step finishes, ends at once: KeyboardInterrupt or
+            SystemExit.
     """
     out = Path(out)
     run = _Run(model.to(device).train(), dataset, config, torch.device(device), sampling)
-    names = run.rehearse()
+    names, slow = run.rehearse()
     sheets = None
     if config.sheet_every:
         from cgm.viz.sample_page import (  # matplotlib, for those who want images
@@ -83,21 +99,46 @@ def train(
         )
 
         sheets = Sheets(run.average, shown or first_rows(dataset), out)
+    if resume and not (out / STATE_FILE).exists():
+        raise ValueError(f"out must hold a run to resume, got {out}: there is no {STATE_FILE}")
+    if not resume and out.exists() and not (out.is_dir() and is_vacant(out)):
+        raise ValueError(f"out must be an empty folder, or resume given, got {out}")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out))
+        except OSError as error:
+            raise ValueError(f"out must be a folder to write to, got {out}: {error}") from error
+        return _steps(run, out, names, slow, sheets, resume, on_step, console)
+
+
+def _steps(
+    run: "_Run",
+    out: Path,
+    names: list[str],
+    slow: str,
+    sheets: "Sheets | None",
+    resume: bool,
+    on_step: Callable[[int, Model], None] | None,
+    console: Console | None,
+) -> Model:
+    """`train` in a folder that is locked."""
+    config = run.config
     if resume:
         run.load(out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_vacant(out):  # another run came first, and has ended
         raise ValueError(f"out must be an empty folder, or resume given, got {out}")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         run.save(out)  # what cannot be written shows now, not after an hour
         log = Log(out / LOG_FILE, ["step", "seconds", "learning_rate", *names], run.step)
     except OSError as error:
         raise ValueError(f"out must be a folder to write to, got {out}: {error}") from error
     with (
         fixed_arithmetic(config.threads),
-        interruptible() as interrupted,
+        interruptible() as signals,
         Display(config, run.step, console or Console()) as display,
     ):
+        if slow:
+            display.print_line(slow)
         while run.step < config.steps:
             rate = learning_rate(config, run.step)
             run.train_step(rate)
@@ -107,22 +148,27 @@ def train(
                 run.check(out)
             if on_step is not None:
                 on_step(step, run.average)
-            stop = bool(interrupted) and step < config.steps
+            logging = step % config.log_every == 0
+            if display.closed:
+                signals.append(_SIGPIPE)
+            stop = bool(signals) and step < config.steps
             last = step == config.steps
             saving = stop or last or step % config.save_every == 0
             drawing = sheets is not None and (last or step % config.sheet_every == 0)
-            if saving or drawing or step % config.log_every == 0:
+            if saving or drawing or logging:
                 values = run.fetch_means()
                 display.line(step, values[0])
                 log.write([step, log.seconds + display.seconds, rate, *values])
-            display.advance()
+            elif display.due(step):
+                display.line(step, run.loss())
+            display.advance(step)
             if saving:
                 run.save(out)
             if sheets is not None and drawing:
                 run.copy_buffers()
                 sheets.write(step)
             if stop:
-                raise TrainingInterrupted(out, step, config.steps)
+                raise TrainingInterrupted(out, step, config.steps, signals[0])
     return run.average
 
 
@@ -180,14 +226,29 @@ class _Run:
             )
         )
         self.step = 0
+        self.latest = torch.empty(0)
         self.sums: Tensor | None = None
         self.summed = 0
         # Number of the first bad phase, counted from the start of the run; -1: none. It stays on
         # the device, where it makes the optimizers skip this update and every later one.
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def rehearse(self) -> list[str]:
-        """One example through each phase of a copy shows wrong data; returns the log's columns."""
+    def rehearse(self) -> tuple[list[str], str]:
+        """One example through each phase of a copy shows wrong data, and how long a step takes.
+
+        Returns the columns of the log, and what is to be said beforehand of slow steps.
+        """
+        size = self.config.batch_size
+        for _ in range(2):  # a first call may be slow of itself
+            start = time.perf_counter()
+            names = self._rehearse()
+            # Backward takes twice as long as forward. A GPU would have to be waited for.
+            step = 3 * size * (time.perf_counter() - start)
+            if step < _SLOW or self.device.type != "cpu":
+                return names, ""
+        return names, f"a step may take {duration(step)}, for {size} examples"
+
+    def _rehearse(self) -> list[str]:
         batch, index = self.batch(0)
         names = []
         copied = copy.deepcopy(self.model)
@@ -256,7 +317,7 @@ class _Run:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         weights = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.average.parameters()), weights, 1 - decay)
-        stacked = torch.stack(values)
+        self.latest = stacked = torch.stack(values)
         self.sums = stacked if self.sums is None else self.sums + stacked
         self.summed += 1
 
@@ -268,6 +329,10 @@ class _Run:
                 f"the loss or gradient of phase {self.model.phases[phase]} is not finite at step "
                 f"{step + 1}; the last checkpoint stays in {out}"
             )
+
+    def loss(self) -> float:
+        """That of the last step."""
+        return self.latest[0].item()
 
     def fetch_means(self) -> list[float]:
         """Losses and gradient norms, means over the steps since the last call."""
@@ -298,22 +363,28 @@ class _Run:
     def load(self, out: Path) -> None:
         """The state that `save` wrote; ValueError if it is of another model, data set or config."""
         file = out / STATE_FILE
-        if not file.exists():
-            raise ValueError(f"out must hold a run to resume, got {out}: there is no {STATE_FILE}")
         tensors, info = read_tensors(file)
-        changed = list(_differences(info, {"step": info.get("step"), **self.description}))
+        now = {"step": info.get("step"), **self.description}
+        changed = list(_differences(_grown(info, self.model.config), now))
         if changed:
-            raise ValueError(f"{file}: is of another run: {'; '.join(changed)}")
+            raise ValueError(
+                f"{file}: is of another run: {'; '.join(changed)}; what may change on a resume is "
+                f"{', '.join(f'training.{name}' for name in RESUME_FREE)}"
+            )
         kinds = ("weights", "average", "state", "optimizer")
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():
-            part, rest = name.split("/", 1)
+            part, _, rest = name.partition("/")
+            if part not in parts:
+                raise ValueError(f"{file}: has {name}, which is none of {', '.join(kinds)}")
             parts[part][rest] = tensor
         load_weights(self.model, parts["weights"], file)
         # Of buffers there is no average.
         load_weights(self.average, {**parts["weights"], **parts["average"]}, file)
+        check_weights(self._state(), parts["state"], file)
         for name, buffer in self._state().items():
             buffer.copy_(parts["state"][name])
+        wanted: dict[str, Tensor] = {}  # of each parameter that had a gradient
         for phase, name, parameter in self._named_parameters():
             prefix = f"{phase}/{name}/"
             state = {
@@ -323,7 +394,12 @@ class _Run:
             }
             if state:
                 self.optimizers[phase].state[parameter] = state
-        self.step = info["step"]
+                moments = {f"{prefix}exp_avg": parameter, f"{prefix}exp_avg_sq": parameter}
+                wanted |= {f"{prefix}step": torch.tensor(0.0), **moments}
+        check_weights(wanted, parts["optimizer"], file)
+        if not isinstance(step := info.get("step"), int) or step < 0:
+            raise ValueError(f"{file}: step must be a whole number, got {step!r}")
+        self.step = step
         if self.step > self.config.steps:
             raise ValueError(f"steps must be at least {self.step}, got {self.config.steps}: {file}")
 
@@ -352,6 +428,16 @@ def _in_format_of(parameter: Tensor, state: Tensor) -> Tensor:
     if state.shape != parameter.shape:
         return state
     return torch.empty_like(parameter, dtype=state.dtype, requires_grad=False).copy_(state)
+
+
+def _grown(description: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A saved description, with the defaults of fields that the config had not then."""
+    saved: Any = description.get("model")
+    try:
+        grown = dataclasses.asdict(config_from_dict(type(config), saved["config"]))
+    except (KeyError, TypeError, ValueError):
+        return description
+    return {**description, "model": {**saved, "config": json.loads(json.dumps(grown))}}
 
 
 def _differences(saved: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from PIL import Image
 from torch import Tensor
 
 from cgm.checkpoints import replacing
@@ -166,6 +167,12 @@ def as_images(y: Tensor, cond: Tensor | None = None, *, stacked: bool = False) -
         luminance = cond.expand(*y.shape[:-3], *cond.shape[-3:])
         return lab_to_rgb(luminance.flatten(0, -4), y.flatten(0, -4)).unflatten(0, y.shape[:-3])
     return y
+
+
+def write_image(file: str | Path, image: Tensor) -> None:
+    """Writes an image (1 or 3, H, W) in [-1, 1] as a PNG, pixel by pixel."""
+    with replacing(Path(file)) as temporary:
+        Image.fromarray(_pixels(image[None, None], 1)[0, 0]).save(temporary, "PNG")
 
 
 def _pixels(images: Tensor, scale: int) -> np.ndarray:

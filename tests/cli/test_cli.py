@@ -20,7 +20,7 @@ import cgkernels
 from cgkernels.library import OPS
 from cgm.checkpoints import load_model, read_tensors, save_model
 from cgm.cli import bench, compare, convert, demo, evaluate, main, sample, train
-from cgm.data import DATA_FIELDS, LAYOUTS, TASKS, load_task
+from cgm.data import DATA_FIELDS, LAYOUTS, TASKS, load_folder, load_task
 from cgm.data.folders import DIRECTIONS
 from cgm.evaluation.classifier import Classifier, ClassifierConfig
 from cgm.families.cyclegan import CycleGANConfig
@@ -35,17 +35,6 @@ TINY = shlex.split(
     "--model.width 8 --model.width_multipliers 1 --model.blocks 1 --model.heads 2 "
     "--training.batch-size 4 --training.log-every 1 --training.threads 1 --device cpu"
 )
-
-
-@pytest.fixture
-def cgm(capsys):
-    """Runs a command line: exit code, stdout, stderr."""
-
-    def run(line, *more):
-        capsys.readouterr()
-        return main([*shlex.split(line), *map(str, more)]), *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +57,13 @@ def image(file, width, height=None, mode="RGB"):
     levels = np.random.default_rng(0).integers(0, 255, (height or width, width, 3), np.uint8)
     Image.fromarray(levels).convert(mode).save(file)
     return file
+
+
+def _unpaired(folder, file):
+    for side in "AB":
+        (folder / "unpaired" / side).mkdir(parents=True)
+        shutil.copy(file, folder / "unpaired" / side)
+    return folder / "unpaired"
 
 
 # Help ---------------------------------------------------------------------------------------------
@@ -375,9 +371,26 @@ def test_pairs_of_the_user(cgm, tmp_path):
     right = image(tmp_path / "conditions" / "right.png", 16)
     code, _, _ = cgm(line, "--cond", right)
     assert code == 0 and (tmp_path / "a.png").exists()
-    wrong = image(tmp_path / "conditions" / "wrong.png", 16, 20)
-    code, _, err = cgm(line, "--cond", wrong.parent)
-    assert code == 2 and f"{wrong}: must be 16 x 16 pixels, got 16 x 20" in err
+    other = image(tmp_path / "conditions" / "other.png", 32, 20)
+    line = f"sample {out} --n 2 --steps 2 --out {tmp_path / 'made' / 'images'}"
+    code, printed, err = cgm(
+        line, "--cond", other.parent, "--save-array", tmp_path / "a.safetensors"
+    )
+    assert code == 0 and f"resized to 16 x 16 pixels, as in training: {other} from 32 x 20" in err
+    tensors, _ = read_tensors(tmp_path / "a.safetensors")
+    as_in_training = load_folder(_unpaired(tmp_path, other), "unpaired", size=16).batch(
+        torch.zeros(1).long()
+    )
+    assert torch.equal(tensors["cond"][0], as_in_training["y"][0])
+    # A file for each, of the draws side by side, pixel by pixel.
+    files = sorted((tmp_path / "made" / "images").iterdir())
+    assert [file.name for file in files] == ["other.png", "right.png"]
+    for row, file in enumerate(files):
+        levels = ((tensors["samples"][:, row] + 1) * 127.5).round().clamp(0, 255).byte()
+        shown = torch.from_numpy(np.asarray(Image.open(file)).copy()).movedim(2, 0)
+        assert torch.equal(shown, torch.cat(list(levels), 2))
+    code, printed, _ = cgm(line, "--cond", other.parent)
+    assert "(in place of other.png, right.png from before)" in printed
 
 
 def test_classes_of_the_user(cgm, tmp_path):
@@ -539,24 +552,33 @@ def test_a_point_map_has_the_points_where_they_are():
         ("train diffusion --task complete --size 32 --out {new}", "--size belongs to --data"),
         ("train diffusion --task complete --crop 8 --out {new}", "--crop belongs to --data"),
         ("train diffusion --task complete --flip --out {new}", "--flip belongs to --data"),
-        ("train diffusion --data {tmp} --size 8 --crop 9 --out {new}", "crop must be from 0, none"),
+        ("train diffusion --data {tmp} --size 8 --crop 9 --out {new}", "--crop must be from 0"),
         (
             "train diffusion --task complete --training.sheet-every -1 --out {new}",
-            "sheet_every must not be negative",
+            "--training.sheet-every must not be negative",
         ),
         ("convert {tmp}/corrupt/b.png {new}", "b.png: is damaged, or holds more than tensors"),
         ("convert {tmp}/none_net_G.pth {new}", "none_net_G.pth: cannot be read"),
         ("train diffusion --data {tmp}/nothing --out {new}", "{tmp}/nothing: no such folder"),
         ("train diffusion --data {tmp}/corrupt --out {new}", "b.png: cannot be read as an image"),
-        ("train diffusion --data {tmp}/corrupt --layout rows --out {new}", "layout must be one of"),
-        ("train diffusion --task complete --out {tmp}", "out must be an empty folder"),
-        ("train diffusion --task complete --out {tmp}/corrupt/b.png", "out must be an empty"),
-        ("train diffusion --task complete --out {new} --resume", "out must hold a run to resume"),
+        (
+            "train diffusion --data {tmp}/corrupt --layout rows --out {new}",
+            "--layout must be one of",
+        ),
+        ("train diffusion --task complete --out {tmp}", "--out must be an empty folder"),
+        ("train diffusion --task complete --out {tmp}/corrupt/b.png", "--out must be an empty"),
+        ("train diffusion --task complete --out {new} --resume", "--out must hold a run to resume"),
+        ("train --task complete diffusion", "FAMILY must come before the options"),
+        ("train difusion", "did you mean diffusion?"),
+        ("trian diffusion", "did you mean train?"),
+        ("train diffusion --task colorise --out {new}", "did you mean colorize?"),
+        ("train diffusion --task complete --out {new} --init {tmp}/none", "--init must be a fold"),
+        ("train vae --task complete --out {new} --init {run}", "--init must be a model of the f"),
         ("train diffusion --task complete --out {new} --device tpu", "--device must be cpu, cuda"),
-        ("train diffusion --task complete --out {new} --model.patch 3", "patch must divide"),
+        ("train diffusion --task complete --out {new} --model.patch 3", "--model.patch must div"),
         (
             "train diffusion --task complete --out {new} --training.steps 0",
-            "steps must be positive",
+            "--training.steps must be positive",
         ),
         ("train diffusion --task complete --out {new} --model.schedule sine", "'sine'"),
         ("sample {tmp}/nothing --out {png}", "CHECKPOINT must be a folder"),
@@ -567,43 +589,58 @@ def test_a_point_map_has_the_points_where_they_are():
             "a model of the family classifier, which draws nothing",
         ),
         ("sample {run} --out {png} --n -3", "--n must be at least 1, got -3"),
-        ("sample {run} --out {png} --sampler heun", "'heun'"),
-        ("sample {run} --out {png} --steps 0", "steps must be from 1"),
-        ("sample {run} --out {png} --guidance nan", "guidance must be finite"),
-        ("sample {run} --out {png} --eta 0.5 --sampler ddpm", "eta"),
+        ("sample {run} --out {png} --sampler heun", "--sampler must be one of ddpm, ddim, eul"),
+        ("sample {run} --out {png} --sampler dimm", "got 'dimm'; did you mean ddim?"),
+        ("sample {run} --out {png} --steps 0", "--steps must be positive"),
+        ("sample {run} --out {png} --guidance nan", "--guidance must be finite"),
+        ("sample {run} --out {png} --eta 0.5 --sampler ddpm", "--eta"),
         ("sample {run} --out {png} --classes hat", "--classes must be numbers below 10 or of T-sh"),
         ("sample {run} --out {png} --classes 10", "got '10'"),
         ("sample {run} --out {png} --rows 1", "--rows does not fit this model"),
         ("sample {run} --out {png} --index -1", "--index must be in"),
         ("sample {run} --out {png} --device cuda:99", "--device must be one that is here"),
-        ("sample {run} --out {tmp}/no/a.png", "--out must be in a folder that exists"),
+        ("sample {run} --out {tmp}/corrupt/b.png/a.png", "--out must be a folder to write to"),
+        ("sample {run} --out {png} --save-array {tmp}/corrupt/b.png/a.safetensors", "--save-arra"),
+        ("sample --n 1 {run}", "CHECKPOINT must come before the options, which depend on it"),
+        ("sample class_to_image_difusion", "; did you mean class_to_image_diffusion?"),
+        ("sample {run} --out {png} --classes sneeker", "did you mean sneaker?"),
         ("sample {run} --out {tmp}/a.jpg", "--out must be a file .png"),
         ("sample {run} --out {png} --save-array {tmp}/a.npz", "--save-array must be a file .safet"),
         ("sample {complete} --out {png} --rows 1000", "--rows must be in [0, 999], got (1000,)"),
         ("sample {complete} --out {png} --rows 1 --cond {tmp}", "one of --rows and --cond"),
         ("sample {complete} --out {png} --cond {tmp}/corrupt/b.png", "b.png: cannot be read"),
         ("evaluate {tmp}/classifier", "a model of the family classifier, which draws nothing"),
-        ("evaluate {run} --rows 1", "rows must be from 2 to 1000, got 1"),
-        ("evaluate {run} --rows 9 --steps 0", "steps must be from 1"),
-        ("evaluate {run} --samples 3", "samples must be at least 20, got 3"),
-        ("evaluate {run} --measures fid", "measures must be of inception_score, fd, kid, prec"),
-        ("evaluate {run} --features faces", "features must be one of classifier, pixels, incep"),
-        ("evaluate {complete} --features classifier", "features must be pixels for y (1, 14, 28)"),
+        ("evaluate {run} --rows 1", "--rows must be from 2 to 1000, got 1"),
+        ("evaluate {run} --rows 9 --steps 0", "--steps must be positive"),
+        ("evaluate {run} --samples 3", "--samples must be at least 20, got 3"),
+        ("evaluate {run} --measures fid", "--measures must be one of task, inception_score, fd,"),
+        ("evaluate {run} --measures kdi", "got 'kdi'; did you mean kid?"),
+        ("evaluate {run} --features faces", "--features must be one of classifier, pixels, incep"),
+        (
+            "evaluate {complete} --features classifier",
+            "--features must be pixels for y (1, 14, 28)",
+        ),
         ("evaluate {complete} --measures inception_score", "which pixels have not"),
-        ("evaluate {run} --out {tmp}/nothing", "--out must be a folder, got {tmp}/nothing"),
+        ("evaluate {run} --out {tmp}/corrupt/b.png", "--out must be a folder to write to, got "),
         ("evaluate {pairs}", "was not trained on a shipped task, so nothing is held out"),
-        ("train autoregressive --task complete --out {new} --model.heads 5", "heads must"),
+        ("train autoregressive --task complete --out {new} --model.heads 5", "--model.heads must"),
         (
             "train autoencoder --task complete --out {new} --training.sheet-every 5",
-            "sheet_every must be 0: autoencoder draws nothing",
+            "--training.sheet-every must be 0: autoencoder draws nothing",
         ),
-        ("demo --out {tmp}/nothing", "out must be a folder"),
-        ("bench --out {tmp}/nothing", "out must be a folder"),
-        ("bench --ways slow --out {new}", "ways must be of fused, plain, compiled, got 'slow'"),
+        ("demo --out {tmp}/corrupt/b.png", "--out must be a folder to write to, got {tmp}/corr"),
+        ("bench --out {tmp}/corrupt/b.png/x", "--out must be a folder to write to, got {tmp}/corr"),
+        ("compare --out {tmp}/corrupt/b.png", "--out must be a folder to write to, got {tmp}/corr"),
+        ("bench --ways slow --out {new}", "--ways must be one of fused, plain, compiled, got 's"),
+        ("bench --rows 0 --out {new}", "--rows must be at least 1, got 0"),
+        ("bench --models vae --out {new}", "--models must be one of bouncing_ball_vae"),
+        ("compare --families vaee --out {new}", "got 'vaee'; did you mean vae?"),
+        ("compare --task colourize --out {new}", "got 'colourize'; did you mean colorize?"),
+        ("compare --seconds -1 --out {new}", "--seconds must be positive, got -1.0"),
         ("bench --device cuda:99", "--device must be one that is here"),
     ],
 )
-def test_user_errors(cgm, tmp_path, trained, line, words):
+def test_user_errors(cgm, tmp_path, trained, line, words, monkeypatch):
     """One line that names the problem, no traceback, and nothing written."""
     image(tmp_path / "corrupt" / "a.png", 32, 16)
     (tmp_path / "corrupt" / "b.png").write_bytes(b"\x89PNG and no more")
@@ -626,6 +663,7 @@ def test_user_errors(cgm, tmp_path, trained, line, words):
         "complete": trained["complete"],
     }
     before = everything_in(tmp_path)
+    monkeypatch.chdir(tmp_path)
     code, out, err = cgm(line.format(**names))
     assert code == 2 and out == "" and everything_in(tmp_path) == before
     assert words.format(**names) in err

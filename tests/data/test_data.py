@@ -2,13 +2,15 @@
 
 import gzip
 import hashlib
+import os
 import struct
 from importlib import resources
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cgm.data import (
     PINK,
@@ -25,6 +27,7 @@ from cgm.data import (
     pack,
     to_float,
 )
+from cgm.data.folders import read_image
 
 ALL_FOLDERS = ("pairs", "two_folders", "unpaired", "classes")
 
@@ -547,6 +550,134 @@ def test_truncated_files_of_other_formats_are_refused(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-600])
     with pytest.raises(ValueError, match=f"{name}: cannot be read"):
         load_folder(tmp_path, "classes")
+
+
+@pytest.mark.parametrize("name", ["1.tif", "1.TIFF", "1.gif", "1.heic"])
+def test_images_of_other_formats_are_not_passed_over(tmp_path, name):
+    save(flat("red"), tmp_path, "c", "0.png")
+    (tmp_path / "c" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"c/{name}: must be of \.bmp .*, others are not read"):
+        load_folder(tmp_path, "classes")
+
+
+def test_a_file_of_another_format_says_which_fit(tmp_path):
+    flat("red").save(tmp_path / "c.tif")
+    with pytest.raises(ValueError, match=r"c\.tif: cannot be .*: must be a BMP, JPEG, PNG or WebP"):
+        read_image(tmp_path / "c.tif", 3)
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.webp"])
+def test_animations_are_refused(tmp_path, name):
+    others = [flat("blue"), flat("green")]
+    save(flat("red"), tmp_path, "c", name, save_all=True, append_images=others)
+    with pytest.raises(ValueError, match=f"{name}: .*must be one image, is an animation of 3"):
+        load_folder(tmp_path, "classes")
+
+
+def sixteen_bit_rgb(value):
+    """A PNG of one pixel of this color, which Pillow cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    header = struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0)
+    pixels = compress(b"\0" + struct.pack(">3H", value, value, value))
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_twelve_bits_in_sixteen_are_refused(tmp_path):
+    """They would come out black: 4095 of 65535 is level 15 of 255."""
+    file = tmp_path / "c" / "1.png"
+    for highest in (4095, 1):
+        save(Image.fromarray(np.array([[0, highest]], np.uint16)), tmp_path, "c", "1.png")
+        with pytest.raises(ValueError, match=r"1\.png: .*must use its 16 bits: .* by 16"):
+            load_folder(tmp_path, "classes")
+        file.write_bytes(sixteen_bit_rgb(highest if highest > 1 else 256))
+        with pytest.raises(ValueError, match=r"1\.png: .*must use its 16 bits"):
+            load_folder(tmp_path, "classes")
+    for value, expected in ((0, 0), (4096, 16), (65535, 255)):
+        save(Image.fromarray(np.full((2, 2), value, np.uint16)), tmp_path, "c", "1.png")
+        [got] = level(all_rows(load_folder(tmp_path, "classes", size=2))["y"])
+        assert got == [expected] * 3
+        file.write_bytes(sixteen_bit_rgb(value))
+        [got] = level(all_rows(load_folder(tmp_path, "classes", size=2))["y"])
+        assert got == [expected] * 3
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white(tmp_path):
+    image = Image.fromarray(np.array([[300, 40000], [300, 40000]], np.uint16))
+    image.info["transparency"] = 300
+    save(image, tmp_path, "c", "1.png", transparency=300)
+    got = load_folder(tmp_path, "classes", size=2, channels=1).y
+    assert got.flatten().tolist() == [255, 156, 255, 156]
+
+
+def test_what_unpacks_to_too_much_is_refused_before(tmp_path, monkeypatch):
+    """Of 13,000 x 13,000 pixels in a small file nothing is decoded."""
+    Image.new("1", (13_000, 13_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 200_000
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
+    with pytest.raises(ValueError, match=r"bomb.png: .*at most 67108864 pixels, has 13000 x 13000"):
+        read_image(tmp_path / "bomb.png", 3)
+
+
+def test_broken_links_and_pipes_are_named(tmp_path):
+    save(flat("red"), tmp_path, "c", "0.png")
+    (tmp_path / "c" / "1.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"1\.png: must be a file, is a broken link"):
+        load_folder(tmp_path, "classes")
+    (tmp_path / "c" / "1.png").unlink()
+    (tmp_path / "c" / "1.png").symlink_to(tmp_path / "c" / "0.png")
+    assert len(load_folder(tmp_path, "classes")) == 2
+    os.mkfifo(tmp_path / "c" / "2.png")
+    for read in (load_folder, lambda path, _: read_image(path / "c" / "2.png", 3)):
+        with pytest.raises(ValueError, match=r"2\.png: must be a file"):
+            read(tmp_path, "classes")
+
+
+def test_classes_are_in_natural_order(tmp_path):
+    names = ["1", "2", "10", "a2b", "a10a", "a10b", "b"]
+    for name in reversed(names):
+        save(flat(len(name)), tmp_path, name, "1.png")
+    assert load_folder(tmp_path, "classes", size=2).class_names == tuple(names)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"y": np.zeros((2, 3, 8, 8), np.uint8)}, TypeError, "y must be a tensor.*from_numpy"),
+        ({"cond": [0, 1], "cond_kind": "class"}, TypeError, "cond must be a tensor.*got list"),
+        ({"y": torch.zeros(2, 8, 6, 3, dtype=torch.uint8)}, ValueError, r"y\.movedim\(3, 1\)"),
+        ({"y": torch.zeros(2, 28, 28, 1)}, ValueError, r"looks like \(N, H, W, C\)"),
+        (
+            {"cond": torch.zeros(2, 8, 8, 4), "cond_kind": "image"},
+            ValueError,
+            r"cond must be \(N, C, H, W\)",
+        ),
+        (
+            {"y": torch.arange(256.0).view(1, 1, 16, 16)},
+            ValueError,
+            r"y must be in \[-1, 1\].*uint8",
+        ),
+        (
+            {"cond": torch.full((2, 3, 4, 4), 255.0), "cond_kind": "image"},
+            ValueError,
+            r"cond must be in \[-1, 1\] if float32, got values from 255 to 255",
+        ),
+        (
+            {"cond": torch.tensor([0, 1]), "cond_kind": "class", "class_names": ("a",)},
+            ValueError,
+            "class_names must be 2 names, got 1",
+        ),
+    ],
+)
+def test_what_looks_like_something_else_is_refused(arguments, error, match):
+    given = {"name": "x", "y": torch.zeros(2, 3, 8, 8), "num_classes": 2} | arguments
+    with pytest.raises(error, match=match):
+        Dataset(**given)
+    for y in (torch.zeros(2, 64, 1, 1), torch.randn(2, 16, 4, 4), torch.rand(2, 3, 8, 8)):
+        assert len(Dataset("x", y)) == 2
 
 
 @pytest.mark.parametrize("layout", ALL_FOLDERS)

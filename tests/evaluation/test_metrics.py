@@ -102,6 +102,20 @@ def test_frechet_distance_of_two_features():
         assert frechet_distance(moments(x), moments(y)) == pytest.approx(expected.item())
 
 
+@pytest.mark.parametrize("rows", [20, 300])
+def test_frechet_distance_of_a_covariance_without_full_rank(rows):
+    """To all digits: of a shifted set, of one twice as wide, and of sets in other directions."""
+    x = normals(rows, 64)
+    spread = moments(x).covariance.trace().item()
+    assert frechet_distance(moments(x), moments(x + 1e-3)) == pytest.approx(64e-6, rel=1e-6)
+    wide = moments(2 * x - x.mean(0))
+    assert frechet_distance(moments(x), wide) == pytest.approx(spread, rel=1e-12)
+    one = moments(x[:, :1])
+    expected = 2 * (one.covariance.item() + one.mean.item() ** 2)
+    apart = [moments(x[:, :1] * torch.eye(64, dtype=x.dtype)[i]) for i in (3, 7)]
+    assert frechet_distance(*apart) == pytest.approx(expected, rel=1e-12)
+
+
 def test_frechet_distance_with_more_features_than_rows():
     rows = normals(10, 40)
     assert frechet_distance(moments(rows), moments(rows.flip(0))) < 1e-5
@@ -244,6 +258,48 @@ def test_recall_of_a_fixed_number_of_samples():
     assert few._replace(recall=0) == every._replace(recall=0)
 
 
+def exact_neighborhoods(real, generated, k=3, density_k=5):
+    """In whole numbers."""
+
+    def squares(a, b):
+        return (a[:, None] - b).square().sum(2)
+
+    def radii(rows, k):
+        return squares(rows, rows).sort(1).values[:, k]
+
+    across = squares(generated, real)
+    inside = across < radii(real, density_k)
+    return (
+        (across <= radii(real, k)).any(1).double().mean().item(),
+        (radii(generated, k) >= across.T).any(1).double().mean().item(),
+        inside.sum().item() / (len(generated) * density_k),
+        inside.any(0).double().mean().item(),
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 127.5, 0.1, 1e5])
+@pytest.mark.parametrize("offset", [0.0, 3.7])
+def test_no_round_off_decides_of_ties(scale, offset):
+    """300 rows of 12 numbers in {0, 1, 2}: most distances are there many times over."""
+    generator = torch.Generator().manual_seed(0)
+    real, generated = torch.randint(3, (2, 300, 12), generator=generator)
+    measure = PrecisionRecall(real.double() * scale + offset)
+    for part in generated.split(90):
+        measure.add(part.double() * scale + offset)
+    assert measure.result() == pytest.approx(exact_neighborhoods(real, generated), abs=1e-12)
+
+
+def test_of_equally_near_rows_the_first_is_nearest():
+    generator = torch.Generator().manual_seed(0)
+    reference, rows = torch.randint(3, (2, 300, 12), generator=generator)
+    squares = (rows[:, None] - reference).square().sum(2)
+    least = squares.amin(1, keepdim=True)
+    for scale in (1.0, 1 / 127.5):
+        distance, number = nearest(rows.double() * scale + 0.3, reference.double() * scale + 0.3)
+        torch.testing.assert_close(distance, least[:, 0].sqrt().double() * scale)
+        assert number.tolist() == (squares == least).byte().argmax(1).tolist()
+
+
 # Memorization -------------------------------------------------------------------------------------
 def test_mann_whitney_of_few_rows():
     """Distances to 0: samples 1, 4, 2; unseen rows 2, 3, 5, 6. U = 0 + 2 + 1/2."""
@@ -260,6 +316,17 @@ def test_copies_on_a_line():
     # Ties with nothing, below all: U = 0.
     assert found.z == pytest.approx(-math.sqrt(3 * 100 * 50 / 151))
     assert found.close == found.nearer_training == 1 and found.expected == 0.8
+
+
+def test_ties_with_unseen_rows_count_one_half():
+    """Samples that are as far from training as unseen rows are: z is 0, and none is close."""
+    generator = torch.Generator().manual_seed(0)
+    training = torch.randint(3, (200, 12), generator=generator)
+    unseen = torch.randint(3, (90, 12), generator=generator)
+    measure = Memorization(training * 0.1, unseen * 0.1)
+    measure.add(unseen * 0.1)
+    found = measure.result()
+    assert found.z == 0 and found.nearer_training == 0
 
 
 def test_unseen_rows_are_no_copies():

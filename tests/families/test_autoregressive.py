@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -331,3 +332,123 @@ def test_every_option_has_a_default_that_changes_nothing():
     model, cond = small(), condition("class", 2)
     named = dataclasses.asdict(SamplingConfig())
     assert torch.equal(model.sample(cond=cond, **named), model.sample(cond=cond))
+
+
+# Half precision, autocast, NaN --------------------------------------------------------------------
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+COLORED = {"event_shape": (2, 3, 4), "palette": PALETTE}
+IMAGES = pytest.mark.parametrize("changes", [{"event_shape": (2, 3, 4)}, COLORED], ids=str)
+
+
+def images_of(model, rows, seed=0):
+    """Images that the model can have drawn."""
+    shape = (rows, math.prod(model.config.sequence_shape))
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(model.config.choices, shape, generator=generator)
+    return model._images(values.to(model.device))
+
+
+@IMAGES
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_changes_no_sample(changes, device):
+    model, cond = small("image", **changes).to(device), condition("image", 3).to(device)
+    given = images_of(model, 3)[:, :, :1]
+    calls = [{"n": 2}, {"guidance": 2.0}, {"given": given}, {"int8": True, "temperature": 0}]
+    expected = [model.sample(cond=cond, seed=4, **call) for call in calls]
+    with torch.autocast(device, torch.bfloat16):
+        drawn = [model.sample(cond=cond, seed=4, **call) for call in calls]
+    assert all(map(torch.equal, drawn, expected))
+
+
+@IMAGES
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_likelihoods_are_near_those_without(changes, device):
+    """Of bfloat16, 8 bits: the sums of 12 or 24 values differ by some of them each."""
+    model, cond = small("image", **changes).to(device), condition("image", 3).to(device)
+    y = images_of(model, 3)
+    exact, loss = model.log_prob(y, cond=cond), model.loss(y, cond=cond, seed=1)["total"]
+    with torch.autocast(device, torch.bfloat16):
+        assert (model.log_prob(y, cond=cond) - exact).abs().max() < 0.05 * exact.abs().max()
+        rounded = model.loss(y, cond=cond, seed=1)["total"]
+    assert (rounded - loss).abs().max() < 0.05 * loss.abs().max()
+    rounded.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@IMAGES
+@pytest.mark.parametrize("device", DEVICES)
+def test_models_in_bfloat16(changes, device):
+    """Near a float64 model of the same weights, in images of their own dtype."""
+    model = small("image", **changes).to(device, torch.bfloat16)
+    wide = small("image", **changes).double()
+    wide.load_state_dict(model.state_dict())
+    cond = condition("image", 3).to(device, torch.bfloat16)
+    drawn = model.sample(2, cond=cond, seed=3)
+    assert drawn.dtype == torch.bfloat16 and drawn.isfinite().all() and len(drawn.unique()) > 2
+    assert torch.equal(
+        model.sample(cond=cond[1:], seed=3, index=torch.tensor([1, 2])), drawn[0, 1:]
+    )
+    upper = model.sample(cond=cond, seed=3, given=drawn[0, :, :, :1])
+    assert torch.equal(upper[:, :, :1], drawn[0, :, :, :1])
+    y, exact = drawn[0], wide.log_prob(drawn[0].double().cpu(), cond=cond.double().cpu())
+    rounded = model.log_prob(y, cond=cond)
+    assert (rounded.cpu() - exact).abs().max() < 0.05 * exact.abs().max()
+    model.loss(y, cond=cond, seed=0)["total"].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("levels", [2, 100, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_values_survive_every_dtype(levels, dtype):
+    values = torch.arange(levels)[None]
+    images = dequantize(values, levels, (1, 1, levels)).to(dtype)
+    assert torch.equal(quantize(images, levels), values)
+
+
+@IMAGES
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_without_a_distribution_a_sample_is_nan(changes, kind):
+    model, cond = small(kind, **changes), condition(kind, 2)
+    model.transformer.head.weight.data[0, 0] = torch.nan
+    n = 2 if cond is None else 1
+    for options in ({}, {"temperature": 0}, {"top_k": 2, "top_p": 0.9}):
+        assert model.sample(n, cond=cond, seed=0, **options).isnan().all()
+    y = images_of(model, 2)
+    assert model.log_prob(y, cond=cond).isnan().all()
+    assert model.loss(y, cond=cond, seed=0)["total"].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@IMAGES
+def test_what_no_check_can_see_comes_out_as_nan(changes, bad):
+    """In a compiled graph, as on a GPU, no value is looked at; the other rows are as ever."""
+    model, cond = small("image", cond_dropout=0.0, **changes), condition("image", 3)
+    y = images_of(model, 3)
+    spoiled_y, spoiled_cond = y.clone(), cond.clone()
+    spoiled_y[1, 0, 2, 3] = spoiled_cond[2, 0, 1, 1] = bad
+    with pytest.raises(ValueError, match="y must be finite"):
+        model.loss(spoiled_y, cond=cond, seed=0)
+    for call in (model.sample, lambda cond: model.log_prob(y, cond=cond)):
+        with pytest.raises(ValueError, match="cond must be finite"):
+            call(cond=spoiled_cond)
+    with pytest.raises(ValueError, match="given must be finite"):
+        model.sample(cond=cond, given=spoiled_y[:, :, 2:])
+    expected = model.log_prob(y, cond=cond)
+    with mock.patch("cgm.model.base.readable", lambda _: False), mock.patch(
+        "cgm.families.autoregressive.readable", lambda _: False
+    ):  # fmt: skip
+        losses = model.loss(spoiled_y, cond=spoiled_cond, seed=0)["total"]
+        found = model.log_prob(spoiled_y, cond=spoiled_cond)
+        drawn = model.sample(2, cond=spoiled_cond, seed=0)
+    assert losses.isnan().tolist() == found.isnan().tolist() == [False, True, True]
+    assert found[0] == expected[0]
+    assert drawn[:, 2].isnan().all()
+    assert torch.equal(drawn[:, :2], model.sample(2, cond=cond, seed=0)[:, :2])
+
+
+def test_a_compiled_loss_of_nan_is_nan():
+    model, y = small("none"), images_of(small("none"), 2)
+    loss = torch.compile(lambda y: model.loss(y, seed=0)["total"], backend="eager")
+    torch.testing.assert_close(loss(y), model.loss(y, seed=0)["total"])
+    y[1, 0, 0, 0] = math.nan
+    assert loss(y).isnan().tolist() == [False, True]

@@ -175,6 +175,71 @@ def test_cyclegan(tmp_path, make, judges):
     torch.testing.assert_close(model.sample(cond=x, way="back"), networks["G_B"](x))
 
 
+class PublishedBlock(nn.Module):
+    """A residual block as it is published, of this padding_type; batch norm, no dropout."""
+
+    def __init__(self, width, padding):
+        super().__init__()
+        pad = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d}.get(padding)
+
+        def half():
+            conv = nn.Conv2d(width, width, 3, padding=0 if pad else 1, bias=False)
+            return *([pad(1)] if pad else []), conv, nn.BatchNorm2d(width)
+
+        self.conv_block = nn.Sequential(*half(), nn.ReLU(), *half())
+
+    def forward(self, x):
+        return x + self.conv_block(x)
+
+
+def published_resnet(padding):
+    """The published generator of two blocks, written out."""
+
+    def norm_relu(n):
+        return nn.BatchNorm2d(n), nn.ReLU()
+
+    layers = [
+        nn.ReflectionPad2d(3), nn.Conv2d(3, 2, 7, bias=False), *norm_relu(2),
+        nn.Conv2d(2, 4, 3, 2, 1, bias=False), *norm_relu(4),
+        nn.Conv2d(4, 8, 3, 2, 1, bias=False), *norm_relu(8),
+        PublishedBlock(8, padding), PublishedBlock(8, padding),
+        nn.ConvTranspose2d(8, 4, 3, 2, 1, 1, bias=False), *norm_relu(4),
+        nn.ConvTranspose2d(4, 2, 3, 2, 1, 1, bias=False), *norm_relu(2),
+        nn.ReflectionPad2d(3), nn.Conv2d(2, 3, 7), nn.Tanh(),
+    ]  # fmt: skip
+
+    class Published(nn.Module):
+        def __init__(self, _):
+            super().__init__()
+            self.model = nn.Sequential(*layers)
+
+        def forward(self, x):
+            return self.model(x)
+
+    network = seeded(0, Published, None)
+    network.model[-2].weight.data /= 50  # where tanh has not yet come to its ends
+    return network
+
+
+@pytest.mark.parametrize("padding", ["reflect", "replicate", "zero"])
+def test_a_file_does_not_tell_its_padding(cgm, tmp_path, padding):
+    network = published_resnet(padding)
+    file = publish(tmp_path, G=network)
+    asked = () if padding == "zero" else ("--padding", padding)
+    code, out, err = cgm("convert", file, tmp_path / "model", "--size", 16, *asked)
+    assert code == 0, err
+    assert (f"assumed: {padding} padding" in out) == (padding != "zero")
+    assert "assumed: images of 16 pixels" in out and "assumed: batch norms" in out
+    model, x = load_model(tmp_path / "model"), images(2, 3, 16, 16)
+    expected = network(x)
+    torch.testing.assert_close(model.sample(cond=x), expected, rtol=1e-4, atol=1e-5)
+    if padding == "replicate":  # otherwise it comes out wrong
+        other = convert_published(file, size=16)[0].sample(cond=x)
+        assert (other - expected).abs().max() > 0.01
+    with pytest.raises(ValueError, match="padding must be one of reflect, replicate, got 'zero'"):
+        convert_published(file, size=16, padding="zero")
+
+
 def test_cyclegan_between_different_channels(tmp_path):
     networks = {
         "G_A": resnet(1, in_channels=1), "G_B": resnet(2, out_channels=1),
@@ -239,11 +304,11 @@ def test_other_files_sizes_and_folders(cgm, tmp_path):
     torch.save({"state_dict": resnet().state_dict()}, tmp_path / "lightning.pth")
     torch.save(resnet(), tmp_path / "pickled.pth")
     for words, message in (
-        ((tmp_path / "no_net_G.pth", tmp_path / "x"), "no_net_G.pth: cannot be read: No such file"),
+        ((tmp_path / "no_net_G.pth", tmp_path / "x"), "no_net_G.pth: is missing"),
         ((tmp_path / "latest.pth", tmp_path / "x"), "latest.pth: is damaged"),
         ((tmp_path / "lightning.pth", tmp_path / "x"), "'state_dict' is a"),
         ((tmp_path / "pickled.pth", tmp_path / "x"), "holds more than tensors"),
-        ((tmp_path, tmp_path / "x"), "cannot be read: Is a directory"),
+        ((tmp_path, tmp_path / "x"), "must be a file, is a folder"),
         ((file, tmp_path), "OUT must be an empty folder"),
         ((file, tmp_path / "latest.pth"), "OUT must be an empty folder"),
         ((file, tmp_path / "x", "--size", 0), "size must be a positive whole number"),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +11,12 @@ from torch import Tensor
 import cgkernels
 from cgkernels.random import normal
 from cgkernels.samplers import SAMPLERS
-from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig, SamplingConfig
+from cgm.families.diffusion import (
+    ConditionalDiffusion,
+    DiffusionConfig,
+    SamplingConfig,
+    _log_discretized_normal,
+)
 from cgm.model import make_model
 
 TINY = DiffusionConfig(event_shape=(1, 4, 6), width=8, blocks=1, heads=2, timesteps=100)
@@ -28,7 +34,7 @@ def model(config: DiffusionConfig, seed: int = 0) -> ConditionalDiffusion:
     with torch.no_grad():
         for i, parameter in enumerate(made.parameters()):
             if not parameter.any():
-                parameter.copy_(0.1 * normal((1, *parameter.shape), seed=i, stream=6)[0])
+                parameter.copy_(0.1 * normal((1, *parameter.shape), seed=i, step=0, stream=6)[0])
     return made.eval()
 
 
@@ -36,14 +42,14 @@ def conditions(kind: str, rows: int) -> Tensor | None:
     if kind == "none":
         return None
     if kind == "image":
-        return normal((rows, 2, 4, 6), seed=9, stream=6)
+        return normal((rows, 2, 4, 6), seed=9, step=0, stream=6)
     if kind == "class":
         return torch.arange(rows) % 3
     return torch.tensor([[0, 1, 5], [2, 3, 4], [4, 4, 0], [1, 0, 2]])[:rows]
 
 
 def images(rows: int, config: DiffusionConfig = TINY) -> Tensor:
-    return normal((rows, *config.event_shape), seed=5, stream=6).clamp(-1, 1)
+    return normal((rows, *config.event_shape), seed=5, step=0, stream=6).clamp(-1, 1)
 
 
 # Loss ---------------------------------------------------------------------------------------------
@@ -64,7 +70,7 @@ def test_loss_is_that_of_the_formula():
     draws = {"seed": 8, "index": index}
     t = (cgkernels.random.uniform((3,), step=1, stream=3, **draws) * 100).long()
     alpha, sigma = m.noise_table[t].T[..., None, None, None]
-    z = normal((3, *TINY.event_shape), stream=3, **draws)
+    z = normal((3, *TINY.event_shape), step=0, stream=3, **draws)
     film = m.unet.time_film(t)
     prediction = m.unet(alpha * y + sigma * z, film)
     expected = (prediction - (alpha * z - sigma * y)).square().mean((1, 2, 3)) * m.loss_weights[t]
@@ -118,6 +124,60 @@ def test_bound_of_the_right_prediction_is_the_entropy_gap():
     torch.testing.assert_close(m._bound(y, x_t, y, small, t), torch.zeros(2), atol=1e-6, rtol=0)
     assert (m._bound(y, x_t, y, large, t) > 1e-5).all()
     assert (m._bound(y, x_t, -y, small, t) > m._bound(y, x_t, y, small, t)).all()
+
+
+def test_the_bound_keeps_its_digits_where_both_variances_are_nearly_one():
+    """At the last of 1,000 timesteps they differ by 8e-7 of themselves."""
+    config = dataclasses.replace(
+        TINY, learned_variance=True, prediction="x0", schedule="linear", timesteps=1000
+    )
+    m, y = model(config), images(3)
+    levels, t = m.schedule.alphas_cumprod, torch.tensor([999, 900, 500])
+    gap = np.log((1 - levels[t]) / (1 - levels[t - 1]))
+    exact = (gap**2 / 2 - gap**3 / 6 + gap**4 / 24) / 2 / math.log(2)
+    found = m._bound(y, torch.zeros_like(y), y, torch.ones_like(y), t)
+    torch.testing.assert_close(found.double(), torch.from_numpy(exact), rtol=1e-6, atol=0)
+
+
+def exact_bin(y: float, mean: float, log_variance: float) -> tuple[float, float, float]:
+    """log P of the bin, and its derivatives in mean and log_variance, by tails in float64."""
+    sd = math.exp(log_variance / 2)
+    a, b = (y - 1 / 255 - mean) / sd, (y + 1 / 255 - mean) / sd
+    a, b = -math.inf if y == -1 else a, math.inf if y == 1 else b
+    side = -1 if a + b > 0 else 1  # the bin, or its mirror image, is in the lower tail
+    low, high = (a, b) if side == 1 else (-b, -a)
+    mass = (math.erfc(-high / math.sqrt(2)) - math.erfc(-low / math.sqrt(2))) / 2
+    density = [math.exp(-x * x / 2) / math.sqrt(2 * math.pi) / mass for x in (low, high)]
+    moment = [0.0 if math.isinf(x) else x * d for x, d in zip((low, high), density, strict=True)]
+    return math.log(mass), side * (density[0] - density[1]) / sd, (moment[0] - moment[1]) / 2
+
+
+@pytest.mark.parametrize("sd", [0.0005, 0.0124, 0.05, 0.5, 3.8, 4.1, 300.0])
+def test_the_likelihood_of_a_bin_has_the_right_tails(sd):
+    """To 30 standard deviations, in narrow and in wide bins, and in the unbounded outermost."""
+    log_variance = float(torch.tensor(2 * math.log(sd)))
+    cases = [
+        (y, float(torch.tensor(y - offset)))
+        for y in (-1.0, -0.5, 0.25, 1.0)
+        for offset in (0, 0.1 * sd, 1.0 * sd, 5.6 * sd, 13 * sd, 30 * sd, -2 * sd, -29 * sd)
+    ]
+    exact = torch.tensor([exact_bin(*case, log_variance) for case in cases], dtype=torch.float64)
+    y, mean = torch.tensor(cases).T
+    mean, variance = mean.requires_grad_(), torch.full((len(y),), log_variance, requires_grad=True)
+    logs = _log_discretized_normal(y, mean, variance)
+    slopes = torch.autograd.grad(logs.sum(), (mean, variance))
+    for found, expected in zip((logs, *slopes), exact.T, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_the_likelihood_of_a_bin_5_sigma_away_goes_on():
+    """It was cut off at 1e-12, where it had no gradient."""
+    mean = torch.tensor(-0.28, requires_grad=True)
+    log_variance = torch.tensor(2 * math.log(0.05))
+    log_prob = _log_discretized_normal(torch.zeros(()), mean, log_variance)
+    log_prob.backward()
+    assert log_prob.item() == pytest.approx(-18.4204, abs=1e-4)
+    assert mean.grad.item() == pytest.approx(5.6 / 0.05, rel=0.01)
 
 
 # Sampling -----------------------------------------------------------------------------------------

@@ -49,11 +49,15 @@ def model(config: EnergyConfig, seed: int = 0) -> ConditionalEBM:
 def conditions(kind: str, rows: int) -> Tensor | None:
     if kind == "none":
         return None
-    return normal((rows, 2, 4, 6), seed=9, stream=6) if kind == "image" else torch.arange(rows) % 3
+    return (
+        normal((rows, 2, 4, 6), seed=9, step=0, stream=6)
+        if kind == "image"
+        else torch.arange(rows) % 3
+    )
 
 
 def images(rows: int, seed: int = 5) -> Tensor:
-    return normal((rows, *TINY.event_shape), seed=seed, stream=6).clamp(-1, 1)
+    return normal((rows, *TINY.event_shape), seed=seed, step=0, stream=6).clamp(-1, 1)
 
 
 def points(*rows: tuple[float, float]) -> Tensor:
@@ -151,6 +155,17 @@ def test_log_z_of_a_quadratic_energy(std):
     torch.testing.assert_close(again, weights[[7, 3]])
 
 
+def test_many_small_changes_add_up():
+    """Of an energy that is the start's, but for 100 nats, there are 2,000 in 2,000 sums."""
+
+    def energy(y: Tensor) -> Tensor:
+        return y.flatten(1).square().sum(1) / 2 + 100
+
+    weights = annealed_weights(energy, (3, 1, 1, 1), temperatures=2000, step_size=0.1, seed=1)
+    expected = torch.full((3,), 0.5 * math.log(2 * math.pi) - 100)
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
+
+
 def test_chains_keep_the_density_whatever_the_step():
     """Of steps so long that without Metropolis's rule they would leave for infinity."""
     weights = annealed_weights(quadratic, (2000, 2, 1, 1), temperatures=30, step_size=0.9, seed=2)
@@ -213,7 +228,7 @@ def test_energy_and_ratio(kind):
 @pytest.mark.parametrize("config", [TINY, POINT])
 def test_the_energy_has_a_gradient_everywhere(config):
     m = model(config)
-    y = normal((5, *config.event_shape), seed=1, stream=6)
+    y = normal((5, *config.event_shape), seed=1, step=0, stream=6)
     for scale in (0.0, 1.0, 100.0):
         _, force = with_gradient(lambda y: m.energy(y), scale * y)
         assert force.isfinite().all() and (force.flatten(1).abs().amax(1) > 1e-4).all()
@@ -233,8 +248,8 @@ def test_the_gradient_of_contrastive_divergence(weight):
     total = k + t / config.start_std**2
     losses = m.loss(y, seed=2, index=index)
     draws: dict[str, Any] = {"seed": 2, "index": index}
-    real = y + config.data_noise * normal(tuple(y.shape), stream=3, **draws)
-    drawn = config.start_std * normal(tuple(y.shape), stream=STREAM_INITIAL, **draws)
+    real = y + config.data_noise * normal(tuple(y.shape), step=0, stream=3, **draws)
+    drawn = config.start_std * normal(tuple(y.shape), step=0, stream=STREAM_INITIAL, **draws)
     for step in range(4):
         z = normal(tuple(y.shape), step=step, stream=STREAM_SAMPLER, **draws)
         drawn = (1 - a * total) * drawn + math.sqrt(2 * a * t) * z
@@ -358,7 +373,7 @@ def test_a_sample_depends_on_seed_and_index_only(kind):
 
 def test_where_chains_begin():
     m, cond = model(KINDS["image"]), conditions("image", 2)
-    z = normal((2, *TINY.event_shape), seed=3, stream=STREAM_INITIAL)
+    z = normal((2, *TINY.event_shape), seed=3, step=0, stream=STREAM_INITIAL)
     assert_equal(m.sample(cond=cond, steps=0, seed=3), TINY.start_std * z)
     start = images(2)
     assert_equal(m.sample(2, cond=cond, steps=0, start=start), torch.stack([start, start]))
@@ -464,7 +479,7 @@ def test_learns_four_images(tmp_path):
         event_shape=(1, 4, 4), cond_kind="class", num_classes=4, depth=1, hidden=32,
         temperature=0.002, step_size=0.25, chain_steps=8, chains=32,
     )  # fmt: skip
-    y, cond = torch.sign(normal((4, 1, 4, 4), seed=5, stream=6)), torch.arange(4)
+    y, cond = torch.sign(normal((4, 1, 4, 4), seed=5, step=0, stream=6)), torch.arange(4)
     m = make_model(ConditionalEBM, config, seed=1)
     dataset = Dataset("four", y.repeat(4, 1, 1, 1), cond.repeat(4), "class", num_classes=4)
     training = TrainingConfig(

@@ -33,12 +33,12 @@ def spread(model: ConditionalFlow) -> ConditionalFlow:
     """In evaluation, with weights that leave the identity at which couplings start."""
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
-            parameter += 0.05 * normal((1, *parameter.shape), seed=i, stream=6)[0]
+            parameter += 0.05 * normal((1, *parameter.shape), seed=i, step=0, stream=6)[0]
     return model.eval()
 
 
 def images(rows: int, model: ConditionalFlow) -> Tensor:
-    return 2 * uniform((rows, *model.config.event_shape), seed=5, stream=6) - 1
+    return 2 * uniform((rows, *model.config.event_shape), seed=5, step=0, stream=6) - 1
 
 
 def conditions(kind: str, rows: int) -> Tensor | None:
@@ -46,7 +46,7 @@ def conditions(kind: str, rows: int) -> Tensor | None:
         return None
     if kind == "class":
         return torch.arange(rows) % 3
-    return normal((rows, 3, 8, 12), seed=9, stream=6)
+    return normal((rows, 3, 8, 12), seed=9, step=0, stream=6)
 
 
 def taken(cond: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -113,7 +113,7 @@ def test_the_noise_of_images_and_its_bound():
     v = torch.arange(96).view(1, 1, 8, 12) % 4
     y = v / 1.5 - 1
     index = torch.tensor([7])
-    u = uniform(tuple(y.shape), seed=3, index=index, stream=3)
+    u = uniform(tuple(y.shape), seed=3, index=index, step=0, stream=3)
     expected = model.log_prob((v + u) / 2 - 1) - 96 * math.log(2)
     torch.testing.assert_close(model.elbo(y, seed=3, index=index), expected)
     losses = model.loss(y, seed=3, index=index)
@@ -130,7 +130,7 @@ def test_the_noise_of_images_and_its_bound():
 def test_the_noise_of_real_numbers():
     model = flow(levels=0, noise=0.5)
     y, index = 3 * images(2, model), torch.tensor([4, 2**40])
-    z = normal(tuple(y.shape), seed=3, index=index, stream=3)
+    z = normal(tuple(y.shape), seed=3, index=index, step=0, stream=3)
     expected = -model.log_prob(y + 0.5 * z) / 96
     torch.testing.assert_close(model.loss(y, seed=3, index=index)["total"], expected)
     with pytest.raises(NotImplementedError, match="log_prob"):
@@ -194,7 +194,7 @@ def test_a_sample_depends_on_seed_and_index_only(kind):
 def test_samples_are_decoded_noise():
     model, cond = flow("class", levels=0), torch.tensor([2, 0])
     index = torch.tensor([3, 2**33])
-    z = normal((2, 96), seed=4, index=index, stream=6)
+    z = normal((2, 96), seed=4, index=index, step=0, stream=6)
     for temperature in (1.0, 0.5):
         drawn = model.sample(cond=cond, seed=4, index=index, temperature=temperature)
         torch.testing.assert_close(drawn, model.decode(temperature * z, cond=cond))

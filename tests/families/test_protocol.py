@@ -47,7 +47,13 @@ WRONG_IMAGES = [
     ("float64", images.double(), TypeError, r"must be floating, torch\.float32 .* torch\.float64"),
     ("half", images.half(), TypeError, r"must be floating, torch\.float32 .* got torch\.float16"),
     ("list", images.tolist(), TypeError, "must be a tensor, got list"),
+    ("array", images.numpy(), TypeError, "must be a tensor, got ndarray"),
+    ("number", 3, TypeError, "must be a tensor, got int"),
     ("device", images.to("meta"), ValueError, "must be on cpu as the model is, got meta"),
+    ("-inf", with_value(images, -math.inf), ValueError, "must be finite, got values that are not"),
+    ("one row less", images[0], ValueError, r"must have shape \([12], 1, 8, 8\), got \(1, 8, 8\)"),
+    ("channels last", images.movedim(1, 3), ValueError, r"must have .* \(B, C, H, W\), got"),
+    ("8 bits", (images + 1) * 127.5, ValueError, r"must be in \[-1, 1\], got .* / 127\.5 - 1"),
 ]
 WRONG_IDS = [
     ("floats", lambda ids: ids.float(), TypeError, r"must be int64 ids, got torch\.float32"),
@@ -56,6 +62,10 @@ WRONG_IDS = [
     ("negative", lambda ids: ids - 1, ValueError, r"must be in \[0, [23]\], got -1 to 1"),
     ("shape", lambda ids: ids[..., None], ValueError, "must have shape .*, got"),
     ("list", lambda ids: ids.tolist(), TypeError, "must be a tensor, got list"),
+    ("array", lambda ids: ids.numpy(), TypeError, "must be a tensor, got ndarray"),
+    ("number", lambda ids: 3, TypeError, "must be a tensor, got int"),
+    ("bool", lambda ids: ids > 0, TypeError, r"must be int64 ids, got torch\.bool"),
+    ("no rows", lambda ids: ids.sum(), ValueError, "must have a row for each example, got"),
     ("device", lambda ids: ids.to("meta"), ValueError, "must be on cpu as the model is, got meta"),
 ]
 CONDS = {"none": None, "class": classes, "image": images, "tokens": tokens}
@@ -109,7 +119,7 @@ every = pytest.mark.parametrize(
 def test_a_wrong_y_is_refused_in_the_same_words(family, kind):
     model, cond = made(family, kind), CONDS[kind]
     for _, call in calls(model):
-        for _, y, error, words in WRONG_IMAGES:
+        for _, y, error, words in [*WRONG_IMAGES, ("None", None, TypeError, "must be a tensor")]:
             with pytest.raises(error, match=f"^y {words}"):
                 call(y, cond)
 
@@ -161,6 +171,81 @@ def test_wrong_numbers_and_options_of_sample(family):
         model.sample(cond=cond, index=torch.arange(3))
     with pytest.raises(TypeError, match=r"^wrong is no option of sample; it has "):
         model.sample(cond=cond, wrong=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_numbers_of_loss(family):
+    model = made(family, kinds_of(family)[-1])
+    cond, zeros = CONDS[model.config.cond_kind], torch.zeros(2, dtype=torch.int64)
+    wrong = [
+        ({"phase": "other"}, ValueError, "phase must be one of"),
+        ({"phase": 1}, ValueError, "phase must be one of"),
+        ({"seed": None}, TypeError, "seed must be an int or a one-element int64 tensor"),
+        ({"seed": 0.5}, TypeError, "seed must be an int or a one-element int64 tensor"),
+        ({"seed": True}, TypeError, "seed must be an int or a one-element int64 tensor"),
+        ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
+        ({"seed": zeros}, ValueError, "seed must be an int or a one-element int64 tensor"),
+        ({"index": [0, 1]}, TypeError, "index must be an int64 tensor, got list"),
+        ({"index": zeros.float()}, TypeError, r"index must be an int64 tensor, got torch\.float32"),
+        ({"index": zeros[:1]}, ValueError, r"index must have shape \(2,\), got \(1,\)"),
+        ({"shared": []}, TypeError, "shared must be a dict"),
+    ]
+    for arguments, error, words in wrong:
+        with pytest.raises(error, match=f"^{words}"):
+            model.loss(images, **{"cond": cond, "seed": 0, **arguments})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_seeds_and_numbers_of_draws(family):
+    model = made(family, kinds_of(family)[-1])
+    cond, options = CONDS[model.config.cond_kind], STEPS.get(family, {})
+    if model.sampling_config is None:
+        return
+    for seed, error in (
+        (None, TypeError),
+        (0.5, TypeError),
+        (True, TypeError),
+        (2**64, ValueError),
+    ):
+        with pytest.raises(error, match=r"^seed must "):
+            model.sample(cond=cond, seed=seed)
+    with pytest.raises(ValueError, match=r"^n must be below 2\^31"):
+        model.sample(2**31, cond=cond)
+    # Draw 1 of condition 0 has the number 2^32: no condition may.
+    for index in (torch.tensor([0, 2**32]), torch.tensor([2**63 - 1, 0]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match=r"^index must be in \[0, 2\^32\) with n draws"):
+            model.sample(2, cond=cond, index=index)
+    # Alone, as many numbers as there are: each condition its own.
+    assert model.sample(cond=cond, index=torch.tensor([-1, 2**63 - 1]), **options).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["autoregressive", "diffusion"])
+@pytest.mark.parametrize("kind", ["class", "image", "tokens"])
+def test_each_condition_may_have_its_own_guidance(family, kind):
+    model, cond, options = made(family, kind), CONDS[kind], STEPS.get(family, {})
+    scales = torch.tensor([3.0, 1.0])
+    both = model.sample(2, cond=cond, guidance=scales, **options)
+    for row, scale in enumerate((3.0, 1.0)):
+        alone = model.sample(2, cond=cond, guidance=scale, **options)
+        torch.testing.assert_close(both[:, row], alone[:, row], rtol=1e-4, atol=1e-5)
+    one = model.sample(cond=cond, guidance=torch.tensor(3.0), **options)
+    assert torch.equal(one, model.sample(cond=cond, guidance=3.0, **options))
+    for guidance, error, words in (
+        (scales[:1], ValueError, r"must have shape \(2,\), got \(1,\)"),
+        (scales[:, None], ValueError, r"must have shape \(2,\), got \(2, 1\)"),
+        (scales.long(), TypeError, "must be a number or a floating tensor, got torch.int64"),
+        (scales * math.nan, ValueError, "must be finite"),
+        (scales.to("meta"), ValueError, "must be on cpu, got meta"),
+    ):
+        with pytest.raises(error, match=f"^guidance {words}"):
+            model.sample(cond=cond, guidance=guidance, **options)
+    with pytest.raises(ValueError, match=r"^guidance must be 1 without cond"):
+        model.sample(2, guidance=scales, **options)
+
+
+def test_guidance_of_a_family_without_it_is_no_option():
+    with pytest.raises(TypeError, match=r"^guidance is no option of sample"):
+        made("gan", "class").sample(cond=classes, guidance=torch.ones(2))
 
 
 @every

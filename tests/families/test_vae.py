@@ -193,6 +193,30 @@ def test_the_discretized_logistic_is_a_distribution(values, scale):
         torch.testing.assert_close(judge.log_prob(out, inner)[fine], share.log()[fine, 0, 0, 0])
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.01, 1.0, 1e4])
+def test_the_discretized_logistic_keeps_its_digits_in_float32(scale):
+    """Narrow, wide, and far away: values and slopes are those of float64."""
+    y = torch.linspace(-1, 1, 256).view(-1, 1, 1, 1)
+    for out in (y + 1e-3, y.flip(0), torch.full_like(y, 0.3)):
+        assert_digits_are_kept(likelihood("discretized_logistic", scale=scale), out, y)
+
+
+def test_bernoulli_keeps_its_digits_in_float32():
+    """A value that is nearly certain still has a slope, sigmoid(out) - 1 has none."""
+    out = torch.tensor([-80.0, -20.0, -1.0, 0.0, 1.0, 20.0, 80.0]).view(-1, 1, 1, 1)
+    for value in (-1.0, 1.0):
+        assert_digits_are_kept(likelihood("bernoulli"), out, torch.full_like(out, value))
+
+
+def assert_digits_are_kept(judge, out, y):
+    found, exact = [], []
+    for results, dtype in ((found, torch.float32), (exact, torch.float64)):
+        given = out.to(dtype).requires_grad_()
+        logs = judge.to(dtype).log_prob(given, y.to(dtype))
+        results += [logs.double(), *(g.double() for g in torch.autograd.grad(logs.sum(), given))]
+    torch.testing.assert_close(found, exact, rtol=2e-6, atol=1e-37)
+
+
 def test_bernoulli_is_a_distribution():
     judge, out = likelihood("bernoulli"), torch.tensor([-2.0, 0.3, 30.0]).view(3, 1, 1, 1).double()
     both = [judge.log_prob(out, torch.full_like(out, y)).exp() for y in (-1.0, 1.0)]

@@ -106,7 +106,7 @@ def compare(scheduler, table, monkeypatch, *, learned=False, **options):
 
     module = type(scheduler).__module__
     monkeypatch.setattr(f"{module}.torch", Float64Torch())
-    z = random.normal(SHAPE, seed=SEED, stream=random.STREAM_INITIAL, dtype=torch.float64)
+    z = random.normal(SHAPE, seed=SEED, step=0, stream=random.STREAM_INITIAL, dtype=torch.float64)
     x, theirs = table.initial_scale * z, scheduler.init_noise_sigma * z
     history = torch.zeros_like(x)
     for i, t in enumerate(scheduler.timesteps):

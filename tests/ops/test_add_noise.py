@@ -96,7 +96,7 @@ def test_each_row_has_its_own_timestep_and_noise(target):
     x0, t, index = normals(3, 4, 5), torch.tensor([4, 0, 2]), torch.tensor([9, 0, 2**33])
     table = make_table()
     x_t, goal = add_noise(x0, table=table, t=t, seed=7, index=index, target=target)
-    z = normal((3, 4, 5), seed=7, index=index, stream=3)
+    z = normal((3, 4, 5), seed=7, index=index, step=0, stream=3)
     for i in range(3):
         alpha, sigma = table[t[i]]
         torch.testing.assert_close(x_t[i], alpha * x0[i] + sigma * z[i])
@@ -110,7 +110,9 @@ def test_the_target_is_that_of_the_noise_in_x_t(dtype):
     x0, table, t = normals(3, 4, 50, dtype=dtype), make_table(dtype=dtype), torch.tensor([3, 0, 2])
     x_t, z = add_noise(x0, table=table, t=t, seed=7)
     assert x_t.dtype == z.dtype == dtype
-    exact = normal((3, 4, 50), seed=7, stream=3, dtype=torch.promote_types(dtype, torch.float32))
+    exact = normal(
+        (3, 4, 50), seed=7, step=0, stream=3, dtype=torch.promote_types(dtype, torch.float32)
+    )
     assert_equal(z, exact.to(dtype))
     alpha, sigma = table[t][:, :, None, None].unbind(1)
     assert_equal(x_t, (alpha * x0 + sigma * exact).to(dtype))
@@ -145,7 +147,7 @@ def noise_scales(x0, t, schedule, device):
     """
     table = schedule.float().to(device)
     x_t, _ = add_noise(x0, table=table, t=t, seed=1, index=torch.zeros_like(t))
-    z = normal((1, *x0.shape[1:]), seed=1, stream=3).double()
+    z = normal((1, *x0.shape[1:]), seed=1, step=0, stream=3).double()
     alpha, sigma = schedule[t.cpu()].unbind(1)
     noise = x_t.cpu().double() - alpha[:, None] * x0.cpu().double()
     return (noise * z).sum(1) / z.square().sum() / sigma

@@ -141,7 +141,7 @@ WRONG = [
     (ValueError, ("mask", "first, last, even, odd", "'left'"), {"mask": "left"}),
     (ValueError, ("limit", "above 0", "0.0"), {"limit": 0.0}),
     (ValueError, ("limit", "at most 80", "81"), {"limit": 81}),
-    (ValueError, ("limit", "number", "None"), {"limit": None}),
+    (TypeError, ("limit", "number", "None"), {"limit": None}),
     (TypeError, ("additive", "1"), {"additive": 1}),
     (TypeError, ("inverse", "None"), {"inverse": None}),
     (TypeError, ("y", "int64"), {"y": Y.long()}),

@@ -230,11 +230,11 @@ WRONG = [
     (ValueError, ("weight", "not empty", "(3, 0, 4, 4)"), {"weight": W[:, :0]}),
     (ValueError, ("weight", "k of (1, 3, 4)", "(3, 5, 2, 2)"), {"weight": W[..., :2, :2]}),
     (ValueError, ("weight", "k of (1, 3, 4)", "(3, 5, 4, 3)"), {"weight": W[..., :3]}),
-    (ValueError, ("stride", "(1, 2)", "3"), {"stride": 3}),
-    (ValueError, ("stride", "(1, 2)", "(2, 2)"), {"stride": (2, 2)}),
-    (ValueError, ("stride", "(1, 2)", "True"), {"stride": True}),
-    (ValueError, ("padding", "(0, 1, 2)", "3"), {"padding": 3}),
-    (ValueError, ("padding", "(0, 1, 2)", "'same'"), {"padding": "same"}),
+    (ValueError, ("stride", "1, 2", "3"), {"stride": 3}),
+    (ValueError, ("stride", "1, 2", "(2, 2)"), {"stride": (2, 2)}),
+    (ValueError, ("stride", "1, 2", "True"), {"stride": True}),
+    (ValueError, ("padding", "0, 1, 2", "3"), {"padding": 3}),
+    (ValueError, ("padding", "0, 1, 2", "'same'"), {"padding": "same"}),
 ]
 
 

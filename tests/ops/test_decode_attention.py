@@ -1,5 +1,6 @@
 """decode_attention: the definition, steps and a full forward, splits, prefixes, equal bits."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator
@@ -22,10 +23,12 @@ from tests.support import (
     OpCall,
     Sample,
     assert_equal,
+    assert_nothing_hidden,
     assert_refused,
     kernel_results,
     kernels,
     normals,
+    spoiled,
 )
 
 LAUNCHERS = {
@@ -212,6 +215,115 @@ def test_it_is_softmax_of_scores_times_values(case):
     torch.testing.assert_close((out, lse), by_hand(inputs))
     with cgkernels.reference():
         torch.testing.assert_close(run(inputs)[:2], (out, lse))
+
+
+WAYS = [
+    "reference", "cpu", pytest.param("cpu kernel", marks=pytest.mark.kernel),
+    pytest.param("cuda", marks=pytest.mark.cuda),
+]  # fmt: skip
+
+
+def run_by(way, inputs):
+    """(out, lse) of one of WAYS."""
+    if way == "reference":
+        with cgkernels.reference():
+            return run(inputs)[:2]
+    if way == "cpu":
+        return run(inputs)[:2]
+    device = way.removesuffix(" kernel")
+    with kernels(device):
+        return tuple(t.cpu() for t in run(on(inputs, device))[:2])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_finite_reaches_those_who_see_it_alone(case, way):
+    """A mask is a choice, not a sum with -inf nor a product with 0."""
+    inputs = inputs_of(**CASES[case])
+    floats = {n: t for n, t in inputs.items() if n[0] in "qkvp" and isinstance(t, torch.Tensor)}
+    for words, name, tensor in spoiled(floats):
+        if way == "cpu kernel" and "nan" not in words:
+            continue  # for time
+        changed = {**inputs, name: tensor}
+        out, lse = by_hand(changed)
+        out = out.masked_fill((lse == -torch.inf).mT[..., None], 0)  # only scores of -inf
+        results = [t.double() for t in run_by(way, changed)]
+        assert_nothing_hidden(results, (out, lse), words, eps=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", ["k_new", "v_new"])
+def test_a_new_token_does_not_see_the_next(bad, way):
+    """Two, one key each, the second not a number; and 512 cached tokens before the second."""
+    for lengths in ((0,), (511,), (512,)):
+        inputs = inputs_of(1, 2, (1, 1), 8, lengths=lengths)
+        inputs[bad][:, 1] = NAN
+        clean = {**inputs, bad: inputs[bad].nan_to_num(3.0)}
+        out, lse = run_by(way, inputs)
+        torch.testing.assert_close(out[:, :1].double(), by_hand(clean)[0][:, :1])
+        assert out[:, 1].isnan().all() and lse[..., 0].isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("length", [0, 5, 512, 513])
+def test_a_query_or_its_own_key_that_is_not_a_number(length, way):
+    """PyTorch's attention for CPUs makes zeros of it where 512 k tokens are before it."""
+    for name in ("q", "k_new"):
+        inputs = inputs_of(1, 1, (2, 1), 8, lengths=(length,))
+        inputs[name][..., 0] = NAN
+        out, lse = run_by(way, inputs)
+        assert out.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_queries_that_overlap_in_memory(way):
+    """Of tokens, heads and rows; and of caches, that are only read."""
+    memory = normals(300)
+    overlapping = (
+        (5, 1, 3, 1),
+        (0, 2, 0, 1),
+        (1, 16, 8, 1),
+        (3, 0, 1, 2),
+        (0, 0, 0, 0),
+        (8, 8, 8, 1),
+    )
+    for queries, strides in product((1, 3), overlapping):
+        inputs = inputs_of(2, queries, (2, 2), 8, lengths=(3, 7), append=False)
+        for name in ("q", "k_cache", "v_cache"):
+            shape = inputs[name].shape
+            changed = {**inputs, name: memory.as_strided(shape, strides)}
+            results = [t.double() for t in run_by(way, changed)]
+            torch.testing.assert_close(results, list(by_hand(changed)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.5])
+@pytest.mark.parametrize("case", ["grouped", "window", "softcap", "prefix, window"])
+def test_scales_that_are_not_positive(case, scale, way):
+    inputs = inputs_of(**{**CASES[case], "scale": scale})
+    out, lse = run_by(way, inputs)
+    if scale == 0:  # by_hand takes it for the default
+        inputs["q"], inputs["scale"] = torch.zeros_like(inputs["q"]), 1.0
+    results = [t.double() for t in (out, lse)]
+    torch.testing.assert_close(results, list(by_hand(inputs)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("queries", "heads"), [(2, 0), (0, 4), (0, 0)])
+def test_tokens_without_queries_are_appended(queries, heads, way):
+    """And no tokens are."""
+    inputs = inputs_of(3, queries, (4, 2), 8, lengths=(0, 4, 9), rotary=4, unused=0.0)
+    expected = run(inputs)[2:]
+    changed = {**inputs, "q": inputs["q"][:, :, :heads].clone()}
+    with cgkernels.reference() if way == "reference" else contextlib.nullcontext():
+        if way in ("reference", "cpu"):
+            results = run(changed)
+        else:
+            with kernels(way.removesuffix(" kernel")):
+                results = [t.cpu() for t in run(on(changed, way.removesuffix(" kernel")))]
+    assert results[0].shape == (3, queries, heads, 8) and results[1].shape == (3, heads, queries)
+    torch.testing.assert_close(tuple(results[2:]), expected)
+    assert queries == 0 or not torch.equal(expected[0], inputs["k_cache"])
 
 
 def test_the_new_tokens_are_where_the_lengths_say():
@@ -408,7 +520,7 @@ WRONG = [
     (ValueError, ("left_pad", "[0, 15]", "-1"), {"left_pad": INTEGERS - 1}),
     (ValueError, ("left_pad", "at most lengths"), {"left_pad": torch.tensor([1, 0, 0])}),
     (ValueError, ("window", "0"), {"window": 0}),
-    (ValueError, ("window", "True"), {"window": True}),
+    (TypeError, ("window", "True"), {"window": True}),
     (ValueError, ("softcap", "0"), {"softcap": 0}),
     (ValueError, ("softcap", "inf"), {"softcap": math.inf}),
     (ValueError, ("scale", "nan"), {"scale": NAN}),

@@ -358,8 +358,8 @@ def test_wrong_arguments(fn, error, words, changed):
         (ValueError, ("h1", "expanded"), {"h1": X[:1].expand(3, *EVENT)}),
         (ValueError, ("h2", "expanded"), {"h1": X, "h2": X[:, :1].expand(3, *EVENT)}),
         (ValueError, ("twin", "expanded"), {"twin": X[..., :1].expand(3, *EVENT)}),
-        (ValueError, ("h2", "same tensor as h1"), {"h1": X, "h2": X}),
-        (ValueError, ("twin", "same tensor as x"), {"x": X, "twin": X}),
+        (ValueError, ("h2", "memory with h1"), {"h1": X, "h2": X}),
+        (ValueError, ("twin", "memory with x"), {"x": X, "twin": X}),
         *(
             (ValueError, (name, "requires grad"), {"h1": X, name: X.clone().requires_grad_()})
             for name in ("x", "cond", "uncond", "h1", "h2", "twin")

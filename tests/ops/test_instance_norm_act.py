@@ -293,15 +293,19 @@ WRONG = [
     (ValueError, ("residual", "cpu", "meta"), {"residual": X.to("meta")}),
     (ValueError, ("eps", "-1"), {"eps": -1.0}),
     (ValueError, ("eps", "nan"), {"eps": NAN}),
-    (ValueError, ("eps", "True"), {"eps": True}),
+    (TypeError, ("eps", "True"), {"eps": True}),
     (ValueError, ("activation", "'gelu'"), {"activation": "gelu"}),
-    (ValueError, ("slope", "inf"), {"slope": INF}),
-    (ValueError, ("slope", "nan"), {"slope": NAN}),
-    (ValueError, ("slope", "'0.2'"), {"slope": "0.2"}),
+    (ValueError, ("slope", "inf"), {"slope": INF, "activation": "leaky_relu"}),
+    (ValueError, ("slope", "nan"), {"slope": NAN, "activation": "leaky_relu"}),
+    (TypeError, ("slope", "'0.2'"), {"slope": "0.2", "activation": "leaky_relu"}),
+    (ValueError, ("slope", "leaky_relu", "0.1"), {"slope": 0.1}),
+    (ValueError, ("slope", "leaky_relu", "0.1"), {"slope": 0.1, "activation": "relu"}),
+    (TypeError, ("over_batch", "no"), {"over_batch": "no"}),
+    (TypeError, ("return_stats", "1"), {"return_stats": 1}),
     (ValueError, ("pad", "-1"), {"pad": -1}),
-    (ValueError, ("pad", "H = 4", "got 4"), {"pad": 4}),
-    (ValueError, ("pad", "1.0"), {"pad": 1.0}),
-    (ValueError, ("pad", "True"), {"pad": True}),
+    (ValueError, ("pad", "0 to 3", "got 4"), {"pad": 4}),
+    (TypeError, ("pad", "1.0"), {"pad": 1.0}),
+    (TypeError, ("pad", "True"), {"pad": True}),
 ]
 
 WRONG_OUT = [
@@ -321,7 +325,7 @@ WRONG_OUT = [
         ("second_activation", "'tanh'"),
         {"second": X.clone(), "second_activation": "tanh"},
     ),
-    (ValueError, ("second", "same tensor"), {"out": OUT, "second": OUT}),
+    (ValueError, ("second", "memory with out"), {"out": OUT, "second": OUT}),
 ]
 
 

@@ -384,7 +384,7 @@ WRONG = [
     (ValueError, ("activation", "'relu'"), {"activation": "relu"}),
     (ValueError, ("eps", "-1"), {"eps": -1}),
     (ValueError, ("eps", "nan"), {"eps": float("nan")}),
-    (ValueError, ("eps", "None"), {"eps": None}),
+    (TypeError, ("eps", "None"), {"eps": None}),
     (ValueError, ("norm_weight", "without a norm"), {"norm_weight": V}),
     (ValueError, ("norm_weight", "(8,)", "(7,)"), {"norm": "rms", "norm_weight": V[:7]}),
     (TypeError, ("norm_weight", "int64"), {"norm": "rms", "norm_weight": V.long()}),

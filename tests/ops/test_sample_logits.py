@@ -40,7 +40,7 @@ INF, NAN = math.inf, math.nan
 
 def samples(dtype: torch.dtype, device: torch.device) -> Iterator[Sample]:
     def sample(label, logits, **inputs):
-        inputs = {"logits": logits, "seed": seed, **inputs}
+        inputs = {"logits": logits, "seed": seed, "position": 0, **inputs}
         names = ("index", "temperature", "scale", "top_k", "top_p", "min_p", "position")
         per_row = [n for n in names if isinstance(v := inputs.get(n), Tensor) and v.dim()]
         differentiable = ["logits", *(["uncond"] if "uncond" in inputs else [])]
@@ -111,7 +111,7 @@ def rereading(block: int = 128, piece: int = 256) -> Iterator[None]:
 def kept_sets(logits: Tensor, **options) -> list[list[int]]:
     """The tokens that each row could draw: those on which its log-probability depends."""
     logits = logits.clone().requires_grad_()
-    token, log_prob = sample_logits(logits, seed=0, **options)
+    token, log_prob = sample_logits(logits, seed=0, position=0, **options)
     scale = torch.full_like(log_prob, 2.0**10)  # float16 rounds small probabilities to zero
     (gradient,) = torch.autograd.grad(log_prob, logits, scale)
     kept = (gradient != 0).scatter(1, token[:, None], True)
@@ -262,7 +262,7 @@ def draws(logits, count, device="cpu", **options):
     for start in range(0, count, 2**15):
         index = torch.arange(start, min(start + 2**15, count), device=device)
         rows = logits.to(device).expand(len(index), -1)
-        tokens.append(sample_logits(rows, index=index, seed=1, **options)[0].cpu())
+        tokens.append(sample_logits(rows, index=index, seed=1, position=0, **options)[0].cpu())
     return torch.cat(tokens)
 
 
@@ -298,7 +298,7 @@ def test_a_million_draws_after_filters(name):
 def test_one_hot_draws_one_token():
     logits = torch.full((9,), -INF)
     logits[4] = -3.0
-    token, log_prob = sample_logits(logits.expand(10**6 // 9, 9), seed=0)
+    token, log_prob = sample_logits(logits.expand(10**6 // 9, 9), seed=0, position=0)
     assert (token == 4).all() and (log_prob == 0).all()
 
 
@@ -307,7 +307,9 @@ def test_temperature_0_takes_the_first_of_the_largest(where):
     x = rows_of_every_kind(149)
     with place(where) as device:
         for options in ({}, {"top_p": 0.0, "top_p_rule": "hf"}, {"top_k": 7}):
-            token, log_prob = sample_logits(x.to(device), temperature=0, seed=0, **options)
+            token, log_prob = sample_logits(
+                x.to(device), temperature=0, seed=0, position=0, **options
+            )
             assert_equal(token.cpu(), x.argmax(1))
             assert (log_prob == 0).all()
 
@@ -317,7 +319,7 @@ def test_temperature_0_takes_the_first_of_all_pieces(device):
     x = torch.zeros(2, 600, device=device)
     x[1, [300, 400, 599]] = 1
     with rereading(), kernels(device):
-        token, _ = sample_logits(x, temperature=0, seed=0)
+        token, _ = sample_logits(x, temperature=0, seed=0, position=0)
     assert token.tolist() == [0, 300]
 
 
@@ -334,10 +336,10 @@ def test_logits_as_large_as_they_come(dtype, where):
     for options in ({"top_k": 2}, {"top_p": 0.7}, {"temperature": 1e-30}, {"temperature": 1e30}):
         expected = [sorted_reference(row, **options) for row in x]
         with place(where) as device:
-            token, log_prob = sample_logits(x.to(device), seed=0, **options)
+            token, log_prob = sample_logits(x.to(device), seed=0, position=0, **options)
         for row, kept in enumerate(expected):
             assert token[row] in kept and log_prob[row].isfinite()
-        assert_equal(token.cpu(), sample_logits(x, seed=0, **options)[0])
+        assert_equal(token.cpu(), sample_logits(x, seed=0, position=0, **options)[0])
 
 
 @pytest.mark.parametrize("device", KERNEL_DEVICES)
@@ -367,11 +369,11 @@ def test_kernels_draw_the_tokens_of_plain_pytorch(vocabulary, device):
 def test_a_long_row_is_drawn_from_as_a_short_one(name):
     """By the walk that the size asks for, and by others."""
     x = 3 * normals(1, 20_000)
-    plain = sample_logits(x, seed=0, **FILTERS[name])
+    plain = sample_logits(x, seed=0, position=0, **FILTERS[name])
     with kernels("cpu"):
-        token, log_prob = sample_logits(x, seed=0, **FILTERS[name])
+        token, log_prob = sample_logits(x, seed=0, position=0, **FILTERS[name])
         with rereading(4096, 4096):
-            again = sample_logits(x, seed=0, **FILTERS[name])
+            again = sample_logits(x, seed=0, position=0, **FILTERS[name])
     assert_equal(token, plain[0])
     assert_equal(again, (token, log_prob))
 
@@ -417,7 +419,7 @@ def test_log_probabilities_and_gradients(rows, options, where):
     dlog_prob = normals(rows, seed=1)
     with place(where) as device:
         logits = x.to(device).requires_grad_()
-        token, log_prob = sample_logits(logits, seed=0, **options)
+        token, log_prob = sample_logits(logits, seed=0, position=0, **options)
         (gradient,) = torch.autograd.grad(log_prob, logits, dlog_prob.to(device))
     kept = [sorted_reference(row, **options) for row in x]
 
@@ -437,7 +439,7 @@ def test_gradients_of_guided_logits(where):
     with place(where) as device:
         both = x.to(device).requires_grad_()
         token, log_prob = sample_logits(
-            both, scale=scale.to(device), seed=0, top_k=9, temperature=0.7
+            both, scale=scale.to(device), seed=0, position=0, top_k=9, temperature=0.7
         )
         (gradient,) = torch.autograd.grad(log_prob.sum(), both)
     plain = x.clone().requires_grad_()
@@ -451,14 +453,14 @@ def test_gradients_of_guided_logits(where):
 
 
 def test_the_token_has_no_gradient():
-    token, log_prob = sample_logits(normals(2, 5).requires_grad_(), seed=0)
+    token, log_prob = sample_logits(normals(2, 5).requires_grad_(), seed=0, position=0)
     assert log_prob.requires_grad and not token.requires_grad
     assert token.dtype == torch.int64 and log_prob.dtype == torch.float32
 
 
 def test_the_reference_can_be_differentiated():
     x = normals(3, 30).double().requires_grad_()
-    options = {"top_k": 7, "temperature": 0.7, "seed": 0}
+    options = {"top_k": 7, "temperature": 0.7, "seed": 0, "position": 0}
     ours = torch.autograd.grad(sample_logits(x, **options)[1].sum(), x)
     with cgkernels.reference():
         theirs = torch.autograd.grad(sample_logits(x, **options)[1].sum(), x)
@@ -473,7 +475,7 @@ def test_rows_without_a_distribution(options, where):
     x[0, 7], x[1], x[2, 3], x[3, 1:] = NAN, -INF, INF, -INF
     with place(where) as device:
         logits = x.to(device).requires_grad_()
-        token, log_prob = sample_logits(logits, seed=0, **options)
+        token, log_prob = sample_logits(logits, seed=0, position=0, **options)
         (gradient,) = torch.autograd.grad(log_prob.sum(), logits)
     assert token.cpu()[:4].tolist() == [-1, -1, -1, 0] and token[4] >= 0
     assert log_prob[:3].isnan().all() and log_prob[3] == 0 and log_prob[4].isfinite()
@@ -485,7 +487,7 @@ def test_tokens_that_both_halves_exclude_are_excluded(where):
     x = normals(2, 20)
     x[:, 5:] = -INF
     with place(where) as device:
-        token, log_prob = sample_logits(x.to(device), scale=2.0, seed=0)
+        token, log_prob = sample_logits(x.to(device), scale=2.0, seed=0, position=0)
     assert 0 <= token[0] < 5 and log_prob.isfinite().all()
 
 
@@ -627,7 +629,7 @@ def test_positions_that_do_not_exist_are_counted_on(device):
 
 @pytest.mark.parametrize(("error", "words", "changed"), WRONG)
 def test_wrong_arguments(error, words, changed):
-    call = Sample("wrong", sample_logits, {"logits": X, "seed": 0})
+    call = Sample("wrong", sample_logits, {"logits": X, "seed": 0, "position": 0})
     assert_refused(call.replace(**changed), error, *words)
 
 

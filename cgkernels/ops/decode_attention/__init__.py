@@ -23,6 +23,7 @@ from torch import Tensor
 from cgkernels.checks import (
     check_attention,
     check_counters,
+    check_flag,
     check_float,
     check_integers,
     check_no_grad,
@@ -103,7 +104,8 @@ def decode_attention(
     Args:
         q: (B, Sq, Hq, D), not rotated; D at most 256. Any strides, as for all that follow.
         k_cache, v_cache: (B, S, Hkv, D), Hkv a divisor of Hq; keys in it are rotated. Pass a
-            (B, Hkv, S, D) cache as cache.transpose(1, 2). Unused slots may hold anything.
+            (B, Hkv, S, D) cache as cache.transpose(1, 2). Unused slots may hold anything. With
+            k_new neither may share memory with another argument, as a prefix.
         lengths: (B,) int32 or int64, tokens in each row's cache before this call.
         k_new, v_new: (B, Sq, Hkv, D) or both None; keys not rotated.
         rope: tables (cos, sin), each (positions, R / 2) with R <= D: the first R of D dimensions
@@ -145,12 +147,11 @@ def decode_attention(
         True
     """
     refuse_forward_mode()
+    check_flag(rope_interleaved=rope_interleaved, return_lse=return_lse)
     shape, capacity = _check_shapes(q, k_cache, v_cache)
     rows, queries, kv_heads, head_size = shape
     pair = {"k_new": k_new, "v_new": v_new}
     _check_pair(pair, (rows, queries, kv_heads, head_size), q)
-    if k_new is not None:
-        check_writable(k_cache=k_cache, v_cache=v_cache)
     new = 0 if k_new is None else queries
     check_integers("lengths", lengths, (rows,), q.device, 0, capacity - new)
     if counters is not None:
@@ -167,6 +168,17 @@ def decode_attention(
             raise ValueError(
                 f"left_pad must be at most lengths, got {left_pad.tolist()} for {lengths.tolist()}"
             )
+    if k_new is not None:
+        why = "it is written: what stood there has no gradient"
+        check_no_grad(why, k_cache=k_cache, v_cache=v_cache)
+        check_writable(
+            {"k_cache": k_cache, "v_cache": v_cache, "counters": counters},
+            {
+                "q": q, **pair, "lengths": lengths, "rope": cos, "rope (sin)": sin,
+                "position": position, "prefix_k": prefix_k, "prefix_v": prefix_v,
+                "prefix_length": prefix_length, "prefix_id": prefix_id, "left_pad": left_pad,
+            },
+        )  # fmt: skip
     if position is not None:
         limit = 2**31 if cos is None else cos.shape[0]
         check_integers("position", position, (rows, queries), q.device, 0, limit - 1)

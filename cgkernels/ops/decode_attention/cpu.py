@@ -1,5 +1,6 @@
 """`decode_attention` on a CPU: neighboring rows at once, by PyTorch's own attention."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cgkernels.ops.decode_attention.launch import empty_outputs
 from cgkernels.ops.decode_attention.reference import rotary_ref, rotate
-from cgkernels.rows import compute_dtype
+from cgkernels.rows import compute_dtype, lies_apart
 
 Attention = tuple[Tensor, Tensor]
 """Results (rows, heads, queries, D), and their log-sum-exp (rows, heads, queries)."""
@@ -20,6 +21,8 @@ RowPlan = tuple[int, int, int, int]
 """End of the cached tokens or -1, padding, length of the prefix, prefix."""
 
 _MERGED_AT_ONCE = 64  # rows
+
+_VECTOR = 16  # keys, fewer of which alone PyTorch takes the maximum of one by one
 
 
 def _cpu_fwd(
@@ -38,6 +41,12 @@ def _cpu_append(
     """Neighboring rows that see as many tokens at once, on views of caches and prefixes."""
     rows, queries, q_heads, head_size = q.shape
     if q.numel() == 0:
+        if q_heads == 0 and k_new is not None:  # appended all the same, as for any queries
+            others = (position, prefix_k, prefix_v, prefix_length, prefix_id, left_pad, interleaved)
+            _cpu_append(
+                k_new, k_cache, v_cache, lengths, k_new, v_new, None, cos, sin, *others, window,
+                softcap, scale,
+            )  # fmt: skip
         return empty_outputs(q)
     kv_heads, dtype = k_cache.shape[2], q.dtype
     counts = (lengths, left_pad, prefix_k, prefix_length, prefix_id, k_cache.shape[1])
@@ -94,7 +103,8 @@ def _rotate_rows(
         # The usual case: all rows are equally long, and their angles are a view.
         return rotate(x, cos[first : first + queries], sin[first : first + queries], interleaved)
     if position is None:
-        position = torch.tensor(index)[:, None] + torch.arange(queries)
+        position = x.new_tensor(index, dtype=torch.int64)[:, None]
+        position = position + torch.arange(queries, device=x.device)
     return rotary_ref(x, cos, sin, position, interleaved)
 
 
@@ -152,44 +162,72 @@ def _attend_range(
     if lo >= hi:
         return torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf)
     k, v = (t[:, lo:hi].transpose(1, 2).to(q.dtype) for t in (k, v))  # (rows, Hkv, hi - lo, D)
-    mask = hidden = None
+    hidden = None
     if first < hi - 1 or first + queries - 1 - window >= lo:
-        key = torch.arange(lo, hi)
-        last = first + torch.arange(queries)[:, None]
+        key = torch.arange(lo, hi, device=q.device)
+        last = first + torch.arange(queries, device=q.device)[:, None]
         hidden = ((key > last) | (key <= last - window)).repeat(q.shape[2] // queries, 1)
-        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-    if softcap:
-        # Row by row: PyTorch's products and vectors depend on how many there are.
-        rows = [_attend_softcap(*row, mask, softcap, scale) for row in zip(q, k, v, strict=True)]
-        out, lse = (torch.stack(values) for values in zip(*rows, strict=True))
+    # What PyTorch's kernel makes of NaN: it adds -inf to what is hidden, and of a few scores that
+    # are all NaN it gives 0. NaN in other keys and values comes out as NaN.
+    touchy = (q, k[:, :, -_VECTOR:]) if hidden is None else (q, k, v)
+    plain = [not softcap] * len(q)
+    if not (softcap or all(math.isfinite(t.sum().item()) for t in touchy)):  # NaN, or a large sum
+        plain = [all(bool(t.isfinite().all()) for t in row) for row in zip(*touchy, strict=True)]
+    if all(plain):
+        out, lse = _attend_plain(q, k, v, hidden, scale)
     else:
-        # What scaled_dot_product_attention runs on a CPU; only this entry has the log-sum-exp. It
-        # takes the last dimension for dense. Of several threads each has its own scratch memory,
-        # whose alignment MKL's order of summation follows, and a row's place in the batch says
-        # which is its own.
-        if q.stride(-1) * k.stride(-1) * v.stride(-1) != 1:
-            q, k, v = (t.contiguous() for t in (q, k, v))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, attn_mask=mask, scale=scale
-            )
-        finally:
-            torch.set_num_threads(threads)
+        # Row by row: PyTorch's products and vectors depend on how many there are.
+        rows = zip(plain, q.split(1), k.split(1), v.split(1), strict=True)
+        out, lse = _concatenate([
+            _attend_plain(a, b, c, hidden, scale) if is_plain
+            else _attend_by_definition(a, b, c, hidden, softcap, scale)
+            for is_plain, a, b, c in rows
+        ])  # fmt: skip
     if hidden is not None:
         blind = hidden.all(1)
         out, lse = out.masked_fill(blind[:, None], 0), lse.masked_fill(blind, -torch.inf)
     return out, lse
 
 
-def _attend_softcap(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float, scale: float
+def _attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
 ) -> Attention:
-    score = softcap * torch.tanh(scale * (q @ k.mT) / softcap)
-    score = score if mask is None else score + mask
+    """What scaled_dot_product_attention runs on a CPU; only this entry has the log-sum-exp.
+
+    Of several threads each has its own scratch memory, whose alignment MKL's order of summation
+    follows, and a row's place in the batch says which is its own.
+    """
+    if not all(lies_apart(t, 2) for t in (q, k, v)):
+        q, k, v = (t.contiguous() for t in (q, k, v))
+    mask = None
+    if hidden is not None:
+        mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=mask, scale=scale
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _attend_by_definition(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, softcap: float, scale: float
+) -> Attention:
+    """One row (1, Hkv, G Sq, D), with a softcap, or with what is not finite."""
+    q, k, v = (t[0] for t in (q, k, v))  # as products of three dimensions
+    score = scale * (q @ k.mT)
+    score = softcap * torch.tanh(score / softcap) if softcap else score
+    score = score if hidden is None else score.masked_fill(hidden, -torch.inf)
     lse = score.logsumexp(-1)
-    return torch.exp(score - lse[..., None]) @ v, lse
+    weight = torch.exp(score - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    bad = ~v.isfinite()
+    if hidden is None or not bad.any():
+        return (weight @ v)[None], lse[None]
+    seen = (~hidden).to(v.dtype) @ bad.to(v.dtype) > 0  # a weight of 0 hides no NaN
+    out = (weight @ v.masked_fill(bad, 0)).masked_fill(seen, torch.nan)
+    return out[None], lse[None]
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Attention:
@@ -204,7 +242,7 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Attent
     count, shape = lse[0].numel(), lse.shape
     a, b = (F.pad(t.flatten(1), (0, -count % 64)) for t in (lse, other_lse))
     both = torch.logaddexp(a, b)
-    weight = a.sub_(both).exp_().nan_to_num_(0)  # where both are -inf
+    weight = a.sub_(both).exp_().masked_fill_(both == -torch.inf, 0)
     both, weight = (t[:, :count].view(shape) for t in (both, weight))
     return (out - other).mul_(weight[..., None]).add_(other), both
 

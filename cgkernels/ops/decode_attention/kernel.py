@@ -17,6 +17,7 @@ def _load_rotated(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Tokens of a head (n, D), rotated by the angles of their positions, in float32."""
+    token = token.to(tl.int64)
     base = x_ptr + (row * strides[0] + token * strides[1] + head * strides[2])[:, None] * ALIGN
     x = tl.load(base + d[None, :] * strides[3], mask=mask, other=0.0).to(tl.float32)
     if cos_ptr is not None:
@@ -29,7 +30,7 @@ def _load_rotated(
             partner = tl.where(first, d + ROTARY // 2, d - ROTARY // 2)
         rotated = mask & (d < ROTARY)[None, :]
         known = rotated & ((position >= 0) & (position < positions))[:, None]
-        at = position[:, None] * (ROTARY // 2) + angle[None, :]
+        at = position.to(tl.int64)[:, None] * (ROTARY // 2) + angle[None, :]
         cos = tl.load(cos_ptr + at, mask=known, other=float("nan"))
         sin = tl.load(sin_ptr + at, mask=known, other=float("nan"))
         other = tl.load(base + partner[None, :] * strides[3], mask=rotated, other=0.0)
@@ -41,9 +42,14 @@ def _load_rotated(
 
 @triton.jit
 def _attend_block(
-    acc, peak, total, q, k, v, index, lo, hi, first, last, scale, softcap, SOFTCAP: tl.constexpr
-):
-    """A step of the online softmax in base 2: keys lo <= index < hi, of each lane first .. last."""
+    acc, peak, total, q, k, v, index, lo, hi, first, last, partial, scale, softcap,
+    SOFTCAP: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
+    """A step of the online softmax in base 2: keys lo <= index < hi, of each lane first .. last.
+
+    partial: some lane sees not all of them. Then what is not finite in a value, which even a weight
+    of 0 would turn into NaN, is kept from the sum, and given to those that see it.
+    """
     score = tl.dot(q, tl.trans(k), input_precision="ieee")  # (M, BLOCK)
     if SOFTCAP:
         score = (softcap * 1.4426950408889634) * tanh(score * (scale / softcap))
@@ -58,7 +64,20 @@ def _attend_block(
     shrink = tl.exp2(peak - safe)
     total = total * shrink + tl.sum(weight, 1)
     acc = acc * shrink[:, None]
-    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="ieee")
+    weight = weight.to(v.dtype)
+    if not SELECT:
+        acc = tl.dot(weight, v, acc, input_precision="ieee")
+    elif partial:
+        # Marked in the sum itself, by what no sum of a split comes to: registers are scarce.
+        HALF: tl.constexpr = v.dtype == tl.float16
+        MARK: tl.constexpr = 2.0**15 if HALF else 2.0**100
+        bad = (v - v) != 0
+        sees = tl.where(visible, MARK, 0.0).to(v.dtype)
+        acc = tl.dot(sees, tl.where(bad, MARK, 0.0).to(v.dtype), acc, input_precision="ieee")
+        acc = tl.where(acc >= (2.0**29 if HALF else float("inf")), float("nan"), acc)
+        acc = tl.dot(weight, tl.where(bad, 0.0, v).to(v.dtype), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(weight, v, acc, input_precision="ieee")
     return acc, higher, total
 
 
@@ -173,8 +192,8 @@ def _attend_splits(
     rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity, positions,
     tiles_per_row, slots, width, packs_per_prefix, window, scale, softcap,
     SHARED: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SELECT: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, NEW_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Splits w, w + width, ... of a query tile's own cache, or of a prefix that query tiles share.
@@ -259,6 +278,8 @@ def _attend_splits(
                 NEW_ALIGN,
             ).to(q_ptr.dtype.element_ty)  # (M, D_PAD)  # fmt: skip
             first = last - window + 1
+            all_first = tl.max(tl.where(mask, first, -(2**31)), 0)  # of what all lanes see
+            all_last = tl.min(tl.where(mask, last, 2**31 - 1), 0)
             # What is the same for all splits is computed again: kept in registers, it spills.
             for split in tl.range(first_split + w, end_split, width, disable_licm=True):
                 acc = tl.zeros((M, D_PAD), tl.float32)
@@ -302,8 +323,10 @@ def _attend_splits(
                     k = tl.load(k_head + k_at, mask=inside, other=0.0)  # (BLOCK, D_PAD)
                     v = tl.load(v_head + v_at, mask=inside, other=0.0)
                     acc, peak, total = _attend_block(
-                        acc, peak, total, q, k, v, index, split_lo, split_hi, first, last, scale,
-                        softcap, SOFTCAP,
+                        acc, peak, total, q, k, v, index, split_lo, split_hi, first, last,
+                        (tl.maximum(start, split_lo) < all_first)
+                        | (tl.minimum(start + BLOCK, split_hi) - 1 > all_last),
+                        scale, softcap, SOFTCAP, SELECT,
                     )  # fmt: skip
                 if SHARED:
                     owned = mask & (split >= prefix_first) & (prefix_splits > 0)
@@ -361,8 +384,8 @@ def _kernel(
     rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity, positions,
     tiles_per_row, slots, width, prefix_programs, prefix_width, packs_per_prefix, window, scale,
     softcap, OWN_M: tl.constexpr, PREFIX_M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, SOFTCAP: tl.constexpr, SELECT: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, NEW_ALIGN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """First the programs of the shared prefixes, then those of the rows' own caches."""
@@ -379,8 +402,8 @@ def _kernel(
                 lengths_ptr, left_pad_ptr, prefix_length_ptr, prefix_id_ptr, position_ptr, cos_ptr,
                 sin_ptr, rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity,
                 positions, tiles_per_row, slots, prefix_width, packs_per_prefix, window, scale,
-                softcap, True, PREFIX_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SPLIT, BLOCK,
-                LANES, STAGES, ALIGN, NEW_ALIGN,
+                softcap, True, PREFIX_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SELECT, SPLIT,
+                BLOCK, LANES, STAGES, ALIGN, NEW_ALIGN,
             )  # fmt: skip
         program -= prefix_programs
     if program >= 0:
@@ -391,6 +414,6 @@ def _kernel(
             lengths_ptr, left_pad_ptr, prefix_length_ptr, prefix_id_ptr, position_ptr, cos_ptr,
             sin_ptr, rows, queries, kv_heads, group, capacity, prefixes, prefix_capacity,
             positions, tiles_per_row, slots, width, packs_per_prefix, window, scale, softcap,
-            False, OWN_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SPLIT, BLOCK, LANES,
+            False, OWN_M, D, D_PAD, ROTARY, INTERLEAVED, SOFTCAP, SELECT, SPLIT, BLOCK, LANES,
             STAGES, ALIGN, NEW_ALIGN,
         )  # fmt: skip

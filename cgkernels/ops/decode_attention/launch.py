@@ -46,11 +46,13 @@ class _Partition:
 
 
 def _partition(q: Tensor, k_cache: Tensor, prefix_k: Tensor | None, split: int) -> _Partition:
-    rows, queries, q_heads, _ = q.shape
+    rows, queries, q_heads, head_size = q.shape
     capacity, kv_heads = k_cache.shape[1:3]
     items = queries * (q_heads // kv_heads)
-    # 64 lanes would spill; float32 has no tensor cores, which more lanes than needed slow down.
-    lanes = min(16 if q.dtype == torch.float32 else 32, triton.next_power_of_2(items))
+    # 64 lanes would spill, and 32 of the largest heads where values are chosen for each query;
+    # float32 has no tensor cores, which more lanes than needed slow down.
+    few = q.dtype == torch.float32 or (queries > 1 and head_size > 128)
+    lanes = min(16 if few else 32, triton.next_power_of_2(items))
     prefix_lanes = max(16, lanes)  # 32 beside the tiles of single queries would spill on sm_90
     tiles_per_row = triton.cdiv(items, lanes)
     q_tiles = rows * tiles_per_row
@@ -99,6 +101,12 @@ def _launch_append(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = empty_outputs(q)
     if out.numel() == 0:
+        if q.shape[2] == 0 and k_new is not None:  # appended all the same, as for any queries
+            others = (position, prefix_k, prefix_v, prefix_length, prefix_id, left_pad, interleaved)
+            _launch_append(
+                k_new, k_cache, v_cache, lengths, k_new, v_new, None, cos, sin, *others, window,
+                softcap, scale,
+            )  # fmt: skip
         return out, lse
     rows, queries, q_heads, head_size = q.shape
     capacity, kv_heads = k_cache.shape[1:3]
@@ -131,7 +139,8 @@ def _launch_append(
         OWN_M=max(16, part.lanes), PREFIX_M=part.prefix_lanes, D=head_size,
         D_PAD=max(16, triton.next_power_of_2(head_size)),
         ROTARY=0 if cos is None else 2 * cos.shape[1], INTERLEAVED=interleaved,
-        SOFTCAP=softcap != 0, LANES=part.lanes, ALIGN=align, NEW_ALIGN=new_align,
+        SOFTCAP=softcap != 0, SELECT=queries > 1 or (prefix_k is not None and window < 2**30),
+        LANES=part.lanes, ALIGN=align, NEW_ALIGN=new_align,
         enable_fp_fusion=True,
         launch_pdl=config["PDL"],
         maxnreg=255,  # without it ptxas spills a few registers to have one more block at a time

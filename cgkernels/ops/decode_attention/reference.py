@@ -40,7 +40,10 @@ def decode_attention_ref(
     lse = score.logsumexp(-1)  # (B, Hkv, G, Sq)
     weight = torch.exp(score - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     weight = weight.to(q.dtype).to(dtype)
-    out = torch.einsum("bhgij,bjhd->bihgd", weight, v).flatten(2, 3)  # (B, Sq, Hq, D)
+    bad = ~v.isfinite()  # with a weight of 0 they would still make NaN
+    seen = torch.einsum("bij,bjhd->bihd", visible.to(dtype), bad.to(dtype)) > 0
+    out = torch.einsum("bhgij,bjhd->bihgd", weight, v.masked_fill(bad, 0))
+    out = out.masked_fill(seen.unsqueeze(3), torch.nan).flatten(2, 3)  # (B, Sq, Hq, D)
     out = out.masked_fill(~fits[..., None, None], torch.nan)
     lse = lse.flatten(1, 2).masked_fill(~fits[..., None], torch.nan)  # (B, Hq, Sq)
     return out.to(q.dtype), lse
@@ -59,6 +62,9 @@ def append_ref(
     capacity, new = k_cache.shape[1], k_new.shape[1]
     counts = _row_counts(lengths, left_pad, prefix_k, prefix_length, prefix_id, capacity, new)
     length, pad, before, fits = (n[:, None] for n in counts)  # (B, 1)
+    seen = torch.where(fits, length + new, -1)[:, 0]
+    if new == 0:
+        return k_cache, v_cache, seen
     token = torch.arange(capacity, device=lengths.device) - length  # of each slot, (B, S)
     written = (fits & (token >= 0) & (token < new))[..., None, None]
     if position is None:
@@ -69,7 +75,7 @@ def append_ref(
         torch.where(written, fresh.gather(1, source), cache) if capacity else cache
         for cache, fresh in ((k_cache, k_new), (v_cache, v_new))
     )
-    return k, v, torch.where(fits, length + new, -1)[:, 0]
+    return k, v, seen
 
 
 def rotary_ref(

@@ -16,7 +16,6 @@ Source   DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, learned variance arXiv:21
 """
 
 from collections.abc import Callable
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from cgkernels.checks import (
     as_row_values,
     as_seed,
     as_step,
+    check_flag,
     check_float,
     check_no_grad,
     check_noise_size,
@@ -187,6 +187,7 @@ def guided_step(
         >>> guided_step(x, outputs, table=table, step=0, scale=3.0).shape
         torch.Size([2, 3, 8, 8])
     """
+    check_flag(return_x0=return_x0)
     args = _check_arguments(x, cond, uncond, table, step, scale, log_variance, h1, h2, seed, index)
     if using_reference():
         out, x0 = guided_step_ref(*args)
@@ -216,11 +217,16 @@ def guided_step_(
 
     x <- x', and twin <- x' too: x and twin may be the channel slices of the two guidance halves of
     one persistent network input, whose condition channels stay. The history moves on: h2 <- h1 and
-    h1 <- x0. Arguments as in `guided_step`; returns x. Not differentiable.
+    h1 <- x0. Arguments as in `guided_step`; returns x. Not differentiable. None of the tensors that
+    are written may share memory with another argument.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name; nothing is written then.
     """
+    given = {
+        "cond": cond, "uncond": uncond, "table": table, "step": step, "scale": scale,
+        "log_variance": log_variance, "seed": seed, "index": index,
+    }  # fmt: skip
     args = _check_arguments(x, cond, uncond, table, step, scale, log_variance, h1, h2, seed, index)
     x, cond, uncond = args[:3]
     if h2 is not None and h1 is None:
@@ -233,12 +239,7 @@ def guided_step_(
         "guided_step_ writes in place; use guided_step",
         x=x, cond=cond, uncond=uncond, h1=h1, h2=h2, twin=twin,
     )  # fmt: skip
-    optional = {"x": x, "h1": h1, "h2": h2, "twin": twin}
-    written = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    check_writable(**written)
-    for (other, earlier), (name, tensor) in combinations(written.items(), 2):
-        if tensor is earlier:
-            raise ValueError(f"{name} must not be the same tensor as {other}: both are written")
+    check_writable({"x": x, "h1": h1, "h2": h2, "twin": twin}, given)
     run: Callable[..., None] = guided_step_inplace_ref
     if not using_reference():
         refuse_forward_mode()

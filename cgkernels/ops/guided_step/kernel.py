@@ -45,8 +45,8 @@ def _fwd_kernel(
     x0 = _column(table_ptr, step, steps, A0) * x + _column(table_ptr, step, steps, A1) * e
     clip_min = _column(table_ptr, step, steps, CLIP_MIN)
     clip_max = _column(table_ptr, step, steps, CLIP_MAX)
-    x0 = tl.where(x0 < clip_min, clip_min, x0)  # unlike clamp, this keeps NaN
-    x0 = tl.where(x0 > clip_max, clip_max, x0)
+    x0 = tl.maximum(x0, clip_min, propagate_nan=tl.PropagateNan.ALL)
+    x0 = tl.minimum(x0, clip_max, propagate_nan=tl.PropagateNan.ALL)
     out = _column(table_ptr, step, steps, B0) * x + _column(table_ptr, step, steps, B1) * x0
     out += _column(table_ptr, step, steps, B4) * e
     if h1_ptr is not None:
@@ -107,7 +107,7 @@ def _bwd_kernel(
         dx0 += load_row(dx0_ptr, dx0_strides, row, position, element, pixels, mask, DENSE)
     clip_min = _column(table_ptr, step, steps, CLIP_MIN)
     clip_max = _column(table_ptr, step, steps, CLIP_MAX)
-    dx0 = tl.where((x0 >= clip_min) & (x0 <= clip_max), dx0, 0.0)
+    dx0 = tl.where((x0 < clip_min) | (x0 > clip_max), 0.0, dx0)  # where x0 is NaN, all of it
     dx = _column(table_ptr, step, steps, B0) * dout + a0 * dx0
     de = _column(table_ptr, step, steps, B4) * dout + a1 * dx0
 

@@ -63,9 +63,9 @@ def guided_step_bwd_ref(
     clip_min, clip_max = columns[8:10]
     dout = wide(dout)
     _, x0 = _prediction_ref(wide, x, cond, uncond, columns, scale)
-    inside = (x0 >= clip_min) & (x0 <= clip_max)
+    clipped = (x0 < clip_min) | (x0 > clip_max)
     dx0 = b1 * dout if dx0 is None else b1 * dout + wide(dx0)
-    dx0 = torch.where(inside, dx0, torch.zeros_like(dx0))
+    dx0 = dx0.masked_fill(clipped, 0)
     de = b4 * dout + a1 * dx0
     return (
         (b0 * dout + a0 * dx0).to(x.dtype),

@@ -16,7 +16,6 @@ Source   instance norm: arXiv:1607.08022; batch norm: arXiv:1502.03167; merging 
          Golub, LeVeque, Stanford STAN-CS-79-773. Derivatives from the formula.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +23,12 @@ import torch
 from torch import Tensor
 
 from cgkernels.checks import (
+    check_choice,
+    check_flag,
     check_float,
+    check_int,
     check_no_grad,
+    check_number,
     check_same_device,
     check_shape,
     check_writable,
@@ -167,7 +170,7 @@ def instance_norm_act(
     *,
     eps: float = 1e-5,
     activation: str | None = None,
-    slope: float = 0.2,
+    slope: float | None = None,
     residual: Tensor | None = None,
     pad: int = 0,
     over_batch: bool = False,
@@ -185,7 +188,7 @@ def instance_norm_act(
         weight, bias: (C,) or None.
         eps: added to the variance.
         activation: None, "relu" or "leaky_relu": z where z > 0, else slope z.
-        slope: of "leaky_relu".
+        slope: of "leaky_relu" alone, 0.2 where it is None.
         residual: like x, added after the activation.
         pad: so many rows and columns on each side repeat y mirrored, as
             `torch.nn.functional.pad(mode="reflect")` does; less than H and W. A convolution with
@@ -208,6 +211,7 @@ def instance_norm_act(
         >>> instance_norm_act(x, eps=0.0, activation="leaky_relu")
         tensor([[[[-0.2000,  1.0000]]]])
     """
+    check_flag(return_stats=return_stats)
     given = (x, weight, bias, residual)
     args = *given, *_options(*given, eps, (activation,), slope, pad, over_batch)
     if using_reference():
@@ -228,7 +232,7 @@ def instance_norm_act_(
     *,
     eps: float = 1e-5,
     activation: str | None = None,
-    slope: float = 0.2,
+    slope: float | None = None,
     second: Tensor | None = None,
     second_activation: str | None = None,
     residual: Tensor | None = None,
@@ -273,10 +277,9 @@ def instance_norm_act_(
         check_same_device(x=x, **{name: tensor})
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
-        check_writable(**{name: tensor})
         check_no_grad("it is written: what stood there has no gradient", **{name: tensor})
-    if second is out:
-        raise ValueError("second must not be the same tensor as out: both are written")
+    read = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    check_writable({"out": out, "second": second}, read)
     if using_reference():
         *ys, mean, var = instance_norm_act_ref(*args)
         for tensor, y in zip(written, ys, strict=True):
@@ -295,26 +298,25 @@ def _options(
     residual: Tensor | None,
     eps: float,
     activations: Sequence[str | None],
-    slope: float,
+    slope: float | None,
     pad: int,
     over_batch: bool,
 ) -> tuple[float, list[float], int, bool]:
     """Numbers of the op, activations as their slopes; raises where an argument does not fit."""
     for name, activation in zip(("activation", "second_activation"), activations, strict=False):
-        if activation not in ACTIVATIONS:
-            names = "None, 'relu' or 'leaky_relu'"
-            raise ValueError(f"{name} must be {names}, got {activation!r}")
-    for name, value, least in (("eps", eps, 0), ("slope", slope, -math.inf)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not least <= value < math.inf or value == -math.inf:
-            words = "that is not negative" if least == 0 else "that is finite"
-            raise ValueError(f"{name} must be a number {words}, got {value!r}")
+        check_choice(name, activation, ACTIVATIONS)
+    check_number("eps", eps, 0)
+    if slope is None:
+        slope = 0.2
+    elif "leaky_relu" not in activations:
+        raise ValueError(f"slope must be None unless activation is 'leaky_relu', got {slope!r}")
+    check_number("slope", slope)
+    check_flag(over_batch=over_batch)
     check_float(x=x)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}")
     n, c, h, w = x.shape
-    if isinstance(pad, bool) or not isinstance(pad, int) or pad < 0 or pad >= h or pad >= w:
-        raise ValueError(f"pad must be an int from 0 to less than H = {h} and W = {w}, got {pad!r}")
+    check_int("pad", pad, 0, min(h, w) - 1)
     if h * w * (n if over_batch else 1) == 1:
         raise ValueError(f"x must have more than one value for each mean, got {tuple(x.shape)}")
     for name, tensor, shape in (
@@ -325,4 +327,4 @@ def _options(
             check_shape(name, tensor, shape)
             check_same_device(x=x, **{name: tensor})
     slopes = {None: 1.0, "relu": 0.0, "leaky_relu": float(slope)}
-    return float(eps), [slopes[a] for a in activations], pad, bool(over_batch)
+    return float(eps), [slopes[a] for a in activations], pad, over_batch

@@ -78,11 +78,11 @@ def _statistics(
 @triton.jit
 def _part_kernel(
     mean_ptr, rest_ptr, m2_ptr, origin_ptr, x_ptr, x_strides, channels, pixels, total, split, parts,
-    BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    extent, BATCH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per part of a group and BLOCK_C channels: mean and M2 of x - origin, origin."""
     group, part, channel = _group_part_channel(channels, parts, BLOCK_C)
-    first = part * split + total * 0  # 64 bits only where the positions need them
+    first = (part + extent * 0) * split  # 64 bits only where the positions need them
     last = tl.minimum(first + split, total)
     origin, mean, rest, m2 = _statistics(
         x_ptr, x_strides, group, channel, channels, first, last, pixels, BATCH, BLOCK_P, BLOCK_C
@@ -112,7 +112,7 @@ def _rstd_gain_bias(mean, var, weight_ptr, bias_ptr, channel, channels, eps):
 def _fwd_kernel(
     y_ptr, y_strides, second_ptr, second_strides, mean_ptr, var_ptr,
     x_ptr, x_strides, residual_ptr, residual_strides, weight_ptr, bias_ptr,
-    eps, slopes, sizes, out_total, split, parts,
+    eps, slopes, sizes, out_total, split, parts, extent,
     WHOLE: tl.constexpr, BATCH: tl.constexpr, PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def _fwd_kernel(
         var = tl.load(var_ptr + at, mask=channel_mask, other=0.0)
     _, gain, bias = _rstd_gain_bias(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
 
-    first = part * split + out_total * 0
+    first = (part + extent * 0) * split
     for start in range(first, tl.minimum(first + split, out_total), BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)
         mask = (position < out_total)[None, :] & channel_mask[:, None]
@@ -220,7 +220,7 @@ def _dz_of_block(
 def _bwd_kernel(
     dx_ptr, dx_strides, dresidual_ptr, dresidual_strides, dz_sum_ptr, projection_ptr,
     dy_ptr, dy_strides, second_ptr, second_strides, x_ptr, x_strides, mean_ptr, var_ptr,
-    weight_ptr, bias_ptr, eps, slopes, sizes, split, parts, SUMS: tl.constexpr,
+    weight_ptr, bias_ptr, eps, slopes, sizes, split, parts, extent, SUMS: tl.constexpr,
     BATCH: tl.constexpr, PAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per part of a group and BLOCK_C channels.
@@ -235,7 +235,7 @@ def _bwd_kernel(
     mean = tl.load(mean_ptr + at, mask=channel_mask, other=0.0)
     var = tl.load(var_ptr + at, mask=channel_mask, other=0.0)
     rstd, gain, bias = _rstd_gain_bias(mean, var, weight_ptr, bias_ptr, channel, channels, eps)
-    first = part * split + total * 0
+    first = (part + extent * 0) * split
     last = tl.minimum(first + split, total)
     if SUMS:
         dz_sum = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)

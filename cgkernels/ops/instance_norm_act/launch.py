@@ -120,7 +120,7 @@ def _launch_inplace(
         part = mean.new_empty(4, plan.groups, parts, channels)  # mean, rest, M2, origin
         _part_kernel[(plan.groups * plan.channel_blocks * parts,)](
             *part, *with_strides(x), channels, height * width, plan.total, plan.split, parts,
-            **plan.options,
+            parts * plan.split, **plan.options,
         )  # fmt: skip
         merge_moments(mean, var, part, plan.total, plan.split)
     split = out_total if plan.whole else plan.split
@@ -128,7 +128,7 @@ def _launch_inplace(
     _fwd_kernel[(plan.groups * plan.channel_blocks * parts,)](
         *with_strides(y, second_y), mean, var, *with_strides(x, residual), _contiguous(weight),
         _contiguous(bias), eps, (slopes[0], slopes[-1]), plan.sizes, out_total, split, parts,
-        WHOLE=plan.whole, PAD=pad > 0, **plan.options,
+        parts * split, WHOLE=plan.whole, PAD=pad > 0, **plan.options,
     )  # fmt: skip
     for given, written in ((out, y), (second, second_y)):
         if given is not None and written is not None and written is not given:
@@ -161,7 +161,7 @@ def _launch_bwd(
     grid = (plan.groups * plan.channel_blocks * parts,)
     inputs = (
         *with_strides(dy, second_dy, x), mean, var, _contiguous(weight), _contiguous(bias), eps,
-        (slopes[0], slopes[-1]), plan.sizes, split, parts,
+        (slopes[0], slopes[-1]), plan.sizes, split, parts, parts * split,
     )  # fmt: skip
     if not plan.whole:
         channels = plan.sizes[0]

@@ -13,7 +13,6 @@ Source   RMSNorm: arXiv:1910.07467; LayerNorm: arXiv:1607.06450; GELU: arXiv:160
          arXiv:2002.05202. Derivatives from the formulas.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,15 @@ import torch
 from torch import Tensor
 
 from cgkernels.checks import (
+    check_choice,
     check_counters,
     check_float,
     check_no_grad,
+    check_number,
     check_same_device,
     check_shape,
+    check_tensor,
+    check_writable,
 )
 from cgkernels.library import (
     define_op,
@@ -167,16 +170,13 @@ def norm_linear(
         >>> norm_linear(x, weight, residual=x)
         tensor([[6., 8.]])
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be None, 'rms' or 'layer', got {norm!r}")
-    if activation not in ACTIVATIONS:
-        names = "None, 'gelu', 'gelu_tanh' or 'swiglu'"
-        raise ValueError(f"activation must be {names}, got {activation!r}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a number that is not negative, got {eps!r}")
+    check_choice("norm", norm, NORMS)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_number("eps", eps, 0)
     check_float(x=x)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    packed = isinstance(weight, Tensor) and weight.is_mkldnn
+    if not packed:
+        check_tensor("weight", weight)
     if weight.dtype not in (x.dtype, torch.int8):
         raise TypeError(f"weight must be {x.dtype} as x is, or int8, got {weight.dtype}")
     if weight.dim() != 2 or 0 in weight.shape:
@@ -208,9 +208,12 @@ def norm_linear(
     if counters is not None:
         rows = x.numel() // features
         check_counters(counters, _least_counters(rows, weight_rows), x.device)
+        read = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "bias": bias}
+        read |= {"weight": None if packed else weight, "scales": scales, "residual": residual}
+        check_writable({"counters": counters}, read)
     if scales is not None and scales.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"scales must be float32, got {scales.dtype}")
-    if weight.is_mkldnn:
+    if packed:
         if using_reference():
             weight = weight.to_dense()
         else:

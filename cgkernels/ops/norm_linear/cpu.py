@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cgkernels.checks import check_tensor
 from cgkernels.library import using_reference
 from cgkernels.ops.norm_linear.reference import (
     _activation_ref,
@@ -195,18 +196,20 @@ def pack_weight(weight: Tensor) -> Tensor:
         weight: (N, K), of any dtype and device.
 
     Returns:
-        A tensor of layout `torch._mkldnn`, for `norm_linear` alone; or the weight itself where that
+        A tensor of layout `torch._mkldnn`, for `norm_linear` alone, which PyTorch can neither copy
+        nor pickle: its `to_dense()` is the weight again; or the weight itself where that
         brings nothing: not float32, not on a CPU, a oneDNN whose rows depend on their batch, and
         inside `reference()`.
 
     Raises:
-        ValueError: not a matrix, or empty.
+        ValueError, TypeError: not a matrix, or empty.
 
     Example:
         >>> x, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2.0]])
         >>> norm_linear(x, pack_weight(weight))
         tensor([[11.]])
     """
+    check_tensor("weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight must have shape (N, K), not empty, got {tuple(weight.shape)}")
     onednn = _HAS_ONEDNN and weight.device.type == "cpu" and not using_reference()

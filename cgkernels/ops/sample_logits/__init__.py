@@ -141,7 +141,7 @@ def sample_logits(
     top_p_rule: str = "mass_before",
     seed: int | Tensor,
     index: Tensor | None = None,
-    position: int | Tensor = 0,
+    position: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A token of each row, drawn from its logits, and the log-probability it was drawn with.
 
@@ -173,11 +173,12 @@ def sample_logits(
         top_p: number or floating tensor () or (B,), in [0, 1]; None or 1: no filter.
         min_p: number or floating tensor () or (B,), in [0, 1]; None or 0: no filter.
         top_p_rule: "mass_before", as above; "hf": of tokens that tie at the edge of top-p, those of
-            the highest ids are kept instead, as transformers does.
+            the highest ids are kept instead. So does transformers where its sort leaves equal
+            logits in the order of their ids, which it does not promise; now and then it does not.
         seed: 64-bit int or one-element int64 tensor.
         index: (B,) int64, the number of each sample; default 0 .. B - 1.
         position: place of the token in its sequence, int or integer tensor () or (B,), in
-            [0, 2^24).
+            [0, 2^24). It must change from token to token: what is drawn at one is the same always.
 
     A tensor on the device costs no launch beside the one, and a CUDA graph can change it; a number
     costs one to be written there.
@@ -191,7 +192,7 @@ def sample_logits(
 
     Example:
         >>> logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
-        >>> token, log_prob = sample_logits(logits.expand(1000, 4), top_p=0.6, seed=0)
+        >>> token, log_prob = sample_logits(logits.expand(1000, 4), top_p=0.6, seed=0, position=0)
         >>> token.unique(), (log_prob.exp()[token == 0][0] * 7).round()
         (tensor([0, 1]), tensor(5.))
     """
@@ -238,6 +239,8 @@ def sample_logits_(
             be counted on by one, such as the lengths of caches; written.
         logits and the others: of `sample_logits`.
 
+    None of the tensors that are written may share memory with another argument.
+
     Returns:
         tokens.
 
@@ -267,8 +270,15 @@ def sample_logits_(
     check_int64(counts=counts)
     if counts.dim() != 2 or counts.shape[0] != rows or counts.shape[1] == 0:
         raise ValueError(f"counts must have shape ({rows}, k > 0), got {tuple(counts.shape)}")
-    check_writable(tokens=tokens, log_probs=log_probs, counts=counts)
+    check_no_grad("it is written: what stood there has no gradient", log_probs=log_probs)
     check_same_device(logits=like, tokens=tokens, log_probs=log_probs, counts=counts)
+    check_writable(
+        {"tokens": tokens, "log_probs": log_probs, "counts": counts},
+        {
+            "logits": logits, "uncond": uncond, "scale": scale, "temperature": temperature,
+            "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "index": index,
+        },
+    )  # fmt: skip
     most = min(tokens.shape[1], 2**24) - 1
     check_integers("counts", counts[:, 0], (rows,), counts.device, 0, most)
     if using_reference():
