@@ -201,9 +201,12 @@ def join_channels(whole: Tensor, *parts: Tensor) -> Tensor:
 
 class _JoinChannels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
-        ctx.channels = [part.shape[1] for part in parts]
+    def forward(whole: Tensor, *parts: Tensor) -> Tensor:
         return whole.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.channels = [part.shape[1] for part in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
