@@ -201,9 +201,12 @@ def join_channels(whole: Tensor, *parts: Tensor) -> Tensor:
 
 class _JoinChannels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
-        ctx.channels = [part.shape[1] for part in parts]
+    def forward(whole: Tensor, *parts: Tensor) -> Tensor:
         return whole.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.channels = [part.shape[1] for part in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -314,9 +317,19 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.bias = conv.bias
         self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight.detach(), *self.geometry, list(shape)
-        )
+        self.shape = list(shape)
+        self.weight = self._pack(conv.weight.detach())
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, self.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what is packed has no memory that could be copied."""
+        return {**super().__getstate__(), "weight": self.weight.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weight = self._pack(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """conv(x)."""
@@ -331,7 +344,12 @@ def pack_conv(conv: nn.Module, shape: tuple[int, ...]) -> nn.Module:
         return conv
     weight, padding = conv.weight, conv.padding
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    fits = fits and not isinstance(padding, str) and torch.backends.mkldnn.is_available()
+    fits = (
+        fits
+        and not isinstance(padding, str)
+        and conv.groups == 1
+        and torch.backends.mkldnn.is_available()
+    )
     return PackedConv2d(conv, shape) if fits else conv
 
 

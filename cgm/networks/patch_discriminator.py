@@ -92,7 +92,7 @@ class PatchDiscriminator(nn.Module):
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, SpectralNorm):
                     setattr(module, hook.name, getattr(module, hook.name).detach())
-        return vars(self).copy()
+        return super().__getstate__()
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The map (B, 1, h, w) of x (B, C_x, H, W), or of the pair with y (B, C_y, H, W).

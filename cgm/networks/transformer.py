@@ -208,6 +208,10 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         self._initialize()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: they are not compiled, as those of any compiled module are not."""
+        return {name: value for name, value in super().__getstate__().items() if name != "step"}
+
     def _initialize(self) -> None:
         """Normal 0.02; the layers that add to the residual stream less, by its depth (GPT-2)."""
         for name, parameter in self.named_parameters():

@@ -31,10 +31,7 @@ VARIANTS = [
 CASES = [(f, k, {}, STEPS.get(f, {})) for f in FAMILIES for k in kinds_of(f)] + [
     (f, k, fields, STEPS.get(f, {}) | options) for f, k, fields, options in VARIANTS
 ]
-cases = pytest.mark.parametrize(
-    ("family", "kind", "fields", "options"),
-    [case for case in CASES if case[0] != "autoregressive"],  # tests/sampling, of tokens
-)
+cases = pytest.mark.parametrize(("family", "kind", "fields", "options"), CASES)
 
 
 @cases
