@@ -294,8 +294,8 @@ class ConditionalEBM(Model):
 
         step_size: of a density: a of `sample` corresponds to a T.
         """
-        if chains < 1:
-            raise ValueError(f"chains must be positive, got {chains}")
+        if isinstance(chains, bool) or not isinstance(chains, int) or chains < 1:
+            raise ValueError(f"chains must be an int of at least 1, got {chains!r}")
         self.check_cond(cond)
         rows = 1 if cond is None else len(cond)
         planes = self.planes(cond, rows).repeat(chains, 1, 1, 1)

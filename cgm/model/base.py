@@ -318,6 +318,7 @@ class Model(PreciseBuffers):
         else:
             solver = {name: value for name, value in solver.items() if name != "guidance"}
         options = solver_options(self.sampling_config, solver)
+        _check_float32(options)
         self._check_sampling(cond, options)
         self._check_guidance(cond, self._guidance(options) if guidance is None else guidance)
         rows = None if cond is None else len(cond)
@@ -351,8 +352,10 @@ class Model(PreciseBuffers):
             raise ValueError(f"phase must be one of {self.phases}, got {phase!r}")
 
     def check_inputs(self, y: Tensor, cond: Tensor | None) -> None:
-        """`check_y`, and `check_cond` of as many conditions."""
+        """`check_y` of one row or more, and `check_cond` of as many conditions."""
         self.check_y(y)
+        if len(y) == 0:
+            raise ValueError(f"y must have a row or more, got {tuple(y.shape)}")
         self.check_cond(cond, len(y))
 
     def check_y(self, y: Tensor, name: str = "y") -> None:
@@ -439,6 +442,15 @@ class Model(PreciseBuffers):
             raise ValueError(
                 f"{name} must be on {self.device} as the model is, got {tensor.device}"
             )
+
+
+def _check_float32(options: Any) -> None:
+    """Raise unless float32, in which samplers compute, holds the numbers among the options."""
+    most = torch.finfo(torch.float32).max
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, int | float) and not -most <= value <= most:
+            raise ValueError(f"{field.name} must be a number that float32 holds, got {value}")
 
 
 def _check_rows(name: str, tensor: object, rows: int | None, shape: tuple[int, ...]) -> None:

@@ -49,8 +49,8 @@ def langevin(
     Raises:
         ValueError: steps, step_size, temperature or bound does not fit.
     """
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps must be an int of at least 0, got {steps!r}")
     if not 0 < step_size < math.inf:
         raise ValueError(f"step_size must be positive, got {step_size}")
     if not 0 <= temperature < math.inf:
@@ -130,8 +130,8 @@ def annealed_weights(
     stream 0.
     """
     for name, count in (("temperatures", temperatures), ("steps", steps)):
-        if count < 1:
-            raise ValueError(f"{name} must be positive, got {count}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {count!r}")
     for name, value in (("std", std), ("step_size", step_size)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}")

@@ -121,7 +121,7 @@ def test_steps_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": -1}, "steps must not be negative"),
+        ({"steps": -1}, "steps must be an int of at least 0"),
         ({"step_size": 0.0}, "step_size must be positive"),
         ({"temperature": -1.0}, "temperature must not be negative"),
         ({"bound": 0.0}, "bound must be positive"),
@@ -190,7 +190,7 @@ def test_log_z_of_a_model_is_that_of_a_sum_over_the_plane():
     found = m.log_partition(cond=cond, chains=300, temperatures=40, step_size=0.3, seed=3)
     assert found.shape == (2,) and abs(sums[0] - sums[1]) > 0.05
     torch.testing.assert_close(found, torch.stack(sums), atol=0.02, rtol=0)
-    with pytest.raises(ValueError, match="chains must be positive"):
+    with pytest.raises(ValueError, match="chains must be an int of at least 1"):
         m.log_partition(cond=cond, chains=0)
 
 

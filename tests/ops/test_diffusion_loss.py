@@ -252,3 +252,27 @@ def test_a_timestep_outside_the_table_is_not_a_number(outside, device):
     (loss,) = kernel_results(OpCall(OPS["diffusion_loss_fwd"], args))
     assert loss[1].isnan()
     assert_equal(loss[::2], good[::2])
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("name", "target"), [("pred", "v"), ("x0", "v"), ("x0", "epsilon")])
+def test_what_is_no_number_stays_none(name, target, value, device):
+    """In its row, and in the gradients, as in the reference."""
+    inputs = {"pred": normals(3, 7), "x0": normals(3, 7, seed=1)}
+    inputs[name][1, 2] = value
+    dloss = torch.tensor([1.5, -0.5, 2.0])
+
+    def run(device):
+        table, t = make_table(device=device), torch.tensor([1, 2, 3], device=device)
+        given = (tensor.to(device) for tensor in inputs.values())
+        options = {"table": table, "t": t, "seed": 1, "target": target}
+        return losses_and_gradients(*given, dloss.to(device), options)
+
+    with float32_normals():
+        plain = run("cpu")
+    with kernels(device):
+        found = run(device)
+    assert plain[0].isfinite().tolist() == [True, False, True]
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, equal_nan=True)
