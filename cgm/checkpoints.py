@@ -48,7 +48,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _SHIPPED = Path(str(resources.files("cgm"))) / "data" / "checkpoints"
 _HEADER = "cgm"  # key of our entry in the metadata of a safetensors file
 _DAMAGED = "is truncated, damaged or no checkpoint"
-_MOST_TEXT = 2**24  # bytes of config.json and of the header of a tensor file
+_MOST_TEXT, _MOST_HEADER = 2**22, 2**24  # bytes of config.json, of the header of a tensor file
 _MOST_BUFFERS = 2**32  # bytes of what a network holds beside its weights, such as pools of images
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -208,7 +208,8 @@ class _AtMost(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         self.calls -= 1
-        if self.calls < 0:
+        # Where a context ends, gradients must come back.
+        if self.calls < 0 and function is not torch._C._set_grad_enabled:
             raise ValueError("must ask for no more layers than there are weights")
         return function(*args, **(kwargs or {}))
 
@@ -371,8 +372,8 @@ def _header(file: Path) -> dict[str, Any]:
     check_file(file)
     with _reading(file, _DAMAGED), file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if length > _MOST_TEXT:
-            raise ValueError(f"the header has more than {_MOST_TEXT} bytes")
+        if length > _MOST_HEADER:
+            raise ValueError(f"the header has more than {_MOST_HEADER} bytes")
         entry = _parse(_parse(opened.read(length))["__metadata__"][_HEADER])
         if not isinstance(entry["info"], str):
             raise ValueError("the header has no text of information")

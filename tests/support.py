@@ -9,13 +9,16 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import itertools
 import math
+import os
 import pkgutil
 import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -486,3 +489,41 @@ def one_of_each_dtype(launches: Iterable[Launch]) -> list[Launch]:
             first.setdefault(named[0], launch)
     assert len(first) > 1
     return list(first.values())
+
+
+# Kills --------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    """What stands for the end of a process."""
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Whether `work` was killed at this one of its writes, half done; nothing is written after."""
+    writes = itertools.count()
+    dead = False
+
+    def killing(owner, name):
+        original = getattr(owner, name)
+
+        def write(*arguments, **options):
+            nonlocal dead
+            if dead:
+                return None
+            if next(writes) == number:
+                dead = True
+                if name == "write_bytes":
+                    file, data = arguments
+                    original(file, data[: len(data) // 2])
+                raise Killed
+            return original(*arguments, **options)
+
+        return mock.patch.object(owner, name, write)
+
+    with contextlib.ExitStack() as stack:
+        for owner, names in ((os, ("replace", "fsync")), (Path, ("write_bytes", "unlink"))):
+            for name in names:
+                stack.enter_context(killing(owner, name))
+        try:
+            work()
+        except Killed:
+            return True
+    return False

@@ -1,10 +1,14 @@
 """Checkpoints: what is written is read, what is damaged is refused, and no file is half written."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import shutil
 import stat
+import time
+import tracemalloc
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +29,9 @@ from cgm.checkpoints import (
 )
 from cgm.evaluation.classifier import Classifier, ClassifierConfig
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
+from cgm.families.energy import ConditionalEBM, EnergyConfig
 from cgm.model import FAMILIES, config_class, config_from_dict, family_class, make_model
+from tests.support import killed_at
 from tests.test_training import Inner, Toy, ToyConfig
 
 CONFIG, WEIGHTS = checkpoints.CONFIG_FILE, checkpoints.WEIGHTS_FILE
@@ -343,6 +349,150 @@ def test_killed_at_the_rename(saved):
     save_model(saved, toy(seed=1))
     assert same(load_model(saved), toy(seed=1))
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_killed_anywhere_it_is_the_old_or_the_new(saved, tmp_path):
+    """Of another model, config and metadata, and again over what the kill left."""
+    other = make_model(Toy, ToyConfig(inner=Inner(2.0)), seed=1)
+    seen = []
+    for number in itertools.count():
+        folder = tmp_path / f"killed_{number}"
+        shutil.copytree(saved, folder)
+        metadata = {"data": {"name": "new"}}
+        if not killed_at(number, lambda at=folder, data=metadata: save_model(at, other, data)):
+            break
+        for _ in range(2):
+            model, info = load_model(folder), read_config(folder)
+            new = info["data"]["name"] == "new"
+            assert same(model, other if new else toy())
+            assert model.config.inner.gain == info["config"]["inner"]["gain"] == 1.5 * new + 0.5
+            # A second kill, where only the first file is there.
+            killed_at(1, lambda at=folder: save_model(at, toy(seed=2)))
+        seen.append(new)
+        save_model(folder, other)
+        assert same(load_model(folder), other)
+        assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert seen == sorted(seen) and {*seen} == {False, True}
+
+
+# What no checkpoint can be ------------------------------------------------------------------------
+def test_what_is_no_file_is_refused(saved):
+    """At once: a pipe would wait, an endless file be read for ever."""
+    for name in (CONFIG, WEIGHTS):
+        whole = (saved / name).read_bytes()
+        (saved / name).unlink()
+        os.mkfifo(saved / name)
+        with pytest.raises(ValueError, match=f"{name}: must be a file, is a pipe or a device"):
+            load_model(saved)
+        (saved / name).unlink()
+        (saved / name).symlink_to("/dev/zero")
+        with pytest.raises(ValueError, match=f"{name}: must be a file, is a pipe or a device"):
+            load_model(saved)
+        (saved / name).unlink()
+        (saved / name).mkdir()
+        with pytest.raises(ValueError, match=f"{name}: must be a file, is a folder"):
+            load_model(saved)
+        (saved / name).rmdir()
+        (saved / name).write_bytes(whole)
+    load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"format": 1, "format": 1}', "is not JSON: a name comes twice"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b'{"format": ' + b"9" * 5000 + b"}", "is not JSON"),
+        (b" " * (2**22 + 1), "is not JSON: has more than 4194304 bytes"),
+        (b"1", "must be a JSON object"),
+        (b"", "is not JSON"),
+    ],
+    ids=["deep", "twice", "utf-16", "digits", "long", "number", "empty"],
+)
+def test_what_is_no_config(saved, text, words):
+    (saved / CONFIG).write_bytes(text)
+    with pytest.raises(ValueError, match=rf"{CONFIG}: {words}"):
+        load_model(saved)
+
+
+def test_headers_are_read_within_bounds(saved):
+    whole = (saved / WEIGHTS).read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header, data = whole[8 : 8 + size], whole[8 + size :]
+    for changed, words in (
+        (header.replace(b"{", b'{"mix.bias": 1, ', 1), "a name comes twice"),
+        (header.rstrip() + b" " * 2**24, "the header has more than 16777216 bytes"),
+        (b'{"__metadata__": {"cgm": "' + b"[" * 100_000 + b'"}}', ""),
+        (b'{"__metadata__": {"cgm": "{\\"info\\": 3, \\"crc32\\": 1}"}}', "no text of information"),
+    ):
+        (saved / WEIGHTS).write_bytes(len(changed).to_bytes(8, "little") + changed + data)
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}: is truncated, damaged or no.*{words}"):
+            load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 500_000}, {"blocks": 2**31}, {"blocks": 2**62}, {"width_multipliers": [2**40]},
+        {"num_classes": 2**62, "cond_kind": "class"}, {"attention_depth": 2**40},
+        {"timesteps": 2**40}, {"patch": 2**40, "event_shape": [1, 2**40, 2**40]},
+        {"width_multipliers": [1] * 10_000}, {"heads": 3}, {"width": 1.5}, {"blocks": None},
+    ],
+)  # fmt: skip
+def test_a_config_of_another_network_costs_nothing(diffusion, tmp_path, changes):
+    """However large it is: the weights decide, before anything is built."""
+    save_model(tmp_path, diffusion)
+    config = {**read_config(tmp_path)["config"], **changes}
+    rewrite(tmp_path, config=config)
+    start = time.perf_counter()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"{tmp_path}/({CONFIG}|{WEIGHTS}): "):
+        load_model(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    assert torch.is_grad_enabled()
+    tracemalloc.stop()
+    assert peak < 2**27 and time.perf_counter() - start < 20
+
+
+def test_pools_are_bounded(tmp_path):
+    model = make_model(ConditionalEBM, EnergyConfig((1, 8, 8), width=8, depth=1, hidden=8))
+    save_model(tmp_path, model)
+    rewrite(tmp_path, config={**read_config(tmp_path)["config"], "chains": 2**40})
+    with pytest.raises(ValueError, match=rf"{CONFIG}: must ask for at most 4,294,967,296 bytes"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t * math.nan, "must be finite"),
+        (lambda t: t.double() * 1e300, "must be finite"),  # no float32
+        (lambda t: t.to(torch.int8), "must be torch.float32, got torch.int8"),
+        (lambda t: t > 0, "must be torch.float32, got torch.bool"),
+        (lambda t: t.to(torch.complex64), "must be torch.float32, got torch.complex64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "must be torch.float32, got torch.float8"),
+    ],
+)
+def test_weights_of_another_kind_are_refused_by_name(saved, change, words):
+    tensors, info = read_tensors(saved / WEIGHTS)
+    write_tensors(saved / WEIGHTS, {**tensors, "mix.weight": change(tensors["mix.weight"])}, info)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: mix\.weight {words}"):
+        load_model(saved)
+    calls = tensors["calls"].float()
+    write_tensors(saved / WEIGHTS, {**tensors, "calls": calls}, info)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: calls must be torch\.int64, got"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [([], "data must be a JSON"), ({"class_names": [1]}, "data.class_names must be a list")],
+)
+def test_wrong_data_entries(saved, data, words):
+    rewrite(saved, data=data)
+    with pytest.raises(ValueError, match=f"{CONFIG}: {words}"):
+        load_model(saved)
 
 
 # Configs ------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 import csv
 import dataclasses
 import io
+import itertools
 import math
+import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +24,7 @@ from torch import nn
 
 from cgkernels.random import normal
 from cgm import training
-from cgm.checkpoints import load_model, read_tensors, save_model
+from cgm.checkpoints import load_model, read_tensors, save_model, write_tensors
 from cgm.data import Dataset, epoch_order
 from cgm.families.cyclegan import CycleGAN, CycleGANConfig
 from cgm.families.diffusion import ConditionalDiffusion, DiffusionConfig
@@ -31,6 +34,7 @@ from cgm.training import (
     TrainingConfig,
     TrainingInterrupted,
     learning_rate,
+    lock,
     loop,
     progress,
     train,
@@ -38,6 +42,7 @@ from cgm.training import (
 from cgm.training.progress import Log
 from cgm.viz import sample_page
 from cgm.viz.plots import sample_grid
+from tests.support import killed_at
 
 N = 7
 
@@ -528,6 +533,105 @@ def test_refuses_a_folder_in_use(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     run(tmp_path / "empty")
+
+
+def test_killed_anywhere_it_starts_or_resumes(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=2, save_every=1, log_every=1)
+    run(tmp_path / "whole", config)
+    for number in itertools.count():
+        out = tmp_path / f"killed_{number}"
+        if not killed_at(number, lambda out=out: run(out, config)):
+            break
+        # With other steps, and killed at the first save once more.
+        started = (out / training.STATE_FILE).exists()
+        other = dataclasses.replace(config, steps=3)
+        killed_at(4, lambda out=out, on=started, config=other: run(out, config, resume=on))
+        if (out / "config.json").exists():
+            load_model(out)
+        started = (out / training.STATE_FILE).exists()
+        run(out, config, resume=started)
+        assert_same_run(out, tmp_path / "whole")
+        assert not list(out.glob(".*"))
+    assert number > 10
+
+
+def test_one_trainer_in_a_folder(tmp_path):
+    """The lock ends with its process, however that ends, and says whose it is."""
+    out = tmp_path / "run"
+
+    def second():
+        with pytest.raises(ValueError, match=rf"got {out}: process {os.getpid()} trains there"):
+            run(out, resume=True)
+
+    run(out, on_step=at(2, second))
+    assert not (out / lock.LOCK_FILE).exists()
+    # What a killed process left: a number that is nobody's, and no lock.
+    (out / lock.LOCK_FILE).write_text("999999999\n")
+    run(out, resume=True)
+    assert not (out / lock.LOCK_FILE).exists()
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "other", on_step=at(2, lambda: 1 // 0))
+    assert not (tmp_path / "other" / lock.LOCK_FILE).exists()
+
+
+def test_the_lock_of_another_process(tmp_path):
+    code = (
+        "import sys, pathlib, cgm.training.lock as lock\n"
+        "with lock.locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); input()"
+    )
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", code, str(out)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"process {process.pid} trains there"):
+            run(out)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (out / lock.LOCK_FILE).read_text() == f"{process.pid}\n"
+    run(out)
+    assert not (out / lock.LOCK_FILE).exists()
+
+
+def test_a_run_from_before_a_field_of_the_config_resumes(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run(out)
+    tensors, info = state(out)
+    del info["model"]["config"]["inner"]
+    write_tensors(out / training.STATE_FILE, tensors, info)
+    run(out, dataclasses.replace(CONFIG, steps=11), resume=True)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t, i: t.update({"spare": torch.zeros(1)}), "has spare, which is none of weights"),
+        (lambda t, i: i.update(step="2"), "step must be a whole number, got '2'"),
+        (lambda t, i: i.pop("step"), "step must be a whole number, got None"),
+        (lambda t, i: i.pop("model"), "is of another run: model"),
+        (
+            lambda t, i: t.update({"optimizer/second/mix.weight/exp_avg": torch.zeros(1)}),
+            r"optimizer|mix\.weight/exp_avg must be \(6, 6\), got \(1,\)",
+        ),
+        (
+            lambda t, i: t.pop("optimizer/second/mix.weight/exp_avg"),
+            "1 tensors are missing",
+        ),
+        (
+            lambda t, i: t["weights/mix.weight"].fill_(math.inf),
+            r"mix\.weight must be finite",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_names_the_file(tmp_path, change, words):
+    out = tmp_path / "run"
+    run(out)
+    tensors, info = state(out)
+    change(tensors, info)
+    write_tensors(out / training.STATE_FILE, tensors, info)
+    with pytest.raises(ValueError, match=rf"training\.safetensors: .*({words})"):
+        run(out, resume=True)
 
 
 def test_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

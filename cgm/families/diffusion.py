@@ -59,7 +59,7 @@ class DiffusionConfig(GuidedConfig):
     patch: Count = 2
 
     # Timesteps of the noise schedule.
-    timesteps: Count = 1000
+    timesteps: Annotated[int, Interval(1, 2**20)] = 1000
     # Noise schedule.
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "cosine"
     # Shift the schedule so that its last timestep is noise alone.

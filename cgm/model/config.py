@@ -82,29 +82,27 @@ def _misfit(
 ) -> tuple[type[Exception], str] | None:
     """None for a value that fits an annotation, else an error and what the value must be."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    wrong_type = TypeError, f"be {_kind(hint)}"
     if origin is Annotated:
         return _misfit(parts[0], value, next(p for p in parts if isinstance(p, Interval)))
     if origin is Literal:
         same = [choice for choice in parts if type(choice) is type(value)]  # True is not 1
-        return None if value in same else (ValueError, wrong_type[1])
+        return None if value in same else (ValueError, f"be {_kind(hint)}")
     if origin is tuple:
         if not isinstance(value, tuple):
-            return wrong_type
+            return TypeError, f"be {_kind(hint)}"
         kinds = parts[:1] * len(value) if parts[-1] is ... else parts
         if len(kinds) != len(value):
-            return ValueError, wrong_type[1]
+            return ValueError, f"be {_kind(hint)}"
         for kind, part in zip(kinds, value, strict=True):
             if (found := _misfit(kind, part)) is not None:
                 error, must = found
-                return error, wrong_type[1] if must == f"be {_kind(kind)}" else must
+                return error, f"be {_kind(hint)}" if must == f"be {_kind(kind)}" else must
         return None
-    if not isinstance(value, (int, float) if hint is float else hint):
-        return wrong_type
+    kind = (int, float) if hint is float else hint
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        return TypeError, f"be {_kind(hint)}"
     if hint not in (int, float):
         return None
-    if isinstance(value, bool):
-        return wrong_type
     try:
         number = hint(value)
     except OverflowError:  # an int that no float holds

@@ -618,7 +618,7 @@ def test_what_unpacks_to_too_much_is_refused_before(tmp_path, monkeypatch):
     Image.new("1", (13_000, 13_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 200_000
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
-    with pytest.raises(ValueError, match=r"bomb.png: .*at most 67108864 pixels, has 13000 x 13000"):
+    with pytest.raises(ValueError, match=r"bomb\.png: .*at most 67108864 pixels, has 13000"):
         read_image(tmp_path / "bomb.png", 3)
 
 
