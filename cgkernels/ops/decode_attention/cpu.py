@@ -178,9 +178,9 @@ def _attend_range(
         # Row by row: PyTorch's products and vectors depend on how many there are.
         rows = zip(plain, *(t.split(1) for t in (q, k, v)), strict=True)
         out, lse = _concatenate([
-            _attend_plain(*row, hidden, scale) if is_plain
-            else _attend_by_definition(*row, hidden, softcap, scale)
-            for is_plain, *row in rows
+            _attend_plain(q_row, k_row, v_row, hidden, scale) if is_plain
+            else _attend_by_definition(q_row, k_row, v_row, hidden, softcap, scale)
+            for is_plain, q_row, k_row, v_row in rows
         ])  # fmt: skip
     if hidden is not None:
         blind = hidden.all(1)
