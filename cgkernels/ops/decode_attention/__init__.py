@@ -130,7 +130,8 @@ def decode_attention(
 
     Returns:
         out (B, Sq, Hq, D) in q's dtype, contiguous; with return_lse also lse (B, Hq, Sq) float32
-        (float64 for float64), natural logarithm. A query that sees nothing gives (0, -inf).
+        (float64 for float64), natural logarithm. A query that sees nothing gives (0, -inf). What
+        is not finite in a token reaches the queries that see it, and no others.
 
         On a GPU, and in a compiled graph, values cannot be refused. There a row comes out as NaN
         whose tokens exceed its cache (nothing is written) or whose prefix is none, and a token

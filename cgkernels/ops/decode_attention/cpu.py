@@ -179,9 +179,9 @@ def _attend_range(
         # Row by row: PyTorch's products and vectors depend on how many there are.
         rows = zip(plain, q.split(1), k.split(1), v.split(1), strict=True)
         out, lse = _concatenate([
-            _attend_plain(a, b, c, hidden, scale) if is_plain
-            else _attend_by_definition(a, b, c, hidden, softcap, scale)
-            for is_plain, a, b, c in rows
+            _attend_plain(q_row, k_row, v_row, hidden, scale) if is_plain
+            else _attend_by_definition(q_row, k_row, v_row, hidden, softcap, scale)
+            for is_plain, q_row, k_row, v_row in rows
         ])  # fmt: skip
     if hidden is not None:
         blind = hidden.all(1)
