@@ -116,7 +116,9 @@ def _decode(name: str) -> Runs:
     most = max(decodes, key=lambda of: of.rows)
     rotary = dataclasses.replace(most.config, positions="rotary")
     yield f"one prompt b{most.rows}", partial(_continue, most, shared=True)
-    yield f"rotary b{most.rows}", partial(_continue, dataclasses.replace(most, config=rotary))
+    turned = dataclasses.replace(most, config=rotary)
+    yield f"rotary b{most.rows}", partial(_continue, turned)
+    yield f"rotary, one prompt b{most.rows}", partial(_continue, turned, shared=True)
     yield f"int8 b{most.rows}", partial(_continue, most, shared=True, int8=True)
 
 

@@ -81,15 +81,9 @@ def affine_coupling_ref(
 
 
 def affine_coupling_bwd_ref(
-    dout: Tensor,
-    dlogdet: Tensor,
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor, dlogdet: Tensor, y: Tensor, params: Tensor,
+    mask: str, limit: float, additive: bool, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(y, params)
     dinner = _zero_outside(_masked_channels(dout, mask).to(dtype), mask)
     log_scale, shift = _log_scale_and_shift(params.to(dtype), limit, additive)
@@ -334,15 +328,9 @@ def _launch_fwd(
 
 
 def _launch_bwd(
-    dout: Tensor,
-    dlogdet: Tensor,
-    y: Tensor,
-    params: Tensor,
-    mask: str,
-    limit: float,
-    additive: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
+    dout: Tensor, dlogdet: Tensor, y: Tensor, params: Tensor,
+    mask: str, limit: float, additive: bool, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dy, dparams = _fake_bwd(dout, dlogdet, y, params, mask, limit, additive, inverse)
     if dy.numel() == 0:
         return dy, dparams
@@ -440,11 +428,8 @@ class _AffineCoupling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlogdet: Tensor) -> tuple[Tensor | None, ...]:
         # Grad mode in a backward means create_graph=True.
-        run: Callable[..., tuple] = _bwd
-        if torch.is_grad_enabled():
-            run = affine_coupling_bwd_ref
-        gradients = run(dout, dlogdet, *ctx.saved_tensors, *ctx.options)
-        return *gradients, None, None, None, None
+        run: Callable[..., tuple] = affine_coupling_bwd_ref if torch.is_grad_enabled() else _bwd
+        return *run(dout, dlogdet, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def affine_coupling(

@@ -110,5 +110,6 @@ def test_the_attention_of_the_decoder():
     found = [launch for op, launch in recorded_launches(["gpt2_6x384"]) if "attention" in op]
     prefixes = {tuple(launch.run.args[10].shape[:2]) for launch in found}
     assert prefixes == {(1, 64), (8, 64)}
-    assert {launch.run.args[7] is None for launch in found} == {True, False}
+    kinds = {(launch.run.args[7] is None, len(launch.run.args[10])) for launch in found}
+    assert kinds == {(True, 1), (True, 8), (False, 1), (False, 8)}
     assert all(launch.run.args[6] is not None for launch in found)  # counters, as on a GPU
