@@ -16,7 +16,8 @@ import cgkernels
 from benchmarks.harness.case import COMPILED, Case, Inputs, Provider
 from benchmarks.harness.ceilings import Call
 from benchmarks.harness.records import OURS
-from cgm.networks.transformer import GPT2, Transformer, TransformerConfig
+from cgm.networks.transformer import Transformer, TransformerConfig
+from cgm.networks.transformers_weights import GPT2
 from cgm.sampling.decoding import generate
 
 
