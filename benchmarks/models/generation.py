@@ -166,7 +166,7 @@ def _to_gpt2(network: Transformer) -> Any:
     )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(config)
     state = network.state_dict()
-    names = {ours: of_gpt2 for ours, (of_gpt2,) in GPT2.items()}
+    names = {ours: of_gpt2 for of_gpt2, ours in GPT2.items()}
     tensors = {
         "transformer.wte.weight": state["embedding.weight"], "lm_head.weight": state["head.weight"],
         "transformer.wpe.weight": state["positions.weight"],

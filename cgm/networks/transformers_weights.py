@@ -37,11 +37,12 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 _ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
-# The parts of a block of theirs, and of ours; matrices of GPT-2 are (in, out).
+# The parts of a block of GPT-2, whose matrices are (in, out), and of ours.
 GPT2 = {
-    "norm1": ("ln_1",), "norm2": ("ln_2",), "qkv": ("attn.c_attn",), "proj": ("attn.c_proj",),
-    "up": ("mlp.c_fc",), "down": ("mlp.c_proj",),
+    "ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "qkv", "attn.c_proj": "proj",
+    "mlp.c_fc": "up", "mlp.c_proj": "down",
 }  # fmt: skip
+# The parts of ours, and of those like Llama, which stand one below the other in ours.
 _LLAMA = {
     "norm1": ("input_layernorm",), "norm2": ("post_attention_layernorm",),
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -141,7 +142,8 @@ def _gpt2(
         f"norm.{part}": state.pop(f"transformer.ln_f.{part}") for part in ("weight", "bias")
     }
     for i in range(len(blocks)):
-        taken = _block(state, f"transformer.h.{i}", f"blocks.{i}", GPT2)
+        parts = {ours: (theirs,) for theirs, ours in GPT2.items()}
+        taken = _block(state, f"transformer.h.{i}", f"blocks.{i}", parts)
         tensors |= {name: t.mT if t.dim() == 2 else t for name, t in taken.items()}
     return fields, tensors
 

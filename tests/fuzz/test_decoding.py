@@ -50,7 +50,7 @@ configs = st.fixed_dictionaries(
 draws = st.fixed_dictionaries(
     {"length": mostly(st.integers(1, 9))},
     optional={
-        "n": mostly(st.sampled_from([None, 0, 1, 2])),
+        "n": mostly(st.sampled_from([None, 0, 1, 2]), st.sampled_from([-1, 2.5, True, "x"])),
         "seed": mostly(st.integers(-(2**63), 2**64 - 1)),
         "temperature": mostly(st.sampled_from([0, 0.3, 1, 2.5])),
         "top_k": mostly(st.integers(0, 14)), "top_p": mostly(st.sampled_from([0.1, 0.7, 1.0])),
