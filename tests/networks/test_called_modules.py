@@ -275,11 +275,11 @@ def test_what_is_plain():
         network = nn.Sequential(nn.Conv2d(2, 2, 1))
         change(network, "0")
         assert not is_plain(network[0])
-    backward = nn.Linear(2, 2)
+    backward = nn.Conv2d(2, 2, 1)
     backward.register_full_backward_hook(lambda *args: None)
     assert not is_plain(backward)
     assert not is_plain(nn.Sequential())
-    layer = nn.Linear(2, 2)
+    layer = nn.Conv2d(2, 2, 1)
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
         assert not is_plain(layer)
