@@ -37,9 +37,9 @@ def is_plain(module: nn.Module, *, weight_hooks: bool = False) -> bool:
 
 def is_unhooked(module: nn.Module, *, weight_hooks: bool = False) -> bool:
     """Whether a call of this module is its forward and nothing more; weight_hooks as above."""
-    before = module._forward_pre_hooks.values()
-    if before and not (
-        weight_hooks and all(isinstance(h, SpectralNorm | WeightNorm) for h in before)
+    before = module._forward_pre_hooks  # whose values() are true in a trace, however few
+    if len(before) and not (
+        weight_hooks and all(isinstance(h, SpectralNorm | WeightNorm) for h in before.values())
     ):
         return False
     return not (

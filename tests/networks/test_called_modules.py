@@ -270,6 +270,8 @@ def test_a_flow_acts_through_its_modules_both_ways():
 
 def test_what_is_plain():
     assert is_plain(nn.Conv2d(2, 2, 1))
+    traced = torch.compile(lambda layer: is_plain(layer), backend="eager", fullgraph=True)
+    assert traced(nn.Conv2d(2, 2, 1))
     assert is_plain(nn.BatchNorm2d(2))
     for change in (hooked, wrapped, patched, subclassed, parametrized):
         network = nn.Sequential(nn.Conv2d(2, 2, 1))
