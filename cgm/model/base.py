@@ -206,8 +206,8 @@ class Model(PreciseBuffers):
 
         A wrapper acts in its call alone, not in methods of what it wraps. Each process passes the
         rows that are its own with their index in the whole batch, and noise and gradients are those
-        of the whole batch. Models of several phases need find_unused_parameters, and those that
-        keep chains or pools (energy, cyclegan) broadcast_buffers=False.
+        of the whole batch. Models of several phases need find_unused_parameters=True, and those
+        that keep chains or pools (energy, cyclegan) broadcast_buffers=False.
         """
         return self.loss(y, **given)
 

@@ -21,10 +21,7 @@ Norm = Literal["batch", "instance", "none"]
 Activation = Literal["relu", "leaky_relu"]
 
 # Layers whose weights may be used in the place of a call.
-_PLAIN = (
-    nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.Embedding, nn.BatchNorm2d, nn.InstanceNorm2d,
-    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Identity,
-)  # fmt: skip
+_PLAIN = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Identity)
 
 
 # What may be bypassed -----------------------------------------------------------------------------
@@ -40,9 +37,9 @@ def is_plain(module: nn.Module, *, weight_hooks: bool = False) -> bool:
 
 def is_unhooked(module: nn.Module, *, weight_hooks: bool = False) -> bool:
     """Whether a call of this module is its forward and nothing more; weight_hooks as above."""
-    before = module._forward_pre_hooks.values()
-    if before and not (
-        weight_hooks and all(isinstance(h, SpectralNorm | WeightNorm) for h in before)
+    before = module._forward_pre_hooks  # whose values() are true in a trace, however few
+    if len(before) and not (
+        weight_hooks and all(isinstance(h, SpectralNorm | WeightNorm) for h in before.values())
     ):
         return False
     return not (
@@ -55,8 +52,6 @@ def is_unhooked(module: nn.Module, *, weight_hooks: bool = False) -> bool:
 
 
 # Normalizations -----------------------------------------------------------------------------------
-
-
 class ActNorm(nn.Module):
     """scale (x + loc) for each channel of x (B, C, H, W).
 

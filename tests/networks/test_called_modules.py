@@ -270,16 +270,18 @@ def test_a_flow_acts_through_its_modules_both_ways():
 
 def test_what_is_plain():
     assert is_plain(nn.Conv2d(2, 2, 1))
+    traced = torch.compile(lambda layer: is_plain(layer), backend="eager", fullgraph=True)
+    assert traced(nn.Conv2d(2, 2, 1))
     assert is_plain(nn.BatchNorm2d(2))
     for change in (hooked, wrapped, patched, subclassed, parametrized):
         network = nn.Sequential(nn.Conv2d(2, 2, 1))
         change(network, "0")
         assert not is_plain(network[0])
-    backward = nn.Linear(2, 2)
+    backward = nn.Conv2d(2, 2, 1)
     backward.register_full_backward_hook(lambda *args: None)
     assert not is_plain(backward)
     assert not is_plain(nn.Sequential())
-    layer = nn.Linear(2, 2)
+    layer = nn.Conv2d(2, 2, 1)
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
         assert not is_plain(layer)
