@@ -19,3 +19,15 @@ def expm1_minus(x: Tensor) -> Tensor:
     for n in range(_TERMS[x.dtype], 1, -1):
         series = series * near + 1 / math.factorial(n)
     return torch.where(x.abs() < 1, series * near * near, x.expm1() - x)
+
+
+def log_ndtr(x: Tensor) -> Tensor:
+    """log Phi(x) of float64, of which torch.special.log_ndtr has no slope far below 0.
+
+    Below -100 by the series of Mills' ratio, phi(x) / -x (1 - 1 / x^2 + 3 / x^4), to 2e-11.
+    """
+    tail = x.clamp(max=-100)
+    inverse = tail.square().reciprocal()
+    far = -0.5 * (tail.square() + math.log(2 * math.pi)) - (-tail).log()
+    far = far + (3 * inverse.square() - inverse).log1p()
+    return torch.where(x < -100, far, torch.special.log_ndtr(x.clamp(min=-100)))

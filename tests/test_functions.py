@@ -1,5 +1,6 @@
 """Functions that keep the digits which their definition would lose."""
 
+import math
 from decimal import Decimal, localcontext
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from cgkernels._triton import tl, triton
 from cgkernels.device import expm1_and_minus
-from cgkernels.functions import expm1_minus
+from cgkernels.functions import expm1_minus, log_ndtr
 from tests.support import KERNEL_DEVICES
 
 
@@ -50,6 +51,18 @@ def test_expm1_minus_of_the_extremes():
     )
     (gradient,) = torch.autograd.grad(value[:2].sum(), x)
     assert gradient[:2].tolist() == [0.0, -1.0]
+
+
+def test_log_ndtr_has_a_slope_however_far_below_0():
+    x = torch.tensor([-99.9, -100.1, -1e4, -1e8, -3e12, -1e100], dtype=torch.float64)
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(log_ndtr(x).sum(), x)
+    z = -x.detach()
+    torch.testing.assert_close(slope, z / (1 - 1 / z**2 + 3 / z**4), rtol=1e-9, atol=0)
+    expected = -z.square() / 2 - (z * math.sqrt(2 * math.pi)).log() - 1 / z**2
+    torch.testing.assert_close(log_ndtr(x).detach(), expected, rtol=1e-11, atol=0)
+    near = torch.linspace(-90, 9, 100, dtype=torch.float64)
+    assert torch.equal(log_ndtr(near), torch.special.log_ndtr(near))
 
 
 # Kernels ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import cgkernels
-from cgkernels.functions import expm1_minus
+from cgkernels.functions import expm1_minus, log_ndtr
 from cgkernels.random import (
     STREAM_CONDITION_DROPOUT,
     STREAM_INITIAL,
@@ -377,12 +377,13 @@ def _log_discretized_normal(y: Tensor, mean: Tensor, log_variance: Tensor) -> Te
     scale = (-0.5 * log_variance).exp()
     middle, half = (y - mean) * scale, scale / 255
     narrow = half < 1e-3
-    wide = torch.where(narrow, 1.0, half)  # no gradient of a difference that may be 0
-    near = torch.special.log_ndtr(wide - middle.abs())
-    far = torch.special.log_ndtr(-wide - middle.abs())
+    # Of the form that is not taken no gradient: it may be of a difference of 0, or of infinity.
+    wide, flat = torch.where(narrow, 1.0, half), torch.where(narrow, middle, 0.0)
+    near = log_ndtr(wide - middle.abs())
+    far = log_ndtr(-wide - middle.abs())
     inside = near + (-torch.expm1(far - near)).log()
     width = math.log(2 / 255 / math.sqrt(2 * math.pi)) - 0.5 * log_variance
-    density = width + (half.square() * (middle.square() - 1) / 6) - 0.5 * middle.square()
+    density = width + half.clamp(max=1e-3).square() * (flat.square() - 1) / 6 - flat.square() / 2
     logs = torch.where(narrow, density, inside)
-    logs = torch.where(y > 0.999, torch.special.log_ndtr(half - middle), logs)
-    return torch.where(y < -0.999, torch.special.log_ndtr(half + middle), logs).to(out)
+    logs = torch.where(y > 0.999, log_ndtr(half - middle), logs)
+    return torch.where(y < -0.999, log_ndtr(half + middle), logs).to(out)

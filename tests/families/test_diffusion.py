@@ -180,6 +180,16 @@ def test_the_likelihood_of_a_bin_5_sigma_away_goes_on():
     assert mean.grad.item() == pytest.approx(5.6 / 0.05, rel=0.01)
 
 
+def test_the_likelihood_of_a_bin_has_a_gradient_however_narrow_or_wide_the_density_is():
+    log_variance = torch.tensor([-60.0, 100.0, 600.0], requires_grad=True)
+    mean = torch.full((3,), 0.3, requires_grad=True)
+    logs = _log_discretized_normal(torch.zeros(3), mean, log_variance)
+    slopes = torch.autograd.grad(logs.sum(), (mean, log_variance))
+    assert all(slope.isfinite().all() for slope in slopes)
+    # The density of the middle: -log_variance / 2 but for constants.
+    torch.testing.assert_close(slopes[1][1:], torch.tensor([-0.5, -0.5]))
+
+
 # Sampling -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("kind", KINDS)
