@@ -10,6 +10,7 @@ from cgm.model.base import Density, Draws, Model, Step, number_samples
 from cgm.model.config import (
     Config,
     Count,
+    Depth,
     GuidedConfig,
     ImageConfig,
     Interval,
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "Count",
     "Density",
+    "Depth",
     "Draws",
     "GuidedConfig",
     "ImageConfig",
