@@ -342,8 +342,6 @@ def check_file(file: str | Path) -> None:
     """ValueError unless it is there, and a file: a pipe never begins, a device never ends."""
     try:
         mode = Path(file).stat().st_mode
-    except FileNotFoundError as error:
-        raise ValueError(f"{file}: is missing") from error
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(mode):
@@ -369,6 +367,8 @@ def _read(file: Path, most: int) -> bytes:
 
 def _header(file: Path) -> dict[str, Any]:
     """Our entry of a tensor file."""
+    if not file.exists():
+        raise ValueError(f"{file}: is missing")
     check_file(file)
     with _reading(file, _DAMAGED), file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

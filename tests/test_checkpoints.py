@@ -177,7 +177,7 @@ def test_changed_dtype_is_refused(saved):
 
 
 def test_missing_files(saved, tmp_path):
-    with pytest.raises(ValueError, match=rf"nothing/{CONFIG}: is missing"):
+    with pytest.raises(ValueError, match=rf"nothing/{CONFIG}: cannot be read: No such file"):
         load_model(tmp_path / "nothing")
     (saved / WEIGHTS).unlink()
     with pytest.raises(ValueError, match=rf"toy/{WEIGHTS}: is missing"):

@@ -38,6 +38,7 @@ from cgm.model import (
     Config,
     Count,
     Density,
+    Depth,
     Draws,
     ImageConfig,
     Interval,
@@ -60,7 +61,7 @@ class EnergyConfig(ImageConfig):
     # Channels at full resolution; twice as many at each resolution below.
     width: Count = 16
     # Resolutions, each half of the one above, rounded up.
-    depth: Count = 3
+    depth: Depth = 3
     # Units of the layer that sees the whole image.
     hidden: Count = 128
     # Side of the squares of pixels that enter the network as one; 1 where sides are odd.

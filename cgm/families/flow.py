@@ -33,6 +33,7 @@ from cgm.model import (
     Config,
     Count,
     Density,
+    Depth,
     Draws,
     ImageConfig,
     Interval,
@@ -55,7 +56,7 @@ class FlowConfig(ImageConfig):
     # Channels of the network of a coupling, twice as many at each of its resolutions below.
     width: Annotated[int, Interval(4, ends="[)")] = 32
     # Resolutions of the network of a coupling, as far as the sides allow.
-    depth: Count = 2
+    depth: Depth = 2
     # Residual blocks of a resolution, on the way down and again on the way up.
     blocks: Count = 1
     # Couplings only shift, and the volume changes by the maps of the channels and by priors alone.

@@ -35,7 +35,7 @@ from cgm.families.gan_losses import (
     row_loss,
     usual_depth,
 )
-from cgm.model import Config, Count, Draws, ImageConfig, NotNegative, Step
+from cgm.model import Config, Count, Depth, Draws, ImageConfig, NotNegative, Step
 from cgm.networks.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 
@@ -150,7 +150,7 @@ class GANConfig(ImageConfig):
     # Channels of the last hidden layer of the generator.
     width: Count = 32
     # Resolutions of a generator from images, or of sides that are no multiples of 4.
-    depth: Count = 3
+    depth: Depth = 3
     # Side of the patches that the discriminator judges.
     patch: Literal[1, 16, 34, 70, 142, 286] = 34
     # Channels of its first layer.

@@ -61,7 +61,8 @@ class ImageToImageConfig(ImageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         sides = self.event_shape[1:]
-        unit = 2 ** max(self.depth, 2) if self.generator == "unet" else 4
+        # No side is a multiple of more than 2^62.
+        unit = 2 ** min(max(self.depth, 2), 62) if self.generator == "unet" else 4
         if any(side % unit for side in sides):
             raise ValueError(
                 f"event_shape must have sides that are multiples of {unit} for this generator and "

@@ -11,6 +11,7 @@ from cgm.model.base import Density, Draws, Model, PreciseBuffers, Step, number_s
 from cgm.model.config import (
     Config,
     Count,
+    Depth,
     GuidedConfig,
     ImageConfig,
     Interval,
@@ -27,6 +28,7 @@ __all__ = [
     "Config",
     "Count",
     "Density",
+    "Depth",
     "Draws",
     "GuidedConfig",
     "ImageConfig",

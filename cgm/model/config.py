@@ -39,6 +39,8 @@ class Interval:
             return "be finite" if low == -math.inf else "be positive" if positive else least
         if not closed:
             return f"be above {low} and at most {high}"
+        if self.ends[1] == "]" and low == 1:
+            return f"be positive and at most {high}"
         if self.ends[1] == "]" and high > 1:
             return f"be from {low} to {high}"
         return f"be in [{low}, {high}{self.ends[1]}"
@@ -47,6 +49,7 @@ class Interval:
 _FINITE = Interval(ends="()")
 # What the fields of configs are annotated with, beside bool, Literal, plain (finite) numbers.
 Count = Annotated[int, Interval(1, ends="[)")]
+Depth = Annotated[int, Interval(1, 62)]  # resolutions: no side can be halved more often
 Natural = Annotated[int, Interval(0, ends="[)")]
 Positive = Annotated[float, Interval(0, ends="()")]
 NotNegative = Annotated[float, Interval(0, ends="[)")]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgm.model import Count, ImageConfig, Interval
+from cgm.model import Count, Depth, ImageConfig, Interval
 from cgm.networks.unet import ResidualBlock, group_norm, zero_init
 
 
@@ -27,7 +27,7 @@ class ResidualConfig(ImageConfig):
     # Channels of the networks at full resolution, twice as many at each resolution below.
     width: Annotated[int, Interval(4, ends="[)")] = 32
     # Resolutions of the networks, each half of the one above, rounded up.
-    depth: Count = 3
+    depth: Depth = 3
     # Residual blocks of a resolution of a U-Net, on the way down and again on the way up.
     blocks: Count = 1
 

@@ -304,7 +304,7 @@ def test_other_files_sizes_and_folders(cgm, tmp_path):
     torch.save({"state_dict": resnet().state_dict()}, tmp_path / "lightning.pth")
     torch.save(resnet(), tmp_path / "pickled.pth")
     for words, message in (
-        ((tmp_path / "no_net_G.pth", tmp_path / "x"), "no_net_G.pth: is missing"),
+        ((tmp_path / "no_net_G.pth", tmp_path / "x"), "no_net_G.pth: cannot be read: No such file"),
         ((tmp_path / "latest.pth", tmp_path / "x"), "latest.pth: is damaged"),
         ((tmp_path / "lightning.pth", tmp_path / "x"), "'state_dict' is a"),
         ((tmp_path / "pickled.pth", tmp_path / "x"), "holds more than tensors"),

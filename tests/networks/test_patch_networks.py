@@ -1,8 +1,10 @@
 """Image-to-image networks: names and values as published, patches, memory formats, loading."""
 
 import contextlib
+import math
 import os
 import re
+import zipfile
 
 import pytest
 import torch
@@ -615,8 +617,67 @@ def test_damaged_files_are_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: is damaged"):
             load_published(file)
-    with pytest.raises(ValueError, match=r"absent\.pth: is missing"):
+    with pytest.raises(ValueError, match=r"absent\.pth: cannot be read: No such file"):
         load_published(tmp_path / "absent.pth")
+
+
+def test_archives_are_compared_with_their_checksums(tmp_path):
+    """`torch.load` alone reads a changed weight without a word."""
+    file = tmp_path / "net.pth"
+    state = discriminator().state_dict()
+    torch.save(state, file)
+    whole = bytearray(file.read_bytes())
+    place = whole.index(state["model.0.weight"].numpy().tobytes())
+    whole[place] ^= 1
+    file.write_bytes(whole)
+    assert not torch.equal(torch.load(file)["model.0.weight"], state["model.0.weight"])
+    with pytest.raises(ValueError, match=r"net\.pth: is damaged: the checksum of .* is wrong"):
+        load_published(file)
+
+
+def test_what_unpacks_to_more_is_refused(tmp_path):
+    file, packed = tmp_path / "net.pth", tmp_path / "packed.pth"
+    torch.save({"model.0.weight": torch.zeros(1000)}, file)
+    with zipfile.ZipFile(file) as a, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+    with pytest.raises(ValueError, match=r"packed\.pth: must be as torch\.save wrote it"):
+        load_published(packed)
+    # Of one stored number a tensor of 2^60.
+    torch.save({"model.0.weight": torch.zeros(1).expand(2**60)}, file)
+    with pytest.raises(ValueError, match=r"model\.0\.weight must be dense"):
+        load_published(file)
+    file.unlink()
+    for make, what in (
+        (lambda: os.mkfifo(file), "pipe"), (lambda: file.symlink_to("/dev/zero"), "device")
+    ):  # fmt: skip
+        make()
+        with pytest.raises(ValueError, match=rf"net\.pth: must be a file, is a .*{what}"):
+            load_published(file)
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model.3.extra": torch.zeros(1)}, r"1 are unexpected \['model\.3\.extra'\]"),
+        ({"module.model.0.weight": torch.zeros(1)}, r"\['module\.model\.0\.weight'\]"),
+        (
+            {"model.0.weight": torch.full((8, 6, 4, 4), math.nan)},
+            r"model\.0\.weight must be finite",
+        ),
+        ({"model.0.bias": torch.zeros(8).int()}, r"model\.0\.bias must be torch\.float32, got"),
+        (
+            {"model.11.weight": torch.zeros(1, 64, 3, 3)},
+            r"model\.11\.weight must be \(1, 64, 4, 4\)",
+        ),
+        ({"model.0.weight": torch.zeros(1, 1, 1, 1).expand(2**30, 2**20, 4, 4)}, "size"),
+    ],
+)
+def test_every_entry_is_used_or_refused_by_name(change, words):
+    state = seeded(lambda: PatchDiscriminator(PatchDiscriminatorConfig(width=8))).state_dict()
+    with pytest.raises(ValueError, match=rf"state of a PatchDiscriminator: .*{words}"):
+        network_of({**state, **change})
 
 
 def test_metadata_is_dropped(tmp_path):
