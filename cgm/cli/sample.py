@@ -76,8 +76,8 @@ def _sample(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -> 
     from cgm.checkpoints import load_model, write_tensors
     from cgm.studies.targets import make_folder, replaced
 
-    if options.n < 1:
-        raise ValueError(f"n must be at least 1, got {options.n}")
+    if not 1 <= options.n < 2**31:  # the number of a draw is the upper half of a sample's
+        raise ValueError(f"n must be at least 1 and less than 2^31, got {options.n}")
     out, apart = _target(options)
     if options.save_array is not None:
         _check_file("save_array", options.save_array, ".safetensors")

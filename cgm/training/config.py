@@ -6,6 +6,8 @@ from typing import Literal
 
 from cgm.model import check_choices, check_not_negative, check_positive
 
+MOST_THREADS = 1024  # more than any machine's; OpenMP ends the process where it cannot have them
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -49,6 +51,8 @@ class TrainingConfig:
         check_choices(self)
         check_positive(self, "steps", "batch_size", "save_every", "log_every", "learning_rate")
         check_not_negative(self, "warmup", "weight_decay", "sheet_every", "threads")
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
         if not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be positive, got {self.gradient_clip}")
         for name in ("beta1", "beta2", "ema_decay"):

@@ -589,6 +589,12 @@ def test_a_point_map_has_the_points_where_they_are():
             "a model of the family classifier, which draws nothing",
         ),
         ("sample {run} --out {png} --n -3", "--n must be at least 1, got -3"),
+        ("sample {run} --out {png} --n 2147483648", "--n must be at least 1 and less than 2^31"),
+        ("sample ''", "CHECKPOINT must be a folder"),
+        (
+            "train vae --task complete --out {new} --training.threads 99999999",
+            "--training.threads must be at most 1024",
+        ),
         ("sample {run} --out {png} --sampler heun", "--sampler must be one of ddpm, ddim, eul"),
         ("sample {run} --out {png} --sampler dimm", "got 'dimm'; did you mean ddim?"),
         ("sample {run} --out {png} --steps 0", "--steps must be from 1"),
@@ -671,6 +677,26 @@ def test_user_errors(cgm, tmp_path, trained, line, words, monkeypatch):
         assert "For full helptext" in err and "Traceback" not in err
     else:
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError((3, 9)),
+        RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_is_one_line(cgm, monkeypatch, error):
+    def load(options):
+        raise error
+
+    monkeypatch.setattr(train, "_load_data", load)
+    code, _, err = cgm("train diffusion --task complete")
+    assert (
+        code == 2
+        and err.startswith("cgm: out of memory; fewer or smaller")
+        and "\n" not in err[:-1]
+    )
 
 
 def test_errors_of_ours_keep_their_traceback(cgm, monkeypatch):
