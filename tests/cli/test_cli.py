@@ -605,7 +605,7 @@ def test_a_point_map_has_the_points_where_they_are():
         ("sample {run} --out {png} --rows 1", "--rows does not fit this model"),
         ("sample {run} --out {png} --index -1", "--index must be in"),
         ("sample {run} --out {png} --device cuda:99", "--device must be one that is here"),
-        ("sample {run} --out {tmp}/corrupt/b.png/a.png", "--out must be a folder to write to"),
+        ("sample {run} --out {tmp}/corrupt/b.png/a.png", "--out must be in a folder to write"),
         ("sample {run} --out {png} --save-array {tmp}/corrupt/b.png/a.safetensors", "--save-arra"),
         ("sample --n 1 {run}", "CHECKPOINT must come before the options, which depend on it"),
         ("sample class_to_image_diffuzion", "; did you mean class_to_image_diffusion?"),
@@ -643,6 +643,7 @@ def test_a_point_map_has_the_points_where_they_are():
         ("compare --families vaee --out {new}", "got 'vaee'; did you mean vae?"),
         ("compare --task colourize --out {new}", "got 'colourize'; did you mean colorize?"),
         ("compare --seconds -1 --out {new}", "--seconds must be positive, got -1.0"),
+        ("convert out {new}", "out: cannot be read"),  # a file of that name, not the flag
         ("bench --device cuda:99", "--device must be one that is here"),
     ],
 )
