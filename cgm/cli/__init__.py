@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard_stdout()
         return 128 + SIGPIPE
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        tell(f"out of memory; fewer or smaller images, batches or networks need less: {error}")
+        return 2
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         tell(str(error))
         return 2
@@ -72,6 +77,12 @@ def _run(argv: Sequence[str]) -> None:
         from cgkernels.checks import check_choice
 
         check_choice("COMMAND", argv[0], COMMANDS)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """PyTorch has a class of its own for GPUs only."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 def _tell_warning(message: Warning | str, category: type[Warning], *where: object) -> None:

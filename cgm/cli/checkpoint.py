@@ -51,7 +51,7 @@ def find_checkpoint(name: str) -> Path:
     from cgm.checkpoints import drawable_names, shipped
 
     known = drawable_names()
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if name in known:
         return shipped(name)

@@ -99,7 +99,7 @@ def _image_conditions(path: Path, shape: Sequence[int]) -> Conditions:
         pixels = torch.from_numpy(np.array(image)).reshape(height, width, channels)
         images.append(to_float(pixels).movedim(2, 0))
     if resized:
-        others = f" and {len(resized) - 1} others" if len(resized) > 1 else ""
+        others = f" and {len(resized) - 1} more" if len(resized) > 1 else ""
         tell(f"resized to {width} x {height} pixels, as in training: {resized[0]}{others}")
     stems = [file.stem for file in files]
     labels = (file.stem if stems.count(file.stem) == 1 else file.name for file in files)

@@ -89,7 +89,7 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
         return name if plain else flags.get(name, name)
 
     # Not within a path, a flag or a value in quotes.
-    return re.sub(r"(?<![\w/.'\"=-])[A-Za-z_][\w.]*\w(?![\w/'\"=-])|^n(?= )", flag, text)
+    return re.sub(r"(?<![\w/.'\"=-])[A-Za-z_][\w.]*\w(?![\w/'\":=-])|^n(?= )", flag, text)
 
 
 def flags_of(options: Any) -> dict[str, str]:

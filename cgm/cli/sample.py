@@ -76,8 +76,8 @@ def _sample(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -> 
     from cgm.checkpoints import load_model, write_tensors
     from cgm.studies.targets import make_folder, replaced
 
-    if options.n < 1:
-        raise ValueError(f"n must be at least 1, got {options.n}")
+    if not 1 <= options.n < 2**31:  # the number of a draw is the upper half of a sample's
+        raise ValueError(f"n must be at least 1 and less than 2^31, got {options.n}")
     out, apart = _target(options)
     if options.save_array is not None:
         _check_file("save_array", options.save_array, ".safetensors")
@@ -86,9 +86,9 @@ def _sample(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -> 
     rows = len(given.labels) or 1
     if not 0 <= options.index <= 2**32 - rows:
         raise ValueError(f"index must be in [0, 2^32 - {rows}], got {options.index}")
-    make_folder("out", out if apart else out.parent)
+    make_folder("out", out if apart else out.parent, "a folder" if apart else "in a folder")
     if options.save_array is not None:
-        make_folder("save_array", options.save_array.parent)
+        make_folder("save_array", options.save_array.parent, "in a folder")
     solver = dataclasses.asdict(options.solver)
     samples = _draw(model, given.cond, options, solver)
     if options.save_array is not None:

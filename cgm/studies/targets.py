@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def make_folder(name: str, folder: Path) -> None:
+def make_folder(name: str, folder: Path, what: str = "a folder") -> None:
     """Makes the folder, with those above it; ValueError, by name, if no file can be written to it.
 
     That is tried, as neither permissions nor a read-only disk can be told otherwise.
@@ -16,7 +16,7 @@ def make_folder(name: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{name} must be a folder to write to, got {folder}: {error.strerror or error}"
+            f"{name} must be {what} to write to, got {folder}: {error.strerror or error}"
         ) from error
 
 

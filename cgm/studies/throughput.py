@@ -6,6 +6,7 @@ is checked before anything is timed.
 
 import csv
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def bench(
         raise ValueError(f"ways must be of {', '.join(WAYS)}, got none")
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    if not seconds > 0:
+    if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be positive, got {seconds}")
     make_folder("out", out)
     console = console or Console()

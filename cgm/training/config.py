@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from cgm.model import Config, Count, Interval, Natural, NotNegative, Positive, Share
 
+MOST_THREADS = 1024  # more than any machine's; OpenMP ends the process where it cannot have them
+
 
 @dataclass(frozen=True)
 class TrainingConfig(Config):
@@ -43,7 +45,7 @@ class TrainingConfig(Config):
     # Steps from one sheet of samples to the next; 0: none.
     sheet_every: Natural = 0
     # Threads of PyTorch on a CPU, 0 for its own choice; the last bits of sums depend on it.
-    threads: Natural = 0
+    threads: Annotated[int, Interval(0, MOST_THREADS)] = 0
 
 
 # A run resumes with other values of these; every other field must be what it was.

@@ -569,8 +569,8 @@ def test_a_point_map_has_the_points_where_they_are():
         ("train diffusion --task complete --out {tmp}/corrupt/b.png", "--out must be an empty"),
         ("train diffusion --task complete --out {new} --resume", "--out must hold a run to resume"),
         ("train --task complete diffusion", "FAMILY must come before the options"),
-        ("train difusion", "did you mean diffusion?"),
-        ("trian diffusion", "did you mean train?"),
+        ("train diffuzion", "did you mean diffusion?"),
+        ("trayn diffusion", "did you mean train?"),
         ("train diffusion --task colorise --out {new}", "did you mean colorize?"),
         ("train diffusion --task complete --out {new} --init {tmp}/none", "--init must be a fold"),
         ("train vae --task complete --out {new} --init {run}", "--init must be a model of the f"),
@@ -589,6 +589,12 @@ def test_a_point_map_has_the_points_where_they_are():
             "a model of the family classifier, which draws nothing",
         ),
         ("sample {run} --out {png} --n -3", "--n must be at least 1, got -3"),
+        ("sample {run} --out {png} --n 2147483648", "--n must be at least 1 and less than 2^31"),
+        ("sample ''", "CHECKPOINT must be a folder"),
+        (
+            "train vae --task complete --out {new} --training.threads 99999999",
+            "--training.threads must be at most 1024",
+        ),
         ("sample {run} --out {png} --sampler heun", "--sampler must be one of ddpm, ddim, eul"),
         ("sample {run} --out {png} --sampler dimm", "got 'dimm'; did you mean ddim?"),
         ("sample {run} --out {png} --steps 0", "--steps must be positive"),
@@ -599,10 +605,10 @@ def test_a_point_map_has_the_points_where_they_are():
         ("sample {run} --out {png} --rows 1", "--rows does not fit this model"),
         ("sample {run} --out {png} --index -1", "--index must be in"),
         ("sample {run} --out {png} --device cuda:99", "--device must be one that is here"),
-        ("sample {run} --out {tmp}/corrupt/b.png/a.png", "--out must be a folder to write to"),
+        ("sample {run} --out {tmp}/corrupt/b.png/a.png", "--out must be in a folder to write"),
         ("sample {run} --out {png} --save-array {tmp}/corrupt/b.png/a.safetensors", "--save-arra"),
         ("sample --n 1 {run}", "CHECKPOINT must come before the options, which depend on it"),
-        ("sample class_to_image_difusion", "; did you mean class_to_image_diffusion?"),
+        ("sample class_to_image_diffuzion", "; did you mean class_to_image_diffusion?"),
         ("sample {run} --out {png} --classes sneeker", "did you mean sneaker?"),
         ("sample {run} --out {tmp}/a.jpg", "--out must be a file .png"),
         ("sample {run} --out {png} --save-array {tmp}/a.npz", "--save-array must be a file .safet"),
@@ -637,6 +643,7 @@ def test_a_point_map_has_the_points_where_they_are():
         ("compare --families vaee --out {new}", "got 'vaee'; did you mean vae?"),
         ("compare --task colourize --out {new}", "got 'colourize'; did you mean colorize?"),
         ("compare --seconds -1 --out {new}", "--seconds must be positive, got -1.0"),
+        ("convert out {new}", "out: cannot be read"),  # a file of that name, not the flag
         ("bench --device cuda:99", "--device must be one that is here"),
     ],
 )
@@ -671,6 +678,26 @@ def test_user_errors(cgm, tmp_path, trained, line, words, monkeypatch):
         assert "For full helptext" in err and "Traceback" not in err
     else:
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError((3, 9)),
+        RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory_is_one_line(cgm, monkeypatch, error):
+    def load(options):
+        raise error
+
+    monkeypatch.setattr(train, "_load_data", load)
+    code, _, err = cgm("train diffusion --task complete")
+    assert (
+        code == 2
+        and err.startswith("cgm: out of memory; fewer or smaller")
+        and "\n" not in err[:-1]
+    )
 
 
 def test_errors_of_ours_keep_their_traceback(cgm, monkeypatch):

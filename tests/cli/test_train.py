@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cgm.checkpoints import load_model, read_tensors, save_model
+from cgm.checkpoints import load_model, read_tensors, save_model, shipped
 from cgm.data import TASKS, load_folder
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.model import FAMILIES, make_model
@@ -141,8 +141,7 @@ def test_init_of_a_shipped_model(cgm, tmp_path):
     code, _, err = cgm(f"{line} --out {tmp_path / 'run'}")
     assert code == 0, err
     assert (
-        load_model(tmp_path / "run").config
-        == load_model("cgm/data/checkpoints/edges_to_image_pix2pix").config
+        load_model(tmp_path / "run").config == load_model(shipped("edges_to_image_pix2pix")).config
     )
     code, _, err = cgm(f"{line.replace('_pix2pix', '_pix2pics')} --out {tmp_path / 'b'}")
     assert code == 2 and err.startswith("cgm: --init must be a folder") and "mean edges_to" in err

@@ -168,15 +168,17 @@ def test_the_token_step_is_what_is_compiled():
             {"models": ["gpt"]},
             "complete_autoregressive, edges_to_image_pix2pix, got 'gpt'",
         ),
-        ({"ways": ["quick"]}, "ways must be of fused, plain, compiled, got 'quick'"),
+        ({"ways": ["quick"]}, "ways must be one of fused, plain, compiled, got 'quick'"),
         ({"ways": []}, "ways must be of fused, plain, compiled, got none"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"seconds": 0.0}, "seconds must be positive"),
+        ({"seconds": float("inf")}, "seconds must be positive"),
     ],
 )
 def test_user_errors(options, words, tmp_path):
     with pytest.raises(ValueError) as caught:
         bench(tmp_path, **options)
     assert words in str(caught.value) and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="out must be a folder"):
-        bench(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out must be a folder to write to"):
+        bench(tmp_path / "file" / "folder")
