@@ -48,11 +48,12 @@ def check_flag(**flags: bool) -> None:
 
 def check_int(name: str, value: int, low: int, high: int | None = None) -> None:
     """Raise unless value is an int from low to high."""
+    known = _is_int(value)
+    if known and value >= low and (high is None or value <= high):
+        return
+    # No sooner: in a trace words make constants of sizes that may vary.
     words = f"an int of at least {low}" if high is None else f"an int from {low} to {high}"
-    if not _is_int(value):
-        raise TypeError(f"{name} must be {words}, got {_shown(value)}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {words}, got {_shown(value)}")
+    raise (ValueError if known else TypeError)(f"{name} must be {words}, got {_shown(value)}")
 
 
 def check_number(name: str, value: float, low: float = -LARGEST, high: float = LARGEST) -> None:

@@ -216,14 +216,16 @@ def test_lanes_must_not_draw_the_same_noise():
     """Unless each has numbers of its own, of which each gets the noise."""
     index, table = torch.arange(3), torch.tensor([[0.8, 0.6]])
     calls = {
-        "philox_normal": lambda i: cgkernels.philox_normal((1, 2), seed=0, index=i),
+        "philox_normal": lambda i: cgkernels.philox_normal((1, 2), seed=0, step=0, index=i),
         "add_noise": lambda i: cgkernels.add_noise(
             torch.ones(1, 2), table=table, t=0, seed=0, index=i
         )[0],
         "sample_and_kl": lambda i: cgkernels.sample_and_kl(
-            torch.zeros(1, 2), torch.zeros(1, 2), seed=0, index=i
+            torch.zeros(1, 2), torch.zeros(1, 2), seed=0, step=0, index=i
         )[0],
-        "random.normal": lambda i: cgkernels.random.normal((1, 2), seed=0, index=i, stream=0),
+        "random.normal": lambda i: cgkernels.random.normal(
+            (1, 2), seed=0, step=0, index=i, stream=0
+        ),
     }
     for call in calls.values():
         with pytest.raises(ValueError, match=r"index must be given inside torch\.func\.vmap"):

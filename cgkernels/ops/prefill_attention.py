@@ -169,7 +169,8 @@ def prefill_attention(
 
     Returns:
         (B, T, Hq, D) in q's dtype. NaN or infinity in a token makes NaN of the tokens that see it,
-        of no others.
+        of no others: on a CPU outside a trace. PyTorch's kernels for GPUs multiply hidden values by
+        a weight of 0, so what is not finite there may reach others.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
@@ -210,7 +211,8 @@ def prefill_attention(
         padding = torch.arange(length, device=q.device) < left_pad[:, None]
         q, k, v = (t.masked_fill(padding[..., None, None], 0) for t in (q, k, v))
     bad = None
-    if not all(readable(t) and math.isfinite(t.detach().sum().item()) for t in (q, k, v)):
+    looked_at = all(map(readable, (q, k, v)))  # elsewhere it would wait, or cost a dozen launches
+    if looked_at and not all(math.isfinite(t.detach().sum().item()) for t in (q, k, v)):
         q, k, v, bad = _isolate(q, k, v, bidirectional, left_pad, window)
     if using_reference() or softcap is not None:
         out = prefill_attention_ref(q, k, v, bidirectional, left_pad, window, softcap, scale)

@@ -49,6 +49,7 @@ from cgm.model import (
     PreciseBuffers,
     Step,
 )
+from cgm.networks.layers import space_to_depth
 from cgm.networks.residual import ConditionPlanes
 from cgm.sampling.langevin import annealed_weights, langevin
 
@@ -154,7 +155,7 @@ class EnergyNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,) of x (B, in_channels, H, W), float32 at least: it is a large sum."""
-        h = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
+        h = space_to_depth(x, self.patch).contiguous(memory_format=torch.channels_last)
         features = [self.conv_in(h)]
         for level, block in enumerate(self.down):
             h = features[-1]

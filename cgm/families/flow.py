@@ -41,7 +41,13 @@ from cgm.model import (
     NotNegative,
     Step,
 )
-from cgm.networks.layers import ActNorm, full_precision, is_unhooked
+from cgm.networks.layers import (
+    ActNorm,
+    depth_to_space,
+    full_precision,
+    has_own_hooks,
+    space_to_depth,
+)
 from cgm.networks.residual import ConditionPlanes, ResidualUNet
 from cgm.sampling.cuda_graph import capture
 
@@ -117,7 +123,7 @@ class ChannelMap(nn.Module):
         Raises:
             ValueError: something is hooked onto norm, of which there is no inverse.
         """
-        if type(self.norm).forward is not ActNorm.forward or not is_unhooked(self.norm):
+        if type(self.norm).forward is not ActNorm.forward or has_own_hooks(self.norm):
             raise ValueError("norm must be an ActNorm without hooks: else it has no known inverse")
         with full_precision(x):
             if inverse:
@@ -239,7 +245,7 @@ class Scale(nn.Module):
 
     def squeeze(self, x: Tensor) -> Tensor:
         """x at the resolution of this scale."""
-        return F.pixel_unshuffle(x, 2) if self.halves else x
+        return space_to_depth(x, 2) if self.halves else x
 
     def forward(self, x: Tensor, planes: Tensor, ended: Tensor | None = None) -> Any:
         """What goes on to the next scale, what ends here, and the log-determinant (B,).
@@ -266,7 +272,7 @@ class Scale(nn.Module):
             x, _ = self.prior(x, planes, inverse=True)
         for channel_map, coupling in reversed(self._steps()):
             x, _ = channel_map(coupling(x, planes, inverse=True)[0], inverse=True)
-        return F.pixel_shuffle(x, 2) if self.halves else x
+        return depth_to_space(x, 2) if self.halves else x
 
     def _steps(self) -> list[tuple[ChannelMap, Coupling]]:
         return cast(list, list(zip(self.maps, self.couplings, strict=True)))
@@ -392,7 +398,8 @@ class ConditionalFlow(Model):
     @torch.no_grad()
     def decode(self, z: Tensor, *, cond: Tensor | None = None) -> Tensor:
         """The y (B, C, H, W) that has these latent numbers, (B, C H W)."""
-        self._check_image("z", z, None, (self.dimensions,), bounded=False)
+        dtype = torch.promote_types(self.dtype, torch.float32)  # as `encode` gives it
+        self._check_image("z", z, None, (self.dimensions,), bounded=False, dtype=dtype)
         self.check_cond(cond, len(z))
         return self._decode(z.to(compute_dtype(z)), self._planes(cond, len(z))).to(self.dtype)
 

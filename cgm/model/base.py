@@ -190,9 +190,8 @@ class Model(PreciseBuffers):
 
     def _warn_of_repeated_noise(self, phase: str, seed: int | Tensor) -> None:
         """Where weights were changed by a gradient of the same noise, to be changed by it again."""
-        if not isinstance(seed, int) or not torch.is_grad_enabled():
-            return
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not isinstance(seed, int) or not torch.is_grad_enabled() or compiling:
             return
         weights = sum(p._version for p in self.phase_parameters(phase) if p.requires_grad)
         noise: dict[str, tuple[int, int]] = self.__dict__.setdefault("_trained_on", {})
@@ -352,10 +351,8 @@ class Model(PreciseBuffers):
             raise ValueError(f"phase must be one of {self.phases}, got {phase!r}")
 
     def check_inputs(self, y: Tensor, cond: Tensor | None) -> None:
-        """`check_y` of one row or more, and `check_cond` of as many conditions."""
+        """`check_y`, and `check_cond` of as many conditions."""
         self.check_y(y)
-        if len(y) == 0:
-            raise ValueError(f"y must have a row or more, got {tuple(y.shape)}")
         self.check_cond(cond, len(y))
 
     def check_y(self, y: Tensor, name: str = "y") -> None:
@@ -417,13 +414,13 @@ class Model(PreciseBuffers):
         shape: tuple[int, ...],
         *,
         bounded: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """bounded: it is one in [-1, 1], and no state or vector that may be anywhere."""
+        """bounded: in [-1, 1], no state or vector that may be anywhere. dtype: not the model's."""
         _check_rows(name, image, rows, shape)
-        if image.dtype != self.dtype:
-            raise TypeError(
-                f"{name} must be floating, {self.dtype} as the model is, got {image.dtype}"
-            )
+        if image.dtype != (dtype or self.dtype):
+            wanted = f"{self.dtype} as the model is" if dtype is None else dtype
+            raise TypeError(f"{name} must be floating, {wanted}, got {image.dtype}")
         self._check_device(name, image)
         if not readable(image) or image.numel() == 0:
             return

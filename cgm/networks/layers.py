@@ -37,17 +37,21 @@ def is_plain(module: nn.Module, *, weight_hooks: bool = False) -> bool:
 
 def is_unhooked(module: nn.Module, *, weight_hooks: bool = False) -> bool:
     """Whether a call of this module is its forward and nothing more; weight_hooks as above."""
+    return not has_own_hooks(module, weight_hooks=weight_hooks) and not _has_any_global_hook()
+
+
+def has_own_hooks(module: nn.Module, *, weight_hooks: bool = False) -> bool:
+    """Whether something was added to a call of this module, and not of all as profilers do."""
     before = module._forward_pre_hooks  # whose values() are true in a trace, however few
     if len(before) and not (
         weight_hooks and all(isinstance(h, SpectralNorm | WeightNorm) for h in before.values())
     ):
-        return False
-    return not (
+        return True
+    return bool(
         module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
-        or _has_any_global_hook()
     )
 
 
@@ -187,6 +191,22 @@ def norm_leaky_relu_and_relu_(
         return y, second
     h = norm(x)
     return F.leaky_relu(h, slope), _relu_(out, h)
+
+
+def space_to_depth(x: Tensor, factor: int) -> Tensor:
+    """`F.pixel_unshuffle` of batches of any size: it gives an empty one back as it is."""
+    if len(x):
+        return F.pixel_unshuffle(x, factor)
+    _, channels, height, width = x.shape
+    return x.reshape(0, channels * factor**2, height // factor, width // factor)
+
+
+def depth_to_space(x: Tensor, factor: int) -> Tensor:
+    """`F.pixel_shuffle` of batches of any size: of an empty one it has no gradient."""
+    if len(x):
+        return F.pixel_shuffle(x, factor)
+    _, channels, height, width = x.shape
+    return x.reshape(0, channels // factor**2, height * factor, width * factor)
 
 
 def join_channels(whole: Tensor, *parts: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cgm.networks.layers import depth_to_space, space_to_depth
+
 KeysValues = tuple[Tensor, Tensor]
 
 
@@ -220,7 +222,7 @@ class UNet(nn.Module):
                 h = stage["cross"](h, next(contexts))
             return h
 
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        h = self.conv_in(space_to_depth(x, self.patch) if self.patch > 1 else x)
         skips = [h]
         for i, stage in enumerate(self.down):
             h = run(stage, h)
@@ -238,7 +240,7 @@ class UNet(nn.Module):
                 h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
                 h = self.upsample[level - 1](h)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        return depth_to_space(h, self.patch) if self.patch > 1 else h
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

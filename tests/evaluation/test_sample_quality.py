@@ -169,7 +169,7 @@ def test_diversity_in_a_class(data):
 
 def test_samples_for_one_condition():
     """Draws y + 1, y + 2, y - 0.5, y + 4 of 16 values: distances 4, 8, 2, 16."""
-    y = torch.arange(30.0)[:, None, None, None].expand(30, 1, 4, 4) * 10
+    y = torch.arange(-15.0, 15)[:, None, None, None].expand(30, 1, 4, 4) * 10
     offsets = torch.tensor([1, 2, -0.5, 4]).repeat_interleave(200)
     samples = torch.cat([y, y[:1].expand(170, 1, 4, 4)]).repeat(4, 1, 1, 1)
     model = Returns(samples + offsets[:, None, None, None])
@@ -340,7 +340,7 @@ def test_measures_that_do_not_fit(data):
         "conditions",
     }
     for names, words in (
-        (("fid",), r"measures must be of inception_score, fd, .*, got 'fid'"),
+        (("fid",), r"measures must be one of inception_score, fd, .*, got 'fid'"),
         (("inception_score",), "inception_score: it needs class probabilities, which pixels"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -132,11 +132,12 @@ def test_gradients_of_each_row(family):
     model, cond = lively(family, kind), CONDS[kind]
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
-    def loss(parameters, y, cond):
-        given = {"cond": cond[None], "seed": 0}
+    def loss(parameters, y, cond, index):
+        given = {"cond": cond[None], "seed": 0, "index": index[None]}
         return functional_call(model, parameters, (y[None],), given)["total"][0]
 
-    found = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, cond)
+    index = torch.arange(len(images))
+    found = vmap(grad(loss), in_dims=(None, 0, 0, 0))(parameters, images, cond, index)
     for row in range(len(images)):
         model.zero_grad()
         model.loss(images[row : row + 1], cond=cond[row : row + 1], seed=0)[

@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,7 @@ class Fixed(nn.Module):
     def __init__(self, answers: dict[float, Tensor]) -> None:
         super().__init__()
         self.answers = answers
+        self.config = SimpleNamespace(patch=1)
 
     def forward(self, *images: Tensor, **noise: object) -> Tensor:
         firsts = images[-1][:, 0, 0, 0].tolist()

@@ -211,10 +211,15 @@ def test_wrong_seeds_and_numbers_of_draws(family):
             model.sample(cond=cond, seed=seed)
     with pytest.raises(ValueError, match=r"^n must be below 2\^31"):
         model.sample(2**31, cond=cond)
-    # Draw 1 of condition 0 has the number 2^32: no condition may.
-    for index in (torch.tensor([0, 2**32]), torch.tensor([2**63 - 1, 0]), torch.tensor([-1, 0])):
-        with pytest.raises(ValueError, match=r"^index must be in \[0, 2\^32\) with n draws"):
-            model.sample(2, cond=cond, index=index)
+    with pytest.raises(ValueError, match=r"^index must be at most 9223372032559808511 for 2 draws"):
+        model.sample(2, cond=cond, index=torch.tensor([2**63 - 1, 0]))
+    # Draw 1 of a condition has its number + 2^32.
+    index = torch.tensor([7, 2**33])
+    two, second = (
+        model.sample(2, cond=cond, index=index, **options),
+        model.sample(cond=cond, index=index + 2**32, **options),
+    )
+    torch.testing.assert_close(two[1], second, rtol=1e-4, atol=1e-5)
     # Alone, as many numbers as there are: each condition its own.
     assert model.sample(cond=cond, index=torch.tensor([-1, 2**63 - 1]), **options).isfinite().all()
 
@@ -274,3 +279,21 @@ def test_what_a_model_says_of_its_density_is_what_it_has(family, kind):
     assert named in has if named else not has
     assert has_method(model, "log_density") == (named is not None)
     assert model.has_int8 == (type(model).int8 is not Model.int8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_no_rows_there_are_no_losses(family):
+    """Nor densities; the gradients are zero."""
+    for kind in kinds_of(family):
+        model, cond = made(family, kind), CONDS[kind]
+        cond = None if cond is None else cond[:0]
+        y = images[:0]
+        for phase in model.phases:
+            total = model.loss(y, cond=cond, phase=phase, seed=0)["total"]
+            assert total.shape == (0,)
+            model.zero_grad()
+            total.sum().backward()
+            for parameter in model.parameters():
+                assert parameter.grad is None or not parameter.grad.any()
+        if model.density is not None:
+            assert model.log_density(y, cond=cond).shape == (0,)
