@@ -96,7 +96,7 @@ def pair_conv2d_bwd_ref(
 # 2. Kernels ---------------------------------------------------------------------------------------
 @triton.jit
 def _accumulate(  # type: ignore[no-untyped-def]
-    z, x_ptr, x_strides, n, row, column, height, width, channels, weight_row_ptr,
+    z, x_ptr, x_strides, n, row, column, height, width, channels, reach, weight_row_ptr,
     channel_mask, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """z and the products of one image with its slice of the weight.
@@ -110,7 +110,9 @@ def _accumulate(  # type: ignore[no-untyped-def]
         k = start + tl.arange(0, BLOCK_K)
         i, j = k % taps // KERNEL, k % KERNEL
         tap = (k // taps).to(tl.int64) * x_strides[1]
-        tap += i.to(tl.int64) * x_strides[2] + j.to(tl.int64) * x_strides[3]
+        # 64 bits only where a tap reaches so far: they take registers.
+        tap += (i + reach * 0) * x_strides[2]
+        tap += (j + reach * 0) * x_strides[3]
         i, j = row[:, None] + i[None, :], column[:, None] + j[None, :]
         inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
         inside = inside & (k < channels * taps)[None, :]
@@ -124,7 +126,7 @@ def _accumulate(  # type: ignore[no-untyped-def]
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
     out_ptr, x_ptr, x_strides, x_channels, y_ptr, y_strides, y_channels, weight_ptr, bias_ptr,
-    height, width, columns, pixels, outputs, padding, slope, tiles, blocks, extent,
+    height, width, columns, pixels, outputs, padding, slope, tiles, blocks, extent, reach,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -141,13 +143,13 @@ def _kernel(  # type: ignore[no-untyped-def]
     weight_row_ptr = weight_ptr + channel.to(tl.int64) * features
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # of BLOCK_M pixels, BLOCK_N channels
     z = _accumulate(
-        z, x_ptr, x_strides, n, row, column, height, width, x_channels, weight_row_ptr,
+        z, x_ptr, x_strides, n, row, column, height, width, x_channels, reach, weight_row_ptr,
         channel_mask, KERNEL, BLOCK_K,
     )  # fmt: skip
     if y_ptr is not None:
         weight_row_ptr += x_channels * (KERNEL * KERNEL)
         z = _accumulate(
-            z, y_ptr, y_strides, n, row, column, height, width, y_channels, weight_row_ptr,
+            z, y_ptr, y_strides, n, row, column, height, width, y_channels, reach, weight_row_ptr,
             channel_mask, KERNEL, BLOCK_K,
         )  # fmt: skip
     if bias_ptr is not None:
@@ -192,12 +194,14 @@ def _launch(
     config = _launch_config(channels * kernel**2, outputs, x.dtype)
     tiles = triton.cdiv(rows * columns, config["BLOCK_M"])
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
+    strides = [s for image in (x, y) if image is not None for s in image.stride()[2:]]
     _kernel[(n * tiles * blocks,)](
         out, x, x.stride(), channels, y, None if y is None else y.stride(),
         weight.shape[1] - channels, weight.contiguous(),
         None if bias is None else bias.contiguous(), x.shape[2], x.shape[3], columns,
         rows * columns, outputs, padding, float(slope), tiles, blocks,
-        tiles * config["BLOCK_M"], KERNEL=kernel, STRIDE=stride, enable_fp_fusion=True, **config,
+        tiles * config["BLOCK_M"], (kernel - 1) * max(strides), KERNEL=kernel, STRIDE=stride,
+        enable_fp_fusion=True, **config,
     )  # fmt: skip
     return out
 

@@ -82,7 +82,7 @@ def _elementwise(n: int, c: int, h: int, w: int) -> Iterator:
         )
     for format in (torch.contiguous_format, torch.channels_last):
         yield lambda f=format: cg.philox_normal(
-            shape, seed=_integers(), index=_integers(n), dtype=HALF, memory_format=f
+            shape, seed=_integers(), index=_integers(n), step=0, dtype=HALF, memory_format=f
         )
 
 
@@ -168,7 +168,9 @@ def _tokens(n: int, c: int, h: int, w: int) -> Iterator:
         yield lambda x=logits, o=given: _backward(
             cg.sample_logits(x, **o, position=_integers(n))[1]
         )
-        yield lambda x=logits: cg.sample_logits(x.detach(), seed=_integers(), top_p_rule="hf")
+        yield lambda x=logits: cg.sample_logits(
+            x.detach(), seed=_integers(), position=0, top_p_rule="hf"
+        )
         written = (_integers(n, w), _empty(n, w), _integers(n, h))
         given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
         written = (*written, logits.detach())
