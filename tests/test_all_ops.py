@@ -291,11 +291,11 @@ def test_nothing_that_is_not_finite_is_hidden(module, label):
         assert_nothing_hidden(found, expected[1], f"gradients, {words}", exact=False)
 
 
-def gradients_of(sample, autocast=False):
-    """autocast: of the forward alone, as PyTorch asks for."""
+def gradients_of(sample, autocast=None):
+    """autocast: to this dtype, of the forward alone, as PyTorch asks for."""
     inputs = copy.deepcopy(sample.inputs)
     wanted = [inputs[name].requires_grad_() for name in sample.differentiable]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         outputs = [out for out in sample.call(inputs) if out.requires_grad]
     seeds = [normals(*out.shape, seed=i).to(out) for i, out in enumerate(outputs)]
     return torch.autograd.grad(outputs, wanted, seeds) if wanted else ()
@@ -311,16 +311,17 @@ def test_float64_stays_float64(module, label):
 
 
 @samples
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", (*FLOATS, torch.float64), ids=str)
 @pytest.mark.parametrize("reference", [False, True])
 def test_autocast_changes_nothing(module, label, dtype, reference):
     """Nor does it in the reference, which is the oracle wherever it runs."""
+    narrow = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
     sample = sample_of(module, label, dtype)
     with cgkernels.reference() if reference else contextlib.nullcontext():
         expected = sample.run(), gradients_of(sample)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", narrow):
             results = sample.run()
-        found = results, gradients_of(sample, autocast=True)
+        found = results, gradients_of(sample, narrow)
     for results, same in zip(found, expected, strict=True):
         assert [out.dtype for out in results] == [out.dtype for out in same]
         assert_equal(results, same, equal_nan=True)
