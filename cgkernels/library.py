@@ -6,6 +6,7 @@ CPU, and a fake that states shapes, dtypes and strides.
 
 import contextlib
 import contextvars
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,21 +28,31 @@ def define_op(
 ) -> torch._ops.OpOverload:
     """Register cgkernels::<name>; schema like "(Tensor x, float eps) -> (Tensor, Tensor)"."""
 
-    def cpu_as_written(*args: Any) -> Any:
-        # Autocast reaches into a Python implementation: products that are to be in float32 would
-        # lose digits, and results have another dtype than `fake` says.
-        if not torch.is_autocast_enabled("cpu"):
-            return cpu(*args)
-        with torch.autocast("cpu", enabled=False):
-            return cpu(*args)
-
     qualname = f"cgkernels::{name}"
     torch.library.define(qualname, schema)
     torch.library.impl(qualname, "CUDA", on_its_device(cuda))
-    torch.library.impl(qualname, "CPU", cpu_as_written)
+    torch.library.impl(qualname, "CPU", without_autocast(cpu))
     torch.library.register_fake(qualname, fake)
     OPS[name] = getattr(torch.ops.cgkernels, name).default
     return OPS[name]
+
+
+def without_autocast(function: Callable) -> Callable:
+    """The function in the dtypes of its tensors, on the device of the first.
+
+    Autocast reaches into what is written in Python: products that are to be in float32 would lose
+    digits, and results have another dtype than `fake` says.
+    """
+
+    @functools.wraps(function)
+    def as_written(*args: Any) -> Any:
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return as_written
 
 
 def on_its_device(launch: Callable) -> Callable:

@@ -192,8 +192,9 @@ def network_with(
             f"{config}: must ask for at most {_MOST_BUFFERS:,} bytes beside the weights, "
             f"asks for {buffers:,}"
         )
-    network = make()
-    load_weights(network, tensors, file)
+    with torch.device("cpu"):  # there and in float32, whatever the defaults are
+        network = make().float()
+        load_weights(network, tensors, file)
     return network
 
 

@@ -1,5 +1,6 @@
 """What every op must hold to, over all samples of all ops. A new op adds one file to tests/ops."""
 
+import contextlib
 import copy
 import inspect
 
@@ -290,10 +291,12 @@ def test_nothing_that_is_not_finite_is_hidden(module, label):
         assert_nothing_hidden(found, expected[1], f"gradients, {words}", exact=False)
 
 
-def gradients_of(sample):
+def gradients_of(sample, autocast=None):
+    """autocast: to this dtype, of the forward alone, as PyTorch asks for."""
     inputs = copy.deepcopy(sample.inputs)
     wanted = [inputs[name].requires_grad_() for name in sample.differentiable]
-    outputs = [out for out in sample.call(inputs) if out.requires_grad]
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        outputs = [out for out in sample.call(inputs) if out.requires_grad]
     seeds = [normals(*out.shape, seed=i).to(out) for i, out in enumerate(outputs)]
     return torch.autograd.grad(outputs, wanted, seeds) if wanted else ()
 
@@ -305,6 +308,23 @@ def test_float64_stays_float64(module, label):
     for out, narrow in zip(results, sample_of(module, label).run(), strict=True):
         narrow = narrow.to(out.dtype)
         torch.testing.assert_close(narrow, out, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@samples
+@pytest.mark.parametrize("dtype", (*FLOATS, torch.float64), ids=str)
+@pytest.mark.parametrize("reference", [False, True])
+def test_autocast_changes_nothing(module, label, dtype, reference):
+    """Nor does it in the reference, which is the oracle wherever it runs."""
+    narrow = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    sample = sample_of(module, label, dtype)
+    with cgkernels.reference() if reference else contextlib.nullcontext():
+        expected = sample.run(), gradients_of(sample)
+        with torch.autocast("cpu", narrow):
+            results = sample.run()
+        found = results, gradients_of(sample, narrow)
+    for results, same in zip(found, expected, strict=True):
+        assert [out.dtype for out in results] == [out.dtype for out in same]
+        assert_equal(results, same, equal_nan=True)
 
 
 @samples

@@ -5,6 +5,9 @@ import contextlib
 import pytest
 import torch
 
+from cgm import load_model, shipped
+from cgm.checkpoints import shipped_names
+from cgm.model import PreciseBuffers
 from tests.families.test_protocol import CONDS, STEPS, every, images, made
 
 
@@ -39,3 +42,42 @@ def test_losses_and_samples_do_not_depend_on_defaults(family, kind, dtype):
         for name, value in here.items():
             assert there[name].dtype == value.dtype, name
             assert torch.equal(there[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", shipped_names())
+def test_a_checkpoint_is_read_as_it_was_written(name, dtype):
+    """In float32 on the CPU, and the tables beside its weights with all of their digits."""
+    expected = load_model(shipped(name))
+    with other_defaults(dtype):
+        model = load_model(shipped(name))
+    for kind in ("named_parameters", "named_buffers"):
+        tensors = dict(getattr(model, kind)())
+        for tensor_name, tensor in getattr(expected, kind)():
+            found = tensors[tensor_name]
+            assert (found.dtype, found.device) == (tensor.dtype, tensor.device), tensor_name
+            assert torch.equal(found, tensor), tensor_name
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_a_model_that_is_made_in_another_dtype(family, kind, dtype):
+    """As PyTorch's layers it takes the default; its tables stay float32, and all of it works."""
+    torch.set_default_dtype(dtype)
+    try:
+        model = made(family, kind)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        for module in model.modules():
+            wide = isinstance(module, PreciseBuffers) and dtype != torch.float64
+            assert not wide or dtype not in {b.dtype for b in module._buffers.values()}
+        cond = CONDS[kind]
+        cond = cond.to(dtype) if kind == "image" else cond
+        for phase in model.phases:
+            model.loss(images.to(dtype), cond=cond, phase=phase, seed=3)
+        if model.sampling_config is not None:
+            drawn = model.sample(2, cond=cond, seed=5, **STEPS.get(family, {}))
+            assert drawn.dtype == dtype and drawn.isfinite().all()
+        if hasattr(model, "predict"):
+            assert model.predict(cond=cond).isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)

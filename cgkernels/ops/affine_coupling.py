@@ -47,7 +47,7 @@ from cgkernels.device import (
     store_row,
     tanh,
 )
-from cgkernels.library import define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference, without_autocast
 from cgkernels.rows import (
     Layout,
     compute_dtype,
@@ -64,6 +64,7 @@ MASKS = ("first", "last", "even", "odd")
 
 
 # 1. Reference -------------------------------------------------------------------------------------
+@without_autocast
 def affine_coupling_ref(
     y: Tensor, params: Tensor, mask: str, limit: float, additive: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -80,6 +81,7 @@ def affine_coupling_ref(
     return _merge_outside(out.to(y.dtype), y, mask), -logdet if inverse else logdet
 
 
+@without_autocast
 def affine_coupling_bwd_ref(
     dout: Tensor, dlogdet: Tensor, y: Tensor, params: Tensor,
     mask: str, limit: float, additive: bool, inverse: bool,

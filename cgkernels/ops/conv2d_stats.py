@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cgkernels._triton import tl, triton
 from cgkernels.checks import check_choice, check_float, check_same_device
-from cgkernels.library import define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference, without_autocast
 from cgkernels.moments import centered_moments, merge_moments
 from cgkernels.rows import channels_last_format, compute_dtype
 
@@ -36,6 +36,7 @@ KERNELS, STRIDES, PADDINGS = (1, 3, 4), (1, 2), (0, 1, 2)
 
 
 # 1. Reference -------------------------------------------------------------------------------------
+@without_autocast
 def conv2d_stats_ref(
     x: Tensor, weight: Tensor, stride: int, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:

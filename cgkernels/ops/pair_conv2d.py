@@ -26,11 +26,12 @@ from cgkernels.checks import (
     check_same_device,
     check_shape,
 )
-from cgkernels.library import define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference, without_autocast
 from cgkernels.rows import channels_last_format, compute_dtype
 
 
 # 1. Reference -------------------------------------------------------------------------------------
+@without_autocast
 def pair_conv2d_ref(
     x: Tensor,
     y: Tensor | None,

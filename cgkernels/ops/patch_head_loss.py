@@ -30,7 +30,7 @@ from cgkernels.checks import (
     check_same_device,
     check_shape,
 )
-from cgkernels.library import define_op, needs_function, using_reference
+from cgkernels.library import define_op, needs_function, using_reference, without_autocast
 from cgkernels.rows import compute_dtype, row_strides, with_row_strides
 
 LOSSES = ("lsgan", "vanilla", "nonsaturating", "hinge", "wgan")
@@ -42,6 +42,7 @@ _FORMS = dict(zip(LOSSES, (_SQUARE, _SOFTPLUS, _SOFTPLUS, _HINGE, _LINEAR), stri
 
 
 # 1. Reference -------------------------------------------------------------------------------------
+@without_autocast
 def patch_head_loss_ref(
     x: Tensor,
     weight: Tensor,

@@ -30,11 +30,12 @@ from cgkernels.checks import (
     check_shape,
     readable,
 )
-from cgkernels.library import using_reference
+from cgkernels.library import using_reference, without_autocast
 from cgkernels.rows import compute_dtype, lies_apart
 
 
 # Reference ----------------------------------------------------------------------------------------
+@without_autocast
 def prefill_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, bidirectional: int | Tensor,
     left_pad: Tensor | None, window: int, softcap: float | None, scale: float,
@@ -71,6 +72,7 @@ def _mask(
 
 
 # Composition --------------------------------------------------------------------------------------
+@without_autocast
 def _compose(
     q: Tensor, k: Tensor, v: Tensor, bidirectional: int | Tensor,
     left_pad: Tensor | None, window: int, scale: float,
@@ -118,7 +120,7 @@ def _isolate(
     count = bad.cumsum(1, dtype=torch.int32)
     at = torch.arange(length, device=q.device)
     start = at.new_zeros(1) if left_pad is None else left_pad
-    stop = start + bidirectional
+    stop = (start + bidirectional).clamp(max=length)
     inside = (at >= start[:, None]) & (at < stop[:, None])  # (B or 1, T)
     last = torch.where(inside, stop[:, None] - 1, at)
     seen = _take(count, last)

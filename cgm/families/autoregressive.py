@@ -122,7 +122,8 @@ class ConditionalTransformer(Model):
             "tokens": config.num_classes,
             "image": config.levels * (config.cond_shape or (0,))[0],
         }[config.cond_kind]
-        self.register_buffer("palette", torch.tensor(config.palette), persistent=False)
+        palette = torch.tensor(config.palette, dtype=torch.float32)
+        self.register_buffer("palette", palette, persistent=False)
         self.first_symbol = config.sequence_shape[0] * config.choices
         self.null = self.first_symbol + symbols
         self.transformer = Transformer(

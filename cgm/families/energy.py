@@ -195,7 +195,8 @@ class Chains(PreciseBuffers):
         self.size, self.renewal = config.chains, config.renewal
         dtype = torch.int64 if config.cond_kind == "class" else torch.float32
         cond = torch.zeros(self.size, *config.cond_shape, dtype=dtype)
-        self.y = nn.Buffer(torch.zeros(self.size, *config.event_shape), persistent=False)
+        y = torch.zeros(self.size, *config.event_shape, dtype=torch.float32)
+        self.y = nn.Buffer(y, persistent=False)
         self.cond = nn.Buffer(cond, persistent=False)
         self.count = nn.Buffer(torch.zeros((), dtype=torch.int64), persistent=False)
 

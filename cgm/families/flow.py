@@ -110,8 +110,10 @@ class ChannelMap(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _FirstBatchNorm(channels)
-        rotation = torch.linalg.qr(torch.randn(channels, channels))[0]
-        permutation, lower, upper = torch.linalg.lu(rotation)
+        # These are not for 16 bits, which the default dtype may be.
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float32))[0]
+        parts, dtype = torch.linalg.lu(rotation), torch.get_default_dtype()
+        permutation, lower, upper = (part.to(dtype) for part in parts)
         diagonal = upper.diagonal()
         self.permutation, self.sign = nn.Buffer(permutation), nn.Buffer(diagonal.sign())
         self.lower, self.upper = nn.Parameter(lower.tril(-1)), nn.Parameter(upper.triu(1))

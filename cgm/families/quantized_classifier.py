@@ -47,7 +47,7 @@ class QuantizedClassifier(Regression):
 
     def __init__(self, config: QuantizedClassifierConfig) -> None:
         if config.palette:
-            values = torch.tensor(config.palette)
+            values = torch.tensor(config.palette, dtype=torch.float32)
         else:
             values = from_bins(torch.arange(config.levels), config.levels)[:, None]
         super().__init__(config, torch.zeros(len(values), config.event_shape[0] // values.shape[1]))
@@ -109,7 +109,7 @@ class QuantizedClassifier(Regression):
     def _expectation(self, shares: Tensor) -> Tensor:
         """The mean (B, C, H, W) by probabilities of the classes (B, K, outputs, H, W)."""
         with full_precision(shares):
-            return torch.einsum("bkohw,kc->bochw", shares, self.values).flatten(1, 2)
+            return torch.einsum("bkohw,kc->bochw", shares, self.values.to(shares)).flatten(1, 2)
 
     def _log_probs(self, parameters: Tensor, y: Tensor) -> Tensor:
         return -F.cross_entropy(parameters, self._classes(y), reduction="none")

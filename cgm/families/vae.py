@@ -201,8 +201,10 @@ Likelihood = GaussianLikelihood | BernoulliLikelihood | LogisticLikelihood
 
 
 def _log_scale(config: VAEConfig) -> Tensor:
-    log_scale = torch.tensor(math.log(config.scale))
-    return nn.Parameter(log_scale) if config.learn_scale else nn.Buffer(log_scale)
+    log_scale = math.log(config.scale)
+    if config.learn_scale:
+        return nn.Parameter(torch.tensor(log_scale))
+    return nn.Buffer(torch.tensor(log_scale, dtype=torch.float32))
 
 
 def _uniform(like: Tensor, seed: Tensor, index: Tensor) -> Tensor:

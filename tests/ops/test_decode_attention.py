@@ -265,6 +265,18 @@ def test_a_new_token_does_not_see_the_next(bad, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_value_makes_nan(value, way):
+    """Whatever its weight: a sum with inf would be inf, or NaN where the weight is 0."""
+    for length in (0, 5, 513):
+        inputs = inputs_of(2, 1, (2, 1), 8, lengths=(length, length))
+        inputs["v_new"][0, 0, 0, 3] = value
+        out, lse = run_by(way, inputs)
+        assert out[0, ..., 3].isnan().all() and lse.isfinite().all()
+        assert out[0, ..., :3].isfinite().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("length", [0, 5, 512, 513])
 def test_a_query_or_its_own_key_that_is_not_a_number(length, way):
     """PyTorch's attention for CPUs makes zeros of it where 512 k tokens are before it."""

@@ -172,6 +172,30 @@ def test_two_tokens_and_a_key_that_is_not_a_number():
     assert prefill_attention(one, k, one, bidirectional=2).isnan().all()
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_prefix_that_padding_leaves_no_room_for(reference):
+    """Five tokens of padding and a prefix of all 37: it ends with the row, NaN or not."""
+    whole = {"left_pad": torch.tensor([0, 5, 36]), "bidirectional": 37}
+    room = {**whole, "bidirectional": torch.tensor([37, 32, 1])}
+    inputs = inputs_of(**whole)
+    inputs["k"][1, 36, 0, 3] = math.nan
+    with cgkernels.reference() if reference else contextlib.nullcontext():
+        out = prefill_attention(**inputs)
+        torch.testing.assert_close(out, prefill_attention(**{**inputs, **room}), equal_nan=True)
+    assert out[1, 5:, :2].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_autocast_changes_nothing(reference):
+    for case in ("plain", "window", "softcap", "left padding, prefix"):
+        inputs = inputs_of(**CASES[case])
+        with cgkernels.reference() if reference else contextlib.nullcontext():
+            expected = prefill_attention(**inputs)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = prefill_attention(**inputs)
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.0, -0.3])
 @pytest.mark.parametrize("case", ["plain", "prefix", "window", "left padding", "softcap"])
 def test_scales_that_are_not_positive(case, scale):

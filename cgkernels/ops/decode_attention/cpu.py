@@ -69,6 +69,7 @@ def _cpu_append(
             k, v = (t[which].expand(shape) for t in (prefix_k, prefix_v))
             parts.append(attend(q[some], k, v, first, 0, before))
         out, lse = _merge(out, lse, *_concatenate(parts))
+    out.nan_to_num_(math.nan, math.nan, math.nan)  # a weight of 0 makes NaN of inf, others not
     if queries > 1:
         out = out.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4)
     out = out.reshape(rows, queries, q_heads, head_size).to(dtype).contiguous()

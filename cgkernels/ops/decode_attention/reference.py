@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from cgkernels.library import without_autocast
 from cgkernels.rows import compute_dtype
 
 
+@without_autocast
 def decode_attention_ref(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, cos: Tensor | None,
     sin: Tensor | None, position: Tensor | None, prefix_k: Tensor | None,
@@ -49,6 +51,7 @@ def decode_attention_ref(
     return out.to(q.dtype), lse
 
 
+@without_autocast
 def append_ref(
     k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k_new: Tensor, v_new: Tensor,
     cos: Tensor | None, sin: Tensor | None, position: Tensor | None, prefix_k: Tensor | None,

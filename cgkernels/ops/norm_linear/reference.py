@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cgkernels.library import without_autocast
 from cgkernels.rows import compute_dtype
 
 NORMS = (None, "rms", "layer")
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "swiglu")
 
 
+@without_autocast
 def norm_linear_ref(
     x: Tensor,
     weight: Tensor,
