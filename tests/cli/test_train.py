@@ -137,6 +137,7 @@ def test_a_model_learns_on_from_another(cgm, tmp_path):
     line = line.replace(f"--out {tmp_path / 'run'}", f"--out {tmp_path / 'other'}")
     code, _, err = cgm(f"{line} --model.width 8")
     assert code == 2 and "model.safetensors: generator" in err and "must be (8," in err
+    assert err.startswith("cgm: --init must fit the data and the flags: ")
     assert not (tmp_path / "other").exists()
 
 
