@@ -717,7 +717,7 @@ def test_info(cgm):
 
 
 def test_tables_are_whole_however_narrow_the_terminal(cgm, trained, monkeypatch):
-    line = f"evaluate {trained} --rows 2 --samples 20 --steps 1 --measures task kid"
+    line = f"evaluate {trained['class_to_image']} --rows 2 --samples 20 --steps 1 --measures kid"
     wide = cgm(line)
     monkeypatch.setenv("COLUMNS", "20")
     assert "KID-classifier " in wide[1] and cgm(line)[:2] == wide[:2]
