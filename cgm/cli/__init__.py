@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cgm.cli.arguments import first_argument
-from cgm.cli.signals import SIGPIPE, discard_stdout, ending_by_signals, tell
+from cgm.cli.signals import SIGPIPE, discard_stdout, ending_by_signals, mend_streams, tell
 
 
 class Command(NamedTuple):
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 where nobody reads stdout any more.
     """
     argv = sys.argv[1:] if argv is None else argv
+    mend_streams()
     try:
         with ending_by_signals(), warnings.catch_warnings():
             warnings.showwarning = _tell_warning  # type: ignore[assignment]

@@ -66,7 +66,6 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _evaluate(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -> None:
-    from rich.console import Console
 
     from cgkernels.checks import check_choice
     from cgm.checkpoints import load_model
@@ -75,12 +74,12 @@ def _evaluate(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -
     from cgm.evaluation.likelihood import check_rows, evaluate
     from cgm.evaluation.sample_quality import MEASURES, against_real, check_measures, write_nearest
     from cgm.studies.targets import make_folder, replaced
-    from cgm.training.progress import Status
+    from cgm.training.progress import Status, result_console
 
     task = task_of(data)
     if task is None:
         raise ValueError(f"{path}: was not trained on a shipped task, so nothing is held out")
-    device, console = find_device(options.device), Console()
+    device, console = find_device(options.device), result_console()
     training, held_out = load_task(task), load_task(task, "test")
     check_rows(options.rows, held_out)
     settings: dict[str, Any] = {"seed": options.seed, **dataclasses.asdict(options.solver)}
@@ -125,7 +124,8 @@ def _evaluate(path: Path, data: dict[str, Any], options: Any, checkpoint: str) -
         compared = comparison is not None and measures is comparison.measures
         console.print(_table_of(title, measures, compared=compared))
     if extractor is not None:
-        console.print(_WHAT_IT_SAYS.format(name=extractor.name, fingerprint=extractor.fingerprint))
+        note = _WHAT_IT_SAYS.format(name=extractor.name, fingerprint=extractor.fingerprint)
+        console.print(note, soft_wrap=True)
     if options.out is None:
         return
     if comparison is not None and comparison.first is not None:

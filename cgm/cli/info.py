@@ -16,13 +16,13 @@ def run(argv: Sequence[str]) -> None:
     import platform
 
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     import cgkernels
     from cgkernels._triton import HAS_TRITON, triton
     from cgkernels.library import OPS
     from cgm.checkpoints import shipped_names
+    from cgm.training.progress import result_console
 
     cuda = torch.cuda.is_available()
     table = Table(show_header=False, box=None)
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
         name = torch.cuda.get_device_name(number)
         table.add_row(f"GPU {number}", f"{name}, compute capability {major}.{minor}")
     table.add_row("checkpoints", ", ".join(shipped_names()) or "none")
-    console = Console()
+    console = result_console()
     console.print(table)
 
     ops = Table(title="How the ops run here")

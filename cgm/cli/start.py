@@ -23,7 +23,11 @@ class Start:
     def load_into(self, model: "Model") -> None:
         from cgm.checkpoints import WEIGHTS_FILE, load_weights, read_tensors
 
-        load_weights(model, read_tensors(self.path / WEIGHTS_FILE)[0], self.path / WEIGHTS_FILE)
+        file = self.path / WEIGHTS_FILE
+        try:
+            load_weights(model, read_tensors(file)[0], file)
+        except ValueError as error:
+            raise ValueError(f"--init must fit the data and the flags: {error}") from error
 
 
 def find_start(argv: Sequence[str], family: str) -> Start | None:

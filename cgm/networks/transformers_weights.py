@@ -60,6 +60,11 @@ def read_transformers(source: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(
                 f"source must have no {name} in its config, got {getattr(source.config, name)}"
             )
+    for name, module in source.named_modules():
+        if why := _unread(module):
+            raise ValueError(f"source must be as transformers made it, but {name} {why}")
+    if source.config.num_hidden_layers < 1:
+        raise ValueError("source must have at least one layer, got none")
     state = _weights(source)
     fields, tensors = (_gpt2 if kind == "GPT2" else _llama)(source, kind, state)
     vocabulary, width = tensors["embedding.weight"].shape
@@ -100,6 +105,17 @@ def _kind(source: Any) -> str:
     for name, why in alterations(source, plain):
         raise ValueError(f"source must be as transformers made it, but {name or 'it'} {why}")
     return kind
+
+
+def _unread(module: nn.Module) -> str:
+    """What a module of the right class does that its tensors do not tell; mostly nothing."""
+    if getattr(module, "max_norm", None) is not None:
+        return f"has max_norm {module.max_norm}"
+    if not getattr(module, "is_causal", True):
+        return "is not causal"
+    if isinstance(module, nn.LayerNorm) and (module.weight is None or module.bias is None):
+        return "has no weight or no bias"
+    return ""
 
 
 def _weights(source: Any) -> dict[str, Tensor]:

@@ -275,6 +275,8 @@ def generate(
     longest = max((len(one) for one in prompts), default=1)
     if isinstance(length, bool) or not isinstance(length, int):
         raise TypeError(f"length must be an int, got {length!r}")
+    if longest >= c.length:
+        raise ValueError(f"prompt must have less than {c.length} tokens, got {longest}")
     if not 0 < length <= c.length - longest:
         raise ValueError(
             f"length must be from 1 to {c.length - longest} after this prompt, got {length}"

@@ -35,7 +35,7 @@ from cgm.model import Model, family_class, make_model
 from cgm.studies.contests import CONTESTS, Contest, Entry, entry_config
 from cgm.studies.targets import make_folder, replaced
 from cgm.training import TrainingConfig, train
-from cgm.training.progress import Status, duration, stderr_console
+from cgm.training.progress import Status, duration, result_console, stderr_console
 from cgm.viz.plots import POINT, as_images, image_grid, point_map
 
 _TIMED, _WARM = 6, 2  # steps that are timed, and those before
@@ -89,7 +89,7 @@ def compare(
     chosen = [entry for name, entry in entries.items() if not families or name in families]
     for entry in chosen:
         _check_folder(out / entry.family, seconds)
-    console, progress = console or Console(), stderr_console()
+    console, progress = console or result_console(), stderr_console()
     make_folder("out", out)
     note = replaced([out / "compare.csv", out / "compare.png"])
     new = sum(not (out / entry.family / RESULT_FILE).exists() for entry in chosen)

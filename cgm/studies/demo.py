@@ -31,7 +31,7 @@ from cgm.evaluation.ground_truth import color_scores
 from cgm.model import Model
 from cgm.studies.contests import CONTESTS
 from cgm.studies.targets import make_folder, replaced
-from cgm.training.progress import Status
+from cgm.training.progress import Status, result_console
 from cgm.viz.plots import as_images, image_grid
 
 CHECKPOINT, COMPLETING = "class_to_image_diffusion", "complete_autoregressive"
@@ -100,7 +100,7 @@ def demo(
 
     Raises RuntimeError if the two ways draw visibly different images.
     """
-    console = console or Console()
+    console = console or result_console()
     file, sheet = out / "demo.png", out / "families.png"
     make_folder("out", out)
     note = replaced([file, sheet])

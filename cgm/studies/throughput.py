@@ -25,7 +25,7 @@ from cgm.checkpoints import drawable_names, load_model, replacing, sampling_pres
 from cgm.evaluation.execution import WAYS, compiled_copy, conditions, difference_of, model_call
 from cgm.model import Model
 from cgm.studies.targets import make_folder, replaced
-from cgm.training.progress import Status, duration
+from cgm.training.progress import Status, duration, result_console
 
 _VISIBLE = 1 / 255  # half a level of an image with 256 of them
 
@@ -84,7 +84,7 @@ def bench(
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be positive, got {seconds}")
     make_folder("out", out)
-    console = console or Console()
+    console = console or result_console()
     results: list[Result] = []
     chosen = models or known
     note = replaced([out / "bench.csv", out / "bench.png"])

@@ -19,6 +19,7 @@ from cgm.training.config import TrainingConfig
 
 TICK_SECONDS = 1.0  # from one look at the clock to the next
 LINE_SECONDS = 5.0  # from one line of progress to the next where there is no terminal
+_TABLE_WIDTH = 110  # of the widest one
 
 
 class Log:
@@ -59,6 +60,13 @@ class _Stderr(Console):
 def stderr_console() -> Console:
     """A console for progress, so that stdout carries results alone."""
     return _Stderr(stderr=True)
+
+
+def result_console() -> Console:
+    """A console for tables on stdout, whose figures are whole however narrow the terminal is."""
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    return console
 
 
 def duration(seconds: float) -> str:

@@ -716,6 +716,13 @@ def test_info(cgm):
     assert out.count("plain PyTorch") == out.count(fused) == len(OPS)
 
 
+def test_tables_are_whole_however_narrow_the_terminal(cgm, trained, monkeypatch):
+    line = f"evaluate {trained['class_to_image']} --rows 2 --samples 20 --steps 1 --measures kid"
+    wide = cgm(line)
+    monkeypatch.setenv("COLUMNS", "20")
+    assert "KID-classifier " in wide[1] and cgm(line)[:2] == wide[:2]
+
+
 # Images -------------------------------------------------------------------------------------------
 def test_grid_pixels_are_squares_of_the_levels(tmp_path):
     levels = torch.randint(0, 256, (3, 2, 3, 5, 7), generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,10 @@
 """`cgm train`: every family on every task, from where it begins, and how it ends."""
 
+import importlib
+import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import torch
 from PIL import Image
 
 from cgm.checkpoints import load_model, read_tensors, save_model, shipped
+from cgm.cli.signals import ending_by_signals, mend_streams
 from cgm.data import TASKS, load_folder
 from cgm.families.gan import Pix2Pix, Pix2PixConfig
 from cgm.model import FAMILIES, make_model
@@ -133,6 +137,7 @@ def test_a_model_learns_on_from_another(cgm, tmp_path):
     line = line.replace(f"--out {tmp_path / 'run'}", f"--out {tmp_path / 'other'}")
     code, _, err = cgm(f"{line} --model.width 8")
     assert code == 2 and "model.safetensors: generator" in err and "must be (8," in err
+    assert err.startswith("cgm: --init must fit the data and the flags: ")
     assert not (tmp_path / "other").exists()
 
 
@@ -206,6 +211,37 @@ def test_signals_elsewhere(cgm, monkeypatch):
         "cgm.cli.train._load_data", lambda options: signal.raise_signal(signal.SIGTERM)
     )
     assert cgm("train vae --task two_moons")[0] == 143
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_an_import(tmp_path, monkeypatch, number):
+    """As torch imports numpy, and goes on without it."""
+    lines = ("import signal", "try:", f"    signal.raise_signal({int(number)})",
+             "except BaseException:", "    raise ImportError", "whole = True")  # fmt: skip
+    name = f"imports_during_{signal.Signals(number).name}"
+    (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught, ending_by_signals():
+        assert importlib.import_module(name).whole
+        time.sleep(10)
+    code = 128 + number
+    assert caught.type is KeyboardInterrupt if code == 130 else caught.value.code == code
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-"])
+def test_closed_streams_are_nobody_who_reads(closed):
+    for line in ("--version", "convert --help"):
+        command = f"{shlex.quote(sys.executable)} -m cgm {line} {closed}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True)
+        assert done.returncode == 0 and done.stderr == b"", done.stderr
+
+
+def test_names_that_a_stream_cannot_encode_are_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    mend_streams()
+    print("\xfc.png \udcff")
+    assert written.getvalue() == b"\\xfc.png \\udcff\n"
 
 
 @pytest.mark.slow

@@ -272,7 +272,17 @@ def more_layers(theirs):
     theirs.config.num_hidden_layers = 1
 
 
+def renormalizing(theirs):
+    theirs.model.embed_tokens.max_norm = 0.1
+
+
+def not_causal(theirs):
+    theirs.model.layers[1].self_attn.is_causal = False
+
+
 REFUSED = {
+    "max_norm": (renormalizing, "model.embed_tokens has max_norm 0.1"),
+    "not causal": (not_causal, "model.layers.1.self_attn is not causal"),
     "compiled": (torch.compile, "got torch._dynamo.eval_frame.OptimizedModule"),
     "wrapped": (wrap, "with nothing around it, got torch.nn.modules.module.Module"),
     "base": (lambda m: m.model, "got transformers.models.llama.modeling_llama.LlamaModel"),
@@ -307,6 +317,8 @@ def test_altered_sources_are_refused_by_name(how):
         ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("GPT2", {"scale_attn_weights": False}, "scale_attn_weights"),
         ("GPT2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("Llama", {"num_hidden_layers": 0}, "source must have at least one layer"),
+        ("GPT2", {"n_layer": 0}, "source must have at least one layer"),
         ("Llama", {"hidden_act": "gelu"}, "hidden_act must be one of silu, swish"),
         ("Llama", {"hidden_act": "relu"}, "hidden_act must be one of silu, swish"),
         ("Llama", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
@@ -321,6 +333,13 @@ def test_altered_sources_are_refused_by_name(how):
 def test_variants_that_the_network_does_not_have(name, changes, words):
     with pytest.raises(ValueError, match=words):
         from_transformers(make(name, large=False, **changes))
+
+
+def test_a_norm_without_weights():
+    theirs = make("GPT2", large=False)
+    theirs.transformer.h[0].ln_1 = torch.nn.LayerNorm(32, elementwise_affine=False)
+    with pytest.raises(ValueError, match=r"transformer.h.0.ln_1 has no weight or no bias"):
+        from_transformers(theirs)
 
 
 def test_other_architectures():

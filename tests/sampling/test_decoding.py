@@ -291,6 +291,7 @@ def test_graphs_draw_what_eager_steps_draw_and_nothing_waits():
         ({}, {"prompt": torch.full((2, 3), -1)}, ValueError, "prompt must be in [0, 40), got -1"),
         ({}, {"length": 0}, ValueError, "length must be from 1 to 59"),
         ({}, {"length": 60}, ValueError, "length must be from 1 to 59 after this prompt, got 60"),
+        ({}, {"prompt": torch.zeros(2, 64).long()}, ValueError, "prompt must have less than 64"),
         ({}, {"guidance": 2.0}, ValueError, "guidance must be 1"),
         ({}, {"beams": 4}, TypeError, "beams is no option of generate"),
         ({}, {"temperature": -1.0}, ValueError, "temperature must not be negative"),
