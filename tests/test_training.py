@@ -824,6 +824,21 @@ def test_sheets_are_what_the_checkpoint_draws(tmp_path):
     assert sheet_bytes(tmp_path / "seldom") == sheets
 
 
+def test_a_sheet_that_cannot_be_written_loses_no_step(tmp_path):
+    """A file stands where the folder of the sheets would be."""
+    out = tmp_path / "run"
+    seldom = dataclasses.replace(SHEETS, save_every=100, log_every=100)
+    block = at(3, lambda: (out / "samples").write_text("in the way"))
+    with pytest.raises(ValueError, match=r"^out must be a folder to write to.* step 4 is saved"):
+        run(out, seldom, pairs(), new_pix2pix(), on_step=block)
+    (out / "samples").unlink()
+    run(out, seldom, pairs(), new_pix2pix(), resume=True)
+    run(tmp_path / "whole", seldom, pairs(), new_pix2pix())
+    whole = sheet_bytes(tmp_path / "whole")
+    del whole["step_000004.png"]
+    assert sheet_bytes(out) == whole
+
+
 def test_sheets_change_no_bit_and_resume(tmp_path):
     data = pairs(crop=0, flip=True)
     without = dataclasses.replace(SHEETS, sheet_every=0)

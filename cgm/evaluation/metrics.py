@@ -44,6 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cgkernels.checks import SMALLEST, check_int, check_number
 from cgkernels.random import STREAM_MEASURES, uniform
 from cgm.evaluation.distances import BLOCK, TIE, as_rows, balls_of, nearest, squares_of
 
@@ -132,8 +133,8 @@ def kernel_distance(
     """
     real = as_rows("real", real, least=2)
     generated = as_rows("generated", generated, like=real[0], least=2)
-    if subsets < 1 or size < 2:
-        raise ValueError(f"subsets and size must be at least 1 and 2, got {subsets} and {size}")
+    check_int("subsets", subsets, 1)
+    check_int("size", size, 2)
     size = min(size, len(real), len(generated))
     found = []
     for subset in range(subsets):
@@ -180,8 +181,7 @@ class Kept:
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        check_int("size", size, 1)
         self.size, self.seed, self.n = size, seed, 0
         self._rows = torch.zeros(0, dtype=torch.float64)
         self._u = torch.zeros(0, dtype=torch.float64)
@@ -213,8 +213,7 @@ class InceptionScore:
     """
 
     def __init__(self, splits: int = 10, seed: int = 0) -> None:
-        if splits < 1:
-            raise ValueError(f"splits must be at least 1, got {splits}")
+        check_int("splits", splits, 1)
         self.splits, self.seed, self.n = splits, seed, 0
         self._count = torch.zeros(splits, dtype=torch.float64)
         self._entropy = torch.zeros(splits, dtype=torch.float64)  # sums of p ln p
@@ -277,8 +276,8 @@ class PrecisionRecall:
     def __init__(
         self, real: Tensor, *, k: int = 3, density_k: int = 5, held: int = 10_000, seed: int = 0
     ) -> None:
-        if k < 1 or density_k < 1:
-            raise ValueError(f"k and density_k must be at least 1, got {k} and {density_k}")
+        check_int("k", k, 1)
+        check_int("density_k", density_k, 1)
         self._real = as_rows("real", real, least=max(k, density_k) + 1)
         self._k, self._density_k = k, density_k
         self._narrow, self._wide = balls_of(self._real, k, density_k)
@@ -401,10 +400,8 @@ class Birthday:
     """
 
     def __init__(self, size: int, threshold: float) -> None:
-        if size < 2 or not threshold > 0:
-            raise ValueError(
-                f"size and threshold must be at least 2 and positive, got {size} and {threshold}"
-            )
+        check_int("size", size, 2)
+        check_number("threshold", threshold, SMALLEST)
         self.size, self.threshold = size, threshold
         self._waiting = torch.zeros(0, dtype=torch.float64)
         self._duplicates, self._batches = 0, 0

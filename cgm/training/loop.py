@@ -158,7 +158,8 @@ def _steps(
             if saving or drawing or logging:
                 values = run.fetch_means()
                 display.line(step, values[0])
-                log.write([step, log.seconds + display.seconds, rate, *values])
+                with run.saved_where_writing_fails(out):
+                    log.write([step, log.seconds + display.seconds, rate, *values])
             elif display.due(step):
                 display.line(step, run.loss())
             display.advance(step)
@@ -166,7 +167,8 @@ def _steps(
                 run.save(out)
             if sheets is not None and drawing:
                 run.copy_buffers()
-                sheets.write(step)
+                with run.saved_where_writing_fails(out):
+                    sheets.write(step)
             if stop:
                 raise TrainingInterrupted(out, step, config.steps, signals[0])
     return run.average
@@ -354,6 +356,17 @@ class _Run:
         self.copy_buffers()
         described = {name: self.description[name] for name in ("data", "training")}
         save_model(out, self.average, self.preset | described)
+
+    @contextlib.contextmanager
+    def saved_where_writing_fails(self, out: Path) -> Iterator[None]:
+        """What is written beside the checkpoint may fail: the steps since the last one stay."""
+        try:
+            yield
+        except OSError as error:
+            self.save(out)
+            raise ValueError(
+                f"out must be a folder to write to, got {out}: {error}; step {self.step} is saved"
+            ) from error
 
     def copy_buffers(self) -> None:
         """Gives the average the buffers of the model, such as statistics of batch norms."""

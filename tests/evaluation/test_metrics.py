@@ -431,20 +431,20 @@ def test_parts_change_nothing(make):
         ),
         (lambda x: kernel_distance(x, x[:, 1:]), r"generated must be \(N, 4\)"),
         (lambda x: kernel_distance(x[:1], x), "real must be at least 2 rows, got 1"),
-        (lambda x: kernel_distance(x, x, size=1), "subsets and size must be at least 1 and 2"),
-        (lambda x: Kept(0), "size must be at least 1, got 0"),
-        (lambda x: InceptionScore(0), "splits must be at least 1, got 0"),
+        (lambda x: kernel_distance(x, x, size=1), "size must be an int of at least 2, got 1"),
+        (lambda x: Kept(0), "size must be an int of at least 1, got 0"),
+        (lambda x: InceptionScore(0), "splits must be an int of at least 1, got 0"),
         (lambda x: InceptionScore().add(x), "probabilities must not be negative, and sum to 1"),
         (lambda x: result(InceptionScore(), x.softmax(1)), "at least one for each split, got 9"),
-        (lambda x: PrecisionRecall(x, k=0), "k and density_k must be at least 1, got 0 and 5"),
+        (lambda x: PrecisionRecall(x, k=0), "k must be an int of at least 1, got 0"),
         (lambda x: PrecisionRecall(x[:5]), "real must be at least 6 rows, got 5"),
         (lambda x: PrecisionRecall(x).add(x[:, 1:]), r"generated must be \(N, 4\)"),
         (lambda x: result(PrecisionRecall(x), x[:3]), "generated must be more than k = 3 rows"),
         (lambda x: Memorization(x, x[:1]), "unseen must be at least 2 rows, got 1"),
         (lambda x: result(Memorization(x, x)), "generated must be at least one row"),
         (lambda x: nearest(x, x[:0]), "reference must be at least 1 rows, got 0"),
-        (lambda x: Birthday(1, 1.0), "size and threshold must be at least 2 and positive"),
-        (lambda x: Birthday(5, math.nan), "size and threshold must be at least 2 and positive"),
+        (lambda x: Birthday(1, 1.0), "size must be an int of at least 2, got 1"),
+        (lambda x: Birthday(5, math.nan), "threshold must be a number above 0"),
         (lambda x: result(Birthday(10, 1.0), x), "generated must be at least size = 10 rows"),
         (lambda x: best_of_n(x[:0]), "distances must be at least 1 rows"),
         (lambda x: diversity(x[:1]), "draws must be at least 2 rows, got 1"),
@@ -452,6 +452,23 @@ def test_parts_change_nothing(make):
 )
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words):
+        call(normals(9, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x: Kept(2.5), "size"),
+        (lambda x: InceptionScore(True), "splits"),
+        (lambda x: PrecisionRecall(x, k=2.5), "k"),
+        (lambda x: PrecisionRecall(x, density_k=True), "density_k"),
+        (lambda x: kernel_distance(x, x, subsets=True), "subsets"),
+        (lambda x: Birthday(2.5, 1.0), "size"),
+        (lambda x: Birthday(5, "1"), "threshold"),
+    ],
+)
+def test_counts_are_whole_numbers(call, name):
+    with pytest.raises(TypeError, match=f"^{name} must be"):
         call(normals(9, 4))
 
 
