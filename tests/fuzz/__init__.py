@@ -1,6 +1,7 @@
 """Made-up calls of everything public: each gives the right result or a refusal in words.
 
-`pytest tests/fuzz` makes 2,000 of them, `--fuzz N` any number, each time the same.
+`pytest tests/fuzz` makes 2,000 of them, `--fuzz N` any number, each time the same; a file alone
+makes them all.
 """
 
 import inspect
