@@ -47,6 +47,8 @@ def _address(tensor: Tensor) -> int:
     """Of the first element; 0 where there is none."""
     if tensor.is_meta or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return 0
+    if tensor.layout != torch.strided or tensor.is_nested:  # refused by its own check
+        return 0
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return 0
     return tensor.data_ptr()

@@ -414,7 +414,8 @@ def wrong_tensors(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
         "meta ids": lambda: torch.zeros((), dtype=torch.int64, device="meta"),
         "bool": x.bool, "complex": lambda: x.to(torch.complex64), "ids": x.long, "bytes": x.byte,
         "large ids": lambda: x.long() << 40, "negative ids": lambda: -x.long(),
-        "none": lambda: x[:0], "number": lambda: torch.tensor(2.0), "longer": lambda: x[None],
+        "none": lambda: x[:0] if x.dim() else x.reshape(1)[:0],
+        "number": lambda: torch.tensor(2.0), "longer": lambda: x[None],
         "nan": lambda: x * torch.nan, "subclass": lambda: x.as_subclass(Subclass),
         "ids of a subclass": lambda: torch.tensor(2**24).as_subclass(Subclass),
         "half": x.half, "double": x.double, "requires grad": lambda: x.clone().requires_grad_(),
@@ -490,6 +491,8 @@ def assert_agree(got: Any, same: Any, true: Any, huge: bool) -> None:
     same = same.detach()
     assert got.dtype == same.dtype and got.shape == same.shape, (got, same)
     if huge:
+        return
+    if got.is_meta:  # of arguments without values
         return
     if not got.is_floating_point():
         assert torch.equal(got, same), (got, same)
