@@ -278,4 +278,4 @@ def test_ints_and_flags(wrong):
 def test_what_has_no_strides_shares_no_memory():
     """A sparse or packed argument is refused by its own check, not where addresses are compared."""
     others = {"packed": torch.ones(2, 3).to_mkldnn(), "sparse": torch.eye(2).to_sparse()}
-    check_writable({"x": torch.zeros(3)}, others)
+    checks.check_writable({"x": torch.zeros(3)}, others)
