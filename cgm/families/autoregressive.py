@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cgkernels.checks import readable
 from cgkernels.random import STREAM_CONDITION_DROPOUT, uniform
+from cgkernels.rows import compute_dtype
 from cgm.data.quantization import Palette, check_palette, from_bins, to_bins, to_palette
 from cgm.model import (
     Count,
@@ -329,7 +330,7 @@ def dequantize(values: Tensor, levels: int, shape: tuple[int, ...]) -> Tensor:
 
 def _wide(y: Tensor) -> Tensor:
     """In float32 at least: half types cannot tell the 256 values of 8 bits apart midway."""
-    return y.to(torch.promote_types(y.dtype, torch.float32))
+    return y.to(compute_dtype(y))
 
 
 def _not_finite(*images: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import cgkernels
+from cgkernels.rows import compute_dtype
 from cgm.model import Config, Count, Natural, NotNegative, Positive
 from cgm.networks.fused_linear import (
     MOST_ROWS,
@@ -273,7 +274,7 @@ class Transformer(nn.Module):
         token = token if offsets is None else token + offsets[lengths]
         x = self.embedding(token.clamp_min(0))
         if self.positions is not None:  # added in float32, as that op does
-            wide = torch.promote_types(x.dtype, torch.float32)
+            wide = compute_dtype(x)
             x = (x.to(wide) + self.positions(at).to(wide)).to(x.dtype)
         return x.masked_fill((token < 0)[:, None], torch.nan)
 
